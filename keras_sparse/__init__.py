@@ -1,0 +1,31 @@
+"""keras_sparse: sparsity for Keras 3 - pruning callbacks, reports, and verified sparse .tflite files."""
+
+import importlib
+
+from keras_sparse import callbacks, criteria, optimizers, patterns, pruning, reports, schedules, selection
+from keras_sparse.pruning import prune, update_masks
+from keras_sparse.reports import report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "callbacks",
+    "criteria",
+    "optimizers",
+    "patterns",
+    "prune",
+    "pruning",
+    "report",
+    "reports",
+    "schedules",
+    "selection",
+    "tflite",
+    "update_masks",
+]
+
+
+def __getattr__(name):
+    # `tflite` brings the TFLite runtime and converter, which only those who export should pay for.
+    if name == "tflite":
+        return importlib.import_module("keras_sparse.tflite")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,430 @@
+"""A sparse optimizer wraps a Keras optimizer and keeps masked weights at exactly zero after every step.
+
+The masks are variables of the optimizer, so they are checkpointed, sharded and compiled like any other state
+(`keras.optimizers.LossScaleOptimizer` is built the same way).
+"""
+
+import contextlib
+import types
+
+import keras
+from keras import ops
+
+from keras_sparse.registry import serializable
+
+__all__ = ["SparseOptimizer", "find", "unwrap", "wrap"]
+
+
+@serializable
+class SparseOptimizer(keras.optimizers.Optimizer):
+    """Applies another optimizer's step, then zeroes the masked weights, in graph.
+
+    `ks.callbacks.Pruning` wraps and unwraps `model.optimizer` by itself. Use the class directly for training loops of
+    your own: `ks.update_masks` computes the masks.
+
+    In mixed precision it goes inside the `LossScaleOptimizer`. Masked weights are replaced by 0.0 rather than multiplied
+    (a product keeps NaN and makes -0.0); moving averages of the weights (`use_ema`) are masked with them.
+
+    Args:
+        inner_optimizer: The `keras.optimizers.Optimizer` to wrap, or its name.
+        name: Optional name.
+        masked: Indices into the variables that `build` receives: those with a mask. Masks are added by `add_masks`
+            otherwise; this is how a saved optimizer finds them again.
+        temporary: Whether the last callback that uses the wrapper takes it off.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model.compile(ks.optimizers.SparseOptimizer("adam"), "mse")
+    >>> x, y = np.ones((16, 8)), np.ones((16, 4))
+    >>> for step in range(4):
+    ...     report = ks.update_masks(model, sparsity=0.25 * step)
+    ...     loss = model.train_on_batch(x, y)
+    >>> int((model.layers[0].kernel.numpy() == 0).sum())
+    24
+    """
+
+    def __init__(self, inner_optimizer, name=None, masked=(), temporary=False):
+        inner_optimizer = keras.optimizers.get(inner_optimizer)
+        if isinstance(inner_optimizer, (SparseOptimizer, keras.optimizers.LossScaleOptimizer)):
+            raise ValueError(
+                "`SparseOptimizer` wraps a plain optimizer; in mixed precision write "
+                "`LossScaleOptimizer(SparseOptimizer(inner))`. "
+                f"Received: inner_optimizer={type(inner_optimizer).__name__}"
+            )
+        # The learning rate is the inner optimizer's; a function keeps the base class from making a variable for it.
+        super().__init__(learning_rate=lambda: inner_optimizer.learning_rate, name=name)
+        self.inner_optimizer = inner_optimizer
+        self.temporary = temporary
+        self.users = []
+        self._masked = list(masked)
+        self._masks = []
+
+    # State
+
+    def build(self, variables):
+        """Create the inner optimizer's variables, the clock, and a mask for each index in `masked`.
+
+        Args:
+            variables: The model's trainable variables.
+        """
+        if self.built:
+            return
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        # Not `super().build`: it would add moving averages and gradient accumulators, which the inner optimizer has. And
+        # not by assignment, which would make the model's variables the optimizer's own.
+        vars(self)["_trainable_variables"] = list(variables)
+        self._trainable_variables_indices = {self._var_key(v): i for i, v in enumerate(variables)}
+        self.built = True
+        # Optimizer steps: when the clock started, how many a schedule counts as 1.0 (0: not known), the last update.
+        self.start = self._add_counter("start", 0)
+        self.length = self._add_counter("length", 0)
+        self.updated = self._add_counter("updated", -1)
+        masked, self._masked = self._masked, []
+        if any(not 0 <= index < len(variables) for index in masked):
+            raise ValueError(
+                f"`masked` must hold indices into the {len(variables)} trainable variables. Received: masked={masked}"
+            )
+        for index in masked:
+            self._add_mask(index)
+
+    def _add_counter(self, name, value):
+        return self.add_variable(
+            (), keras.initializers.Constant(value), "int", aggregation="only_first_replica", name=name
+        )
+
+    def _add_mask(self, index):
+        variable = self._trainable_variables[index]
+        mask = self.add_variable(variable.shape, "ones", "bool", name=f"{variable.path.replace('/', '_')}_mask")
+        self._masked.append(index)
+        self._masks.append(mask)
+
+    def add_masks(self, variables):
+        """Give each of `variables` a mask that keeps everything, unless it has one.
+
+        Args:
+            variables: Trainable variables of the model, which the optimizer was built with.
+
+        Returns:
+            Whether any mask was created. Compiled train functions must be made anew then.
+
+        Example:
+
+        >>> import keras, keras_sparse as ks
+        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+        >>> optimizer = ks.optimizers.SparseOptimizer("sgd")
+        >>> optimizer.build(model.trainable_variables)
+        >>> optimizer.add_masks([model.layers[0].kernel])
+        True
+        """
+        indices = {id(v): i for i, v in enumerate(self._trainable_variables)}
+        unknown = [v.path for v in variables if id(v) not in indices]
+        if unknown:
+            raise ValueError(
+                "Only variables that the optimizer was built with can be masked; it was built with "
+                f"{len(self._trainable_variables)} trainable variables. Received: {unknown}"
+            )
+        new = [indices[id(v)] for v in variables if indices[id(v)] not in self._masked]
+        for index in new:
+            self._add_mask(index)
+        return bool(new)
+
+    @property
+    def masks(self):
+        """List of pairs `(variable, mask)`; a mask is a boolean variable, `True` where the weight lives."""
+        return [(self._trainable_variables[i], mask) for i, mask in zip(self._masked, self._masks, strict=True)]
+
+    def mask_of(self, variable):
+        """The mask of `variable`, or `None`."""
+        return next((mask for masked, mask in self.masks if masked is variable), None)
+
+    @property
+    def variables(self):
+        return self._variables + self.inner_optimizer.variables
+
+    def save_own_variables(self, store):
+        # Not `self.variables`: Keras saves the inner optimizer, a child, by itself.
+        for index, variable in enumerate(self._variables):
+            store[str(index)] = keras.ops.convert_to_numpy(variable.value)
+
+    def load_own_variables(self, store):
+        if len(store.keys()) != len(self._variables):
+            raise ValueError(
+                f"The saved state of {self.name!r} has {len(store.keys())} variables, but {len(self._variables)} are "
+                "expected: the masks belong to another selection of weights. Train with the same `filters` and "
+                "`target_sparsity` as the run that saved it, or start from a fresh backup folder."
+            )
+        for index, variable in enumerate(self._variables):
+            variable.assign(store[str(index)])
+
+    # The step
+
+    def apply(self, grads, trainable_variables=None):
+        """Apply the inner optimizer's step, then set masked weights to zero.
+
+        Args:
+            grads: List of gradients.
+            trainable_variables: The variables they belong to; optional once the optimizer is built.
+        """
+        if not self.built:
+            if trainable_variables is None:
+                raise ValueError(
+                    "The optimizer is not built: call `optimizer.build(model.trainable_variables)` first, or pass "
+                    "`trainable_variables`."
+                )
+            trainable_variables = list(trainable_variables)
+            self.build(trainable_variables)
+        self.inner_optimizer.apply(grads, trainable_variables)
+        self._mask_in_step()
+
+    def finalize_variable_values(self, var_list):
+        self.inner_optimizer.finalize_variable_values(var_list)
+        if self.use_ema:  # The weights are their moving averages now.
+            self.apply_masks()
+
+    def apply_masks(self):
+        """Set masked weights, and their moving averages, to zero now. To be called outside of compiled functions.
+
+        Example:
+
+        >>> import keras, numpy as np, keras_sparse as ks
+        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+        >>> optimizer = ks.optimizers.SparseOptimizer("sgd")
+        >>> optimizer.build(model.trainable_variables)
+        >>> kernel = model.layers[0].kernel
+        >>> _ = optimizer.add_masks([kernel])
+        >>> optimizer.mask_of(kernel).assign(np.zeros((8, 4), bool))
+        >>> optimizer.apply_masks()
+        >>> float(abs(kernel.numpy()).sum())
+        0.0
+        """
+        for variable, mask in self._masked_state():
+            variable.assign(masked_value(variable, mask))
+
+    def _mask_in_step(self):
+        pairs = self._masked_state()
+        if keras.backend.backend() != "tensorflow" or not pairs:
+            for variable, mask in pairs:
+                variable.assign(masked_value(variable, mask))
+            return
+        import tensorflow as tf
+
+        # In a replica, a mirrored variable takes assignments only through its strategy. `maybe_merge_call` is how the
+        # Keras optimizers do it; public `merge_call` fails in strategies that run replicas without merging (TPU, NCCL).
+        def update(strategy, pairs):
+            for variable, mask in pairs:
+                strategy.extended.update(
+                    variable, lambda v, m: v.assign(tf.where(m, v, tf.zeros_like(v))), args=(mask,), group=False
+                )
+
+        tf.__internal__.distribute.interim.maybe_merge_call(
+            update, tf.distribute.get_strategy(), [(variable.value, mask.value) for variable, mask in pairs]
+        )
+
+    def _masked_state(self):
+        pairs = self.masks
+        if self.use_ema and pairs:
+            averages = dict(_averages(self.inner_optimizer, self._trainable_variables))
+            pairs += [(averages[index], mask) for index, mask in zip(self._masked, self._masks, strict=True)]
+        return pairs
+
+    # What Keras and its callbacks ask an optimizer for is the inner optimizer's.
+
+    @property
+    def learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value):
+        self.inner_optimizer.learning_rate = value
+
+    @property
+    def iterations(self):
+        return self.inner_optimizer.iterations
+
+    @property
+    def optimizers(self):
+        # An AttributeError where the inner optimizer has none: `LearningRateScheduler` asks `hasattr`.
+        return self.inner_optimizer.optimizers
+
+    def scale_loss(self, loss):
+        return self.inner_optimizer.scale_loss(loss)
+
+    def get_config(self):
+        return {
+            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "name": self.name,
+            "masked": list(self._masked),
+            "temporary": self.temporary,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        inner = keras.saving.deserialize_keras_object(config.pop("inner_optimizer"), custom_objects=custom_objects)
+        return cls(inner, **config)
+
+
+def _passed_through(name):
+    """A property of `SparseOptimizer` that is the inner optimizer's (the base class assigns it before there is one)."""
+
+    def setter(self, value):
+        if "inner_optimizer" in vars(self):
+            setattr(self.inner_optimizer, name, value)
+
+    return property(lambda self: getattr(self.inner_optimizer, name), setter)
+
+
+# `_model_variables_moving_average` is what `SwapEMAWeights` reads from an optimizer inside a `LossScaleOptimizer`.
+for _name in ("loss_scale_factor", "gradient_accumulation_steps", "use_ema", "_model_variables_moving_average"):
+    setattr(SparseOptimizer, _name, _passed_through(_name))
+
+
+def masked_value(variable, mask):
+    """Return a variable's value with 0.0 where `mask` is `False`."""
+    value = ops.convert_to_tensor(variable)
+    return ops.where(ops.convert_to_tensor(mask), value, ops.zeros_like(value))
+
+
+def _averages(optimizer, variables):
+    """Yield `(index, moving average)` for each of `variables`, found by the name that Keras gives it.
+
+    Variables of repeated names follow each other in the order of `variables`.
+    """
+    found = {}
+    for state in optimizer.variables:
+        found.setdefault(state.name, []).append(state)
+    for index, variable in enumerate(variables):
+        candidates = found.get(f"{variable.path.replace('/', '_')}_average")
+        if candidates:
+            yield index, candidates.pop(0)
+
+
+def find(model):
+    """Return the `SparseOptimizer` of a model, inside a `LossScaleOptimizer` too, or `None`.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model.compile("adam", "mse")
+    >>> ks.optimizers.find(model) is None
+    True
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    return optimizer if isinstance(optimizer, SparseOptimizer) else None
+
+
+def wrap(model):
+    """Put a `SparseOptimizer` around a compiled model's optimizer, unless there is one, and return it.
+
+    While it is there, the model's compile config holds it, so that a file saved in the middle of `fit` goes on exactly
+    when it is loaded.
+
+    Raises:
+        ValueError: If the model is not compiled, or trains with several optimizers.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model.compile("adam", "mse")
+    >>> type(ks.optimizers.wrap(model)).__name__, type(ks.optimizers.unwrap(model)).__name__
+    ('SparseOptimizer', 'Adam')
+    """
+    _check_optimizers(model)
+    sparse = find(model)
+    if sparse is None:
+        outer = model.optimizer
+        scaled = isinstance(outer, keras.optimizers.LossScaleOptimizer)
+        with _scope(model):
+            sparse = SparseOptimizer(outer.inner_optimizer if scaled else outer, temporary=True)
+            if model.built and model.trainable_variables:
+                sparse.build(model.trainable_variables)
+        if scaled:
+            outer.inner_optimizer = sparse
+        else:
+            model.optimizer = sparse
+        drop_functions(model)
+    _shadow_compile_config(model)
+    return sparse
+
+
+def unwrap(model):
+    """Take the `SparseOptimizer` off a model's optimizer, if there is one, and return the plain optimizer.
+
+    The weights stay as they are. The inner optimizer keeps its state and serves further training as before.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model.compile(ks.optimizers.SparseOptimizer("sgd"), "mse")
+    >>> type(ks.optimizers.unwrap(model)).__name__
+    'SGD'
+    """
+    sparse = find(model)
+    if sparse is not None:
+        if model.optimizer is sparse:
+            model.optimizer = sparse.inner_optimizer
+        else:
+            model.optimizer.inner_optimizer = sparse.inner_optimizer
+        drop_functions(model)
+        # A model that was compiled with the wrapper (or loaded so) must not save it any more: there the shadow stays.
+        del model.get_compile_config
+        if SparseOptimizer.__name__ in str(model.get_compile_config().get("optimizer")):
+            _shadow_compile_config(model)
+    return getattr(model, "optimizer", None)
+
+
+def drop_functions(model):
+    """Forget the compiled train and test functions, which hold the optimizer they were traced with."""
+    model.train_function = None
+    model.test_function = None
+
+
+def _shadow_compile_config(model):
+    """Let a saved model have the optimizer that it holds now: Keras saves the one that `compile` saw."""
+    model.get_compile_config = types.MethodType(_compile_config, model)
+
+
+def _compile_config(model):
+    config = type(model).get_compile_config(model)
+    if "optimizer" in config:
+        config["optimizer"] = keras.saving.serialize_keras_object(model.optimizer)
+    return config
+
+
+def _check_optimizers(model):
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        raise ValueError(
+            f"The model {model.name!r} has no optimizer: call `model.compile(optimizer, loss)` before training. "
+            f"Received: {type(model).__name__}"
+        )
+    known = set()
+    while optimizer is not None:
+        known.add(id(optimizer))
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    others = set()
+    for name, value in vars(model).items():
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(item, keras.optimizers.Optimizer) and id(item) not in known for item in items):
+            others.add(name)
+    if others:
+        raise ValueError(
+            "Callbacks can prune only what `model.optimizer` trains, and this model holds further optimizers: "
+            f"{sorted(others)}. For a `train_step` that drives several optimizers, wrap each one in "
+            "`ks.optimizers.SparseOptimizer(...)` and call `ks.update_masks(model, sparsity, optimizer=...)` yourself. "
+            f"Received: {type(model).__name__} {model.name!r}"
+        )
+
+
+def _scope(model):
+    """The distribution strategy's scope in which the model's variables live."""
+    strategy = getattr(model, "distribute_strategy", None) if keras.backend.backend() == "tensorflow" else None
+    return strategy.scope() if strategy is not None else contextlib.nullcontext()

@@ -1,0 +1,331 @@
+"""Pruning decides which weights become zero: a plan of how sparse each weight should be, and the masks it leads to."""
+
+import math
+import numbers
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+from keras_sparse import criteria, optimizers, patterns, reports, selection
+
+__all__ = ["Goal", "Plan", "prune", "update_masks"]
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """How sparse one weight should become, in which pattern.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5)])
+    >>> goal = ks.pruning.Plan(model, 0.5).goals[0]
+    >>> goal.weight.size, goal.sparsity
+    (20, 0.5)
+    """
+
+    weight: selection.Weight
+    sparsity: float
+    pattern: patterns.Pattern
+
+
+class Plan:
+    """Which weights of a model become how sparse.
+
+    Args:
+        model: A built Keras model.
+        target_sparsity: A float in [0, 1), or a dict `{regex: sparsity}` or `{regex: (sparsity, pattern)}` that is
+            searched in each weight's path: the first match wins, weights that no key matches stay dense.
+        criterion: A `Criterion` or its name.
+        pattern: A `Pattern`, its name, or `None`.
+        allocation: `"uniform"`: every weight gets the target; `"global"`: one ranking over all weights, so that the
+            whole gets it.
+        filters: As in `ks.selection.select`.
+        frozen: Whether kernels that are not trainable take part.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, name="a"), keras.layers.Dense(5, name="b")])
+    >>> plan = ks.pruning.Plan(model, {"a/": 0.5})
+    >>> [(goal.weight.path.split("/")[-2], goal.sparsity) for goal in plan.goals]
+    [('a', 0.5)]
+    """
+
+    def __init__(
+        self,
+        model,
+        target_sparsity,
+        criterion="magnitude",
+        pattern=None,
+        allocation="uniform",
+        filters=None,
+        frozen=False,
+    ):
+        check_target(target_sparsity, allocation)
+        self.criterion = criteria.get(criterion)
+        self.allocation = allocation
+        pattern = patterns.get(pattern)
+        weights = selection.select(model, filters, frozen)
+        targets = _targets(target_sparsity, [w for w in weights if w.kernel and not w.skipped])
+        self.goals = [
+            Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
+        ]
+        chosen = {id(goal.weight.variable) for goal in self.goals}
+        self.skipped = {
+            id(w.variable): w.skipped or "no key of `target_sparsity` matches"
+            for w in weights
+            if id(w.variable) not in chosen
+        }
+
+    def masks(self, masks, fraction=1.0):
+        """Return the masks at `fraction` of the way to the goals.
+
+        Weights that are masked stay so: the new masks are subsets of `masks`.
+
+        Args:
+            masks: The present masks, a boolean array for each goal.
+            fraction: In [0, 1].
+
+        Returns:
+            List of boolean arrays. `round(fraction * sparsity * groups)` groups of each weight are masked (of all
+            weights together for `"global"`), or what was masked before if that is more.
+        """
+        scores = [self._scores(goal, mask) for goal, mask in zip(self.goals, masks, strict=True)]
+        new = _ALLOCATIONS[self.allocation](self.goals, scores, fraction)
+        return [mask & old for mask, old in zip(new, masks, strict=True)]
+
+    def reached(self, masks):
+        """Whether `masks` are at the goals, by the counts that `masks` promises."""
+        dropped = [
+            (goal, np.asarray(goal.pattern.pool(mask.astype("float32")))) for goal, mask in zip(self.goals, masks, strict=True)
+        ]
+        shortfalls = [
+            (goal.pattern.count(goal.sparsity, groups.size), int(np.sum(groups == 0)), groups.size)
+            for goal, groups in dropped
+        ]
+        if self.allocation == "global":
+            total = sum(size for *_, size in shortfalls)
+            return sum(zeros for _, zeros, _ in shortfalls) >= round(self.goals[0].sparsity * total)
+        return all(zeros >= wanted for wanted, zeros, _ in shortfalls)
+
+    def present_masks(self):
+        """Masks that keep what is not zero now; a weight that is all zeros counts as zero-initialised, not as pruned."""
+        return [_nonzero(goal.weight.numpy()) for goal in self.goals]
+
+    def attach(self, optimizer):
+        """Give each goal's weight a mask in `optimizer` that keeps the zeros it has. Returns whether masks were new."""
+        new = [goal.weight for goal in self.goals if optimizer.mask_of(goal.weight.variable) is None]
+        created = optimizer.add_masks([weight.variable for weight in new])
+        for weight in new:
+            optimizer.mask_of(weight.variable).assign(_nonzero(weight.numpy()))
+        return created
+
+    def update(self, optimizer, fraction=1.0):
+        """Move the masks in `optimizer` to `fraction` of the way, zero what they mask, and return them as arrays."""
+        variables = [optimizer.mask_of(goal.weight.variable) for goal in self.goals]
+        masks = self.masks([selection.as_array(mask) for mask in variables], fraction)
+        for variable, mask in zip(variables, masks, strict=True):
+            variable.assign(mask)
+        optimizer.apply_masks()
+        return masks
+
+    def _scores(self, goal, mask):
+        value = goal.weight.numpy()
+        scores = np.asarray(self.criterion.scores(value))
+        if scores.shape != value.shape or scores.dtype.kind != "f":
+            raise ValueError(
+                f"`{type(self.criterion).__name__}.scores` must return floating-point scores of the weight's shape "
+                f"{value.shape} for {goal.weight.path}. Received: shape {scores.shape}, dtype {scores.dtype}"
+            )
+        # Below every live score, -inf included.
+        scores = np.maximum(scores, np.finfo(scores.dtype).min)
+        scores[~mask] = -np.inf
+        return scores
+
+
+def _uniform(goals, scores, fraction):
+    return [goal.pattern.mask(s, fraction * goal.sparsity) for goal, s in zip(goals, scores, strict=True)]
+
+
+def _global(goals, scores, fraction):
+    pooled = [goal.pattern.pool(s) for goal, s in zip(goals, scores, strict=True)]
+    ranked = np.concatenate([groups.reshape(-1) for groups in pooled])
+    kept = patterns.keep_highest(ranked, round(fraction * goals[0].sparsity * ranked.size))
+    parts = np.split(kept, np.cumsum([groups.size for groups in pooled])[:-1])
+    return [
+        goal.pattern.expand(part.reshape(groups.shape), s.shape)
+        for goal, part, groups, s in zip(goals, parts, pooled, scores, strict=True)
+    ]
+
+
+_ALLOCATIONS = {"uniform": _uniform, "global": _global}
+
+
+def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="uniform", filters=None):
+    """Prune a model's weights in one shot, in place.
+
+    Args:
+        model: A built Keras model, compiled or not.
+        sparsity: The target: a float in [0, 1), or a dict as in `ks.callbacks.Pruning`.
+        criterion: `"magnitude"`, `"random"` or a `Criterion`.
+        pattern: `None`, a name, or a `Pattern`.
+        allocation: `"uniform"` or `"global"`.
+        filters: A regex, a list of them, or a callable on the variable; see `ks.selection.select`.
+
+    Returns:
+        The `Report` of `ks.report(model)`. Weights that are sparser than asked stay so, and its notes say it.
+
+    Raises:
+        ValueError: If the model is not built, a number is out of range, a string names nothing, or a filter or key
+            matches nothing.
+        TypeError: If the model is not a Keras 3 model, or an argument is of the wrong type.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(10)])
+    >>> ks.prune(model, 0.9).totals["zeros"]
+    90
+    """
+    selection.check_model(model)
+    plan = Plan(model, sparsity, criterion, pattern, allocation, filters, frozen=True)
+    optimizer = optimizers.find(model)
+    present = plan.present_masks()
+    for goal, mask in zip(plan.goals, plan.masks(present), strict=True):
+        variable = goal.weight.variable
+        variable.assign(optimizers.masked_value(variable, mask))
+        state = optimizer.mask_of(variable) if optimizer is not None else None
+        if state is not None:
+            state.assign(mask)
+    reports.remember(model, plan.skipped)
+    return reports.report(model, _kept_notes(plan, present))
+
+
+def update_masks(
+    model, sparsity=None, criterion="magnitude", pattern=None, allocation="uniform", filters=None, optimizer=None
+):
+    """Recompute the masks of a model that trains with a `SparseOptimizer`: the call of a custom training loop.
+
+    Call it before the loop, so that compiled steps see the masks, and whenever the sparsity should move:
+    `ks.update_masks(model, 0.9 * schedule(step / steps))`. Masked weights stay masked.
+
+    Args:
+        model: A built Keras model.
+        sparsity: The sparsity to have now, as in `ks.prune`. `None` keeps the zeros that are there.
+        criterion: As in `ks.prune`.
+        pattern: As in `ks.prune`.
+        allocation: As in `ks.prune`.
+        filters: As in `ks.prune`.
+        optimizer: The `SparseOptimizer`, if it is not `model.optimizer`.
+
+    Returns:
+        The `Report` of `ks.report(model)`.
+
+    Raises:
+        ValueError: If there is no `SparseOptimizer`, and as in `ks.prune`.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model.compile(ks.optimizers.SparseOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    >>> ks.update_masks(model, 0.5).totals["zeros"]
+    16
+    """
+    selection.check_model(model)
+    sparse = optimizers.find(model) if optimizer is None else optimizer
+    if isinstance(sparse, keras.optimizers.LossScaleOptimizer):
+        sparse = sparse.inner_optimizer
+    if not isinstance(sparse, optimizers.SparseOptimizer):
+        received = getattr(model, "optimizer", None) if optimizer is None else optimizer
+        raise ValueError(
+            "`update_masks` needs a `SparseOptimizer`: compile the model with "
+            "`ks.optimizers.SparseOptimizer(optimizer)` or pass it as `optimizer`. "
+            f"Received: {type(received).__name__}"
+        )
+    if not sparse.built:
+        sparse.build(model.trainable_variables)
+    plan = Plan(model, 0.0 if sparsity is None else sparsity, criterion, pattern, allocation, filters)
+    if plan.attach(sparse):
+        optimizers.drop_functions(model)
+    plan.update(sparse)
+    reports.remember(model, plan.skipped)
+    return reports.report(model)
+
+
+def check_target(target_sparsity, allocation="uniform"):
+    """Raise unless `target_sparsity` and `allocation` are as `Plan` takes them."""
+    if not isinstance(allocation, str) or allocation not in _ALLOCATIONS:
+        raise ValueError(f"`allocation` must be one of {sorted(_ALLOCATIONS)}. Received: allocation={allocation!r}")
+    if not isinstance(target_sparsity, dict):
+        _check_sparsity(target_sparsity)
+        return
+    if not target_sparsity:
+        raise ValueError("A dict of target sparsities must have at least one key. Received: {}")
+    if allocation == "global":
+        raise ValueError(
+            "A dict of target sparsities says itself how the budget is shared: leave `allocation` at 'uniform'. "
+            f"Received: allocation={allocation!r}, target={target_sparsity!r}"
+        )
+    for value in target_sparsity.values():
+        sparsity, pattern = _sparsity_and_pattern(value)
+        _check_sparsity(sparsity)
+        patterns.get(pattern)
+
+
+def _check_sparsity(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            "A sparsity is a number in [0, 1), the share of weights to set to zero, or a dict of such numbers. "
+            f"Received: {value!r} of type {type(value).__name__}"
+        )
+    if math.isnan(value) or not 0 <= value < 1:
+        hint = f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
+        raise ValueError(
+            f"A sparsity must be at least 0 and below 1: the share of weights to set to zero. Received: {value!r}.{hint}"
+        )
+
+
+def _sparsity_and_pattern(value):
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"Expected a sparsity or a pair (sparsity, pattern). Received: {value!r}")
+        return value
+    return value, None
+
+
+def _targets(target_sparsity, weights):
+    """List `(weight, sparsity, own pattern or None)` for the weights that have a target."""
+    if not isinstance(target_sparsity, dict):
+        return [(weight, float(target_sparsity), None) for weight in weights]
+    found = {}
+    for regex, value in target_sparsity.items():
+        for weight in selection.matching(regex, weights):
+            found.setdefault(id(weight.variable), _sparsity_and_pattern(value))
+    return [
+        (w, float(found[id(w.variable)][0]), found[id(w.variable)][1]) for w in weights if id(w.variable) in found
+    ]
+
+
+def _nonzero(value):
+    mask = value != 0
+    return mask if mask.any() else np.ones_like(mask)
+
+
+def _kept_notes(plan, masks):
+    """Sentences about weights that are sparser than their goal."""
+    if plan.allocation == "global":
+        zeros, size = sum(int(np.sum(~mask)) for mask in masks), sum(mask.size for mask in masks)
+        pairs = [("The whole", plan.goals[0].sparsity, zeros, size)]
+    else:
+        pairs = [
+            (goal.weight.path, goal.sparsity, int(np.sum(~mask)), mask.size)
+            for goal, mask in zip(plan.goals, masks, strict=True)
+        ]
+    return [
+        f"{name} was already {zeros / size:.1%} sparse, more than the {sparsity:.1%} asked for: kept."
+        for name, sparsity, zeros, size in pairs
+        if zeros > round(sparsity * size)
+    ]

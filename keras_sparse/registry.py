@@ -1,0 +1,75 @@
+"""A registry maps the strings that users may write to the classes they stand for, as `keras.optimizers.get` does."""
+
+import difflib
+
+import keras
+
+PACKAGE = "keras_sparse"
+
+
+def serializable(cls):
+    """Register a class with Keras as `keras_sparse>Name`, so that configs that mention it can be revived."""
+    return keras.saving.register_keras_serializable(PACKAGE)(cls)
+
+
+class Registry:
+    """The named classes of one kind.
+
+    Args:
+        kind: What the classes are, for error messages, such as `"schedule"`.
+
+    Example:
+
+    >>> from keras_sparse.registry import Registry
+    >>> shapes = Registry("shape")
+    >>> @shapes.register("square")
+    ... class Square:
+    ...     pass
+    >>> type(shapes.get("square", Square)).__name__
+    'Square'
+    """
+
+    def __init__(self, kind):
+        self.kind = kind
+        self.classes = {}
+
+    def register(self, name):
+        """Decorator: make the class available as the string `name` and serializable by Keras."""
+
+        def decorate(cls):
+            self.classes[name] = cls
+            return serializable(cls)
+
+        return decorate
+
+    def get(self, identifier, base):
+        """Return the object that `identifier` stands for.
+
+        Args:
+            identifier: An instance of `base`, a registered name, or the config of a serialized instance.
+            base: The class that the result must be an instance of.
+
+        Raises:
+            ValueError: If the string names nothing.
+            TypeError: If `identifier` is none of the above.
+        """
+        if isinstance(identifier, base):
+            return identifier
+        if isinstance(identifier, str):
+            if identifier not in self.classes:
+                close = difflib.get_close_matches(identifier, self.classes, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise ValueError(
+                    f"Unknown {self.kind}: expected one of {sorted(self.classes)} or an instance of "
+                    f"`{base.__name__}`. Received: {identifier!r}.{hint}"
+                )
+            return self.classes[identifier]()
+        if isinstance(identifier, dict):
+            revived = keras.saving.deserialize_keras_object(identifier)
+            if isinstance(revived, base):
+                return revived
+        hint = " Create an instance of the class first." if isinstance(identifier, type) else ""
+        raise TypeError(
+            f"A {self.kind} is a string among {sorted(self.classes)} or an instance of `{base.__name__}`. "
+            f"Received: {identifier!r} of type {type(identifier).__name__}.{hint}"
+        )

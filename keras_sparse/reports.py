@@ -1,0 +1,227 @@
+"""A report is a table of findings with totals: it prints, shows itself in a notebook, and exports as plain data."""
+
+import html
+import json
+import weakref
+
+import numpy as np
+
+from keras_sparse import optimizers, selection
+
+__all__ = ["Report", "report"]
+
+# Why the last pruning of a model left weights dense: {model: {id(variable): reason}}.
+_SKIPPED = weakref.WeakKeyDictionary()
+
+
+class Report:
+    """A table of findings with totals.
+
+    Args:
+        title: Headline.
+        rows: List of dicts of plain data that share their keys: the columns.
+        totals: Dict of plain data about the whole table.
+        notes: Sentences shown below the table.
+        formats: How to print columns and totals: `{name: format specification or function}`.
+
+    Example:
+
+    >>> from keras_sparse.reports import Report
+    >>> report = Report("Sizes", [{"file": "a.tflite", "bytes": 1200}], {"bytes": 1200}, formats={"bytes": ",d"})
+    >>> report.to_dict()["totals"]
+    {'bytes': 1200}
+    >>> "1,200" in str(report)
+    True
+    """
+
+    def __init__(self, title, rows, totals, notes=(), formats=None):
+        self.title = title
+        self.rows = [dict(row) for row in rows]
+        self.totals = dict(totals)
+        self.notes = list(notes)
+        self._formats = dict(formats or {})
+
+    def to_dict(self):
+        """The report as plain data: `{"title", "rows", "totals", "notes"}`."""
+        return {
+            "title": self.title,
+            "rows": [dict(row) for row in self.rows],
+            "totals": dict(self.totals),
+            "notes": list(self.notes),
+        }
+
+    def to_json(self, indent=2):
+        """The report as a JSON string."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def plot(self):
+        """Draw the report: a bar for each row's `sparsity`. Returns a `matplotlib.figure.Figure`.
+
+        Raises:
+            ValueError: If the rows have no column `sparsity`.
+        """
+        bars = [(self._label(row), row["sparsity"]) for row in self.rows if row.get("sparsity") is not None]
+        if not bars:
+            raise ValueError(f"There is nothing to plot: no row of {self.title!r} has a value for `sparsity`.")
+        figure_class = _figure_class()
+        figure = figure_class(figsize=(8, 0.8 + 0.3 * len(bars)), layout="constrained")
+        axes = figure.add_subplot()
+        labels, values = zip(*bars, strict=True)
+        positions = range(len(bars))
+        drawn = axes.barh(positions, values, color="tab:blue")
+        axes.bar_label(drawn, [f"{value:.1%}" for value in values], padding=3, fontsize=8)
+        axes.set_yticks(positions, labels, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.1)
+        axes.set_xlabel("sparsity (share of zeros)")
+        axes.set_title(self.title)
+        return figure
+
+    def __str__(self):
+        from rich.console import Console
+
+        # As wide as its content: a report that is written to a log or a file must not be cut at 80 columns.
+        console = Console(width=1000, color_system=None, highlight=False)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+    __repr__ = __str__
+
+    def __rich__(self):
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        parts = [Text(self.title, style="bold")]
+        if self.rows:
+            table = Table(header_style="bold", show_edge=False, pad_edge=False)
+            for name in self.rows[0]:
+                numeric = all(isinstance(row[name], (int, float, type(None))) for row in self.rows)
+                table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+            for row in self.rows:
+                table.add_row(*(Text(self._format(name, value)) for name, value in row.items()))
+            parts.append(table)
+        if self.totals:
+            parts.append(Text(", ".join(f"{k.replace('_', ' ')} {self._format(k, v)}" for k, v in self.totals.items())))
+        parts.extend(Text(f"- {note}") for note in self.notes)
+        return Group(*parts)
+
+    def _repr_html_(self):
+        def cell(tag, text):
+            return f'<{tag} style="text-align:left">{html.escape(text)}</{tag}>'
+
+        parts = [f"<h4>{html.escape(self.title)}</h4>"]
+        if self.rows:
+            header = "".join(cell("th", name.replace("_", " ")) for name in self.rows[0])
+            body = "".join(
+                "<tr>" + "".join(cell("td", self._format(name, value)) for name, value in row.items()) + "</tr>"
+                for row in self.rows
+            )
+            parts.append(f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>")
+        if self.totals:
+            totals = "".join(
+                f"<tr>{cell('th', name.replace('_', ' '))}{cell('td', self._format(name, value))}</tr>"
+                for name, value in self.totals.items()
+            )
+            parts.append(f"<table>{totals}</table>")
+        if self.notes:
+            parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in self.notes) + "</ul>")
+        return "".join(parts)
+
+    def _format(self, name, value):
+        how = self._formats.get(name)
+        if value is None:
+            return ""
+        if how is not None:
+            return how(value) if callable(how) else format(value, how)
+        return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+    def _label(self, row):
+        return str(next(iter(row.values())))
+
+
+def _figure_class():
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Plots need matplotlib, which is not installed: `pip install matplotlib` or "
+            '`pip install "keras_sparse[plots]"`.'
+        ) from error
+    return Figure
+
+
+def remember(model, skipped):
+    """Keep why weights of `model` were left dense, `{id(variable): reason}`, for the reports to come."""
+    _SKIPPED[model] = dict(skipped)
+
+
+def report(model, notes=()):
+    """Tell what is sparse in a model, what was skipped, and why.
+
+    Rows: `path`, `shape`, `size` and `zeros` (elements), `sparsity` (share of zeros in [0, 1]), `dead_units` (output
+    units whose weights are all zero; `None` for weights that are not kernels), `status` (`"pruned"`, `"dense"` or
+    `"skipped"`) and `reason`. Totals: over all kernels, `size`, `zeros`, `sparsity` (connection sparsity) and `density`
+    (1 - sparsity, as some papers count); over the model, `parameters` and `nonzero_parameters`.
+
+    Args:
+        model: A built Keras model.
+        notes: Sentences to show below the table.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        ValueError: If the model is not built.
+        TypeError: If it is not a Keras 3 model.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> ks.report(model).rows[0]["sparsity"]
+    0.0
+    """
+    selection.check_model(model)
+    reasons = _SKIPPED.get(model, {})
+    sparse = optimizers.find(model)
+    weights = selection.weights(model)
+    rows = [_row(weight, reasons.get(id(weight.variable), weight.skipped), sparse) for weight in weights]
+    kernels = [row for row, weight in zip(rows, weights, strict=True) if weight.kernel]
+    size, zeros = sum(row["size"] for row in kernels), sum(row["zeros"] for row in kernels)
+    totals = {
+        "size": size,
+        "zeros": zeros,
+        "sparsity": zeros / size if size else 0.0,
+        "density": 1 - zeros / size if size else 1.0,
+        "parameters": sum(row["size"] for row in rows),
+        "nonzero_parameters": sum(row["size"] - row["zeros"] for row in rows),
+    }
+    counts = dict.fromkeys(("size", "zeros", "parameters", "nonzero_parameters"), ",d")
+    formats = counts | {"sparsity": ".1%", "density": ".1%", "shape": lambda shape: "x".join(map(str, shape))}
+    return Report(f"Sparsity of {model.name}", rows, totals, notes, formats)
+
+
+def _row(weight, skipped, sparse):
+    value = selection.as_array(weight.variable)
+    zeros = int(value.size - np.count_nonzero(value))
+    masked = sparse is not None and sparse.mask_of(weight.variable) is not None
+    if weight.kernel and (masked or 0 < zeros < value.size):
+        status, reason = "pruned", ""
+    elif skipped:
+        status, reason = "skipped", skipped
+    elif zeros and zeros == value.size:
+        status, reason = "dense", "all zeros: counts as zero-initialised, not as pruned"
+    else:
+        status, reason = "dense", ""
+    return {
+        "path": weight.path,
+        "shape": [int(n) for n in weight.variable.shape],
+        "size": int(value.size),
+        "zeros": zeros,
+        "sparsity": zeros / value.size if value.size else 0.0,
+        "dead_units": weight.dead_units(),
+        "status": status,
+        "reason": reason,
+    }

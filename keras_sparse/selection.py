@@ -1,0 +1,263 @@
+"""A selection: which weights of a model may become sparse, and why the others may not.
+
+Selection walks the layers, never the optimizer. A weight's identity is its variable object: paths repeat in nested
+models and change when a model is loaded. The order is that of `model.trainable_variables`.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+import keras
+import numpy as np
+
+__all__ = ["Weight", "check_model", "select", "weights"]
+
+_KERNELS = ("kernel", "recurrent_kernel", "pointwise_kernel")
+_NEVER = ("bias", "gamma", "beta", "alpha")
+_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+_TRANSPOSED = tuple(getattr(keras.layers, f"Conv{n}DTranspose") for n in (1, 2, 3))
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One weight of a model, as pruning sees it.
+
+    Attributes:
+        variable: The `keras.Variable`.
+        layer: The layer that owns it.
+        kernel: Whether it multiplies inputs and may therefore be made sparse if a filter names it.
+        trainable: Whether training changes it.
+        skipped: Why it is left dense, or `None` if it is selected.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="head")])
+    >>> [(w.variable.name, w.skipped) for w in ks.selection.weights(model)]
+    [('kernel', None), ('bias', 'bias of Dense: not a kernel')]
+    """
+
+    variable: keras.Variable
+    layer: keras.layers.Layer
+    kernel: bool
+    trainable: bool
+    skipped: str | None
+
+    @property
+    def path(self):
+        """The variable's path, such as `"dense/kernel"`."""
+        return self.variable.path
+
+    @property
+    def size(self):
+        """Number of elements."""
+        return int(np.prod(self.variable.shape))
+
+    def numpy(self):
+        """The value as a NumPy array; low-precision floats come as float32."""
+        value = as_array(self.variable)
+        return value if value.dtype in (np.float32, np.float64) else value.astype("float32")
+
+    @property
+    def output_axes(self):
+        """The axes that count output units: the last, unless the layer's mathematics says otherwise."""
+        last = len(self.variable.shape) - 1
+        if isinstance(self.layer, _TRANSPOSED):
+            return (last - 1,)
+        if isinstance(self.layer, _DEPTHWISE) or self.variable.name == "depthwise_kernel":
+            return (last - 1, last)
+        if isinstance(self.layer, keras.layers.EinsumDense) and self.variable.name == "kernel":
+            inputs, kernel, _ = re.split(",|->", self.layer.equation.replace(" ", ""))
+            return tuple(axis for axis, letter in enumerate(kernel) if letter not in inputs)
+        return (last,)
+
+    def dead_units(self):
+        """How many output units have only zeros; `None` for weights that are not kernels."""
+        if not self.kernel:
+            return None
+        outputs = self.output_axes
+        inputs = tuple(axis for axis in range(len(self.variable.shape)) if axis not in outputs)
+        return int(np.sum(~np.any(self.numpy() != 0, axis=inputs)))
+
+
+def as_array(variable):
+    """Return the value of a `keras.Variable` (or a tensor) as a NumPy array."""
+    # `.value`: NumPy 2 warns when it meets the variable itself (Keras 3.15).
+    return keras.ops.convert_to_numpy(variable.value if isinstance(variable, keras.Variable) else variable)
+
+
+def check_model(model):
+    """Raise unless `model` is a built Keras 3 model (or layer).
+
+    Raises:
+        TypeError: If it is something else; a `tf_keras` object gets a message that says so.
+        ValueError: If it has not been built.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> ks.selection.check_model(keras.Sequential([keras.layers.Dense(3)]))
+    Traceback (most recent call last):
+    ...
+    ValueError: The model 'sequential...' is not built, so it has no weights yet. Call it on a batch of data, ...
+    """
+    if not isinstance(model, keras.layers.Layer):
+        if any(base.__module__.split(".")[0] == "tf_keras" for base in type(model).__mro__):
+            raise TypeError(
+                "keras_sparse works on Keras 3, and this is an object of tf_keras, the legacy Keras 2. Build or load the "
+                "model with `import keras`; reading models that tfmot pruned is the purpose of `ks.compat.tfmot` (not "
+                f"in this version). Received: {type(model).__module__}.{type(model).__name__}"
+            )
+        raise TypeError(f"Expected a Keras 3 model. Received: {model!r} of type {type(model).__name__}")
+    if not model.built or not model.weights:
+        reason = "is not built, so it has no weights yet" if not model.built else "has no weights"
+        raise ValueError(
+            f"The model {model.name!r} {reason}. Call it on a batch of data, call `model.build(input_shape)`, or start "
+            f"it with `keras.Input`. Received: {type(model).__name__} with built={model.built}"
+        )
+
+
+def weights(model):
+    """List every weight of a built model, trainable ones first, with the reason why it is skipped by default.
+
+    Args:
+        model: A built Keras model or layer.
+
+    Returns:
+        List of `Weight`.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Embedding(9, 3)])
+    >>> [w.skipped for w in ks.selection.weights(model)]
+    ['embedding: left dense unless a filter names it']
+    """
+    owners = {}
+    _collect_owners(model, owners, set())
+    trainable = {id(v) for v in model.trainable_variables}
+    ordered = model.trainable_variables + [v for v in model.weights if id(v) not in trainable]
+    unique = {id(v): v for v in ordered}.values()
+    return [_weight(v, owners.get(id(v), model), id(v) in trainable) for v in unique]
+
+
+def select(model, filters=None, frozen=False):
+    """List every weight of a built model with the reason why it is skipped under `filters`.
+
+    Args:
+        model: A built Keras model or layer.
+        filters: A regex, a list of them, or a callable on the variable. Regexes are searched in `variable.path`. Only
+            weights that multiply inputs are asked about: biases and normalization weights are never selected. `None`
+            selects all but depthwise kernels and embeddings.
+        frozen: Whether kernels that are not trainable are selected as well.
+
+    Returns:
+        List of `Weight`; those with `skipped=None` are selected, and there is at least one.
+
+    Raises:
+        ValueError: If a filter, or all of them together, select nothing.
+        TypeError: If `filters` is none of the above.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(3, name="b")])
+    >>> [w.path for w in ks.selection.select(model, filters="^a/|/a/") if w.skipped is None]
+    ['a/kernel']
+    """
+    everything = weights(model)
+    matches = _matcher(filters, everything)
+    selected = []
+    for weight in everything:
+        skipped = weight.skipped
+        if weight.kernel:
+            if matches is not None:
+                skipped = None if matches(weight.variable) else "not matched by `filters`"
+            if skipped is None and not (weight.trainable or frozen):
+                skipped = "not trainable: set `trainable = True` to prune it during training"
+        selected.append(replace(weight, skipped=skipped))
+    if all(weight.skipped for weight in selected):
+        received = "" if filters is None else f" Received: filters={filters!r}."
+        raise ValueError(
+            f"There is nothing to prune in {model.name!r}: every weight is skipped.{received} The reasons: "
+            + "; ".join(f"{w.path}: {w.skipped}" for w in selected[:8])
+        )
+    return selected
+
+
+def matching(pattern, candidates):
+    """Return the weights among `candidates` whose path the regex hits, or raise if there is none."""
+    try:
+        found = [w for w in candidates if re.search(pattern, w.path)]
+    except re.error as error:
+        raise ValueError(f"Expected a regular expression ({error}). Received: {pattern!r}") from error
+    except TypeError as error:
+        raise TypeError(
+            f"Expected a regular expression as a string. Received: {pattern!r} of type {type(pattern).__name__}"
+        ) from error
+    if not found:
+        paths = ", ".join(repr(w.path) for w in candidates[:10]) + (", ..." if len(candidates) > 10 else "")
+        raise ValueError(
+            f"The regular expression {pattern!r} matches no weight that could be pruned. Those are: {paths or 'none'}. "
+            "(Biases and normalization weights are never pruned.)"
+        )
+    return found
+
+
+def _matcher(filters, everything):
+    if filters is None or callable(filters):
+        return filters
+    if isinstance(filters, (str, re.Pattern)):
+        filters = [filters]
+    if not isinstance(filters, (list, tuple)) or not filters:
+        raise TypeError(
+            "`filters` must be a regular expression, a list of them, or a callable on the variable. "
+            f"Received: filters={filters!r}"
+        )
+    candidates = [w for w in everything if w.kernel]
+    hit = {id(w.variable) for pattern in filters for w in matching(pattern, candidates)}
+    return lambda variable: id(variable) in hit
+
+
+def _weight(variable, layer, trainable):
+    name, rank = variable.name, len(variable.shape)
+    of = f"{name} of {type(layer).__name__}"
+    # A layer is Keras's own by where its class lives; its rank-2 biases (GRU, attention) are no kernels.
+    own = type(layer).__module__.split(".")[0] == "keras"
+    embedding = "embedding" in name
+    depthwise = isinstance(layer, _DEPTHWISE) or name == "depthwise_kernel"
+    kernel = name in _KERNELS or depthwise or embedding or (not own and rank >= 2)
+    skipped = None
+    if not kernel or name in _NEVER or rank < 1:
+        kernel, skipped = False, f"{of}: not a kernel"
+    elif "float" not in variable.dtype:
+        kernel, skipped = False, f"{of}: {variable.dtype}, not floating point"
+    elif not trainable and not own and name not in _KERNELS:
+        kernel, skipped = False, f"{of}: not trainable"
+    elif embedding:
+        skipped = "embedding: left dense unless a filter names it"
+    elif depthwise:
+        skipped = "depthwise kernel: left dense unless a filter names it"
+    return Weight(variable, layer, kernel, trainable, skipped)
+
+
+def _collect_owners(holder, owners, seen):
+    """Fill `owners` with `id(variable) -> layer` from the attributes of layers and the containers in them.
+
+    `Layer` has no public list of its sublayers (only `Model` has), and attention, wrappers and custom layers keep
+    theirs in attributes. Sublayers come first: wrappers (spectral normalization) refer to the weights of what they wrap.
+    """
+    seen.add(id(holder))
+    own, stack = [], list(vars(holder).values())
+    while stack:
+        value = stack.pop()
+        if isinstance(value, keras.Variable):
+            own.append(value)
+        elif isinstance(value, keras.layers.Layer):
+            if id(value) not in seen:
+                _collect_owners(value, owners, seen)
+        elif isinstance(value, (list, tuple, set, dict)) and id(value) not in seen:
+            seen.add(id(value))
+            stack.extend(value.values() if isinstance(value, dict) else value)
+    for variable in own:
+        owners.setdefault(id(variable), holder)

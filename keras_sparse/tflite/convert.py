@@ -1,0 +1,411 @@
+"""A conversion turns a built Keras model into the bytes of .tflite files, quietly and on every backend.
+
+On the TensorFlow backend it runs in this process. On the others it runs in a fresh Python process under TensorFlow,
+from the model saved as a temporary .keras file: `python -m keras_sparse.tflite.convert FOLDER`.
+"""
+
+import contextlib
+import errno
+import importlib
+import io
+import json
+import logging
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+import zipfile
+from dataclasses import dataclass
+
+import keras
+
+__all__ = ["Conversion", "ExportError", "Signature", "convert", "quiet", "signature"]
+
+_HALF = {
+    name: "float32"
+    for name in ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
+}
+_REDIRECTION = threading.RLock()
+
+
+class ExportError(ValueError):
+    """A model was not exported: it cannot be converted, or the file does not compute what the model computes.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> issubclass(ks.tflite.ExportError, ValueError)
+    True
+    """
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the exported file: its name in the file's signature, shape (`None`: any) and dtype."""
+
+    name: str
+    shape: tuple
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a model is called.
+
+    Attributes:
+        inputs: A list of `Input`, in the order in which `keras.tree` flattens the structure.
+        structure: The nested structure that the model takes, one leaf for each input.
+        keywords: Whether the structure is a dict of keyword arguments (a subclassed model with several arguments).
+    """
+
+    inputs: list
+    structure: object
+    keywords: bool
+
+    def call(self, model, flat):
+        """Run the model for inference on a flat list of arrays or tensors."""
+        inputs = keras.tree.pack_sequence_as(self.structure, list(flat))
+        return model(**inputs, training=False) if self.keywords else model(inputs, training=False)
+
+
+@dataclass
+class Conversion:
+    """What a conversion made: the file's bytes for each encoding, and whether its batch size is fixed to 1."""
+
+    files: dict
+    fixed_batch: bool
+
+
+def signature(model):
+    """Read from a built model how it is called.
+
+    Args:
+        model: A built Keras model.
+
+    Returns:
+        A `Signature`. The names are those of the model's `keras.Input`s, else of its `call` arguments. Half-precision
+        inputs are taken as float32, and so are all inputs of a subclassed model, which does not record their types.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.tflite.convert import signature
+    >>> signature(keras.Sequential([keras.Input((4,), name="x"), keras.layers.Dense(3)])).inputs
+    [Input(name='x', shape=(None, 4), dtype='float32')]
+    """
+    keywords = False
+    if getattr(model, "inputs", None):
+        structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+        leaves = [(leaf.name, tuple(leaf.shape), leaf.dtype) for leaf in keras.tree.flatten(structure)]
+    else:
+        config = model.get_build_config() or {}
+        shapes = config.get("input_shape", config.get("shapes_dict"))
+        if shapes is None:
+            raise ExportError(
+                f"The model {model.name!r} has not recorded the shape of its input. Call it once on a batch of data, "
+                "then export it."
+            )
+        keywords = "shapes_dict" in config
+        if keywords:
+            shapes = {name.removesuffix("_shape"): shape for name, shape in shapes.items()}
+        structure = _shape_leaves(shapes, "inputs")
+        leaves = [(name, (None, *shape[1:]), "float32") for name, shape in keras.tree.flatten(structure)]
+    taken, inputs = set(), []
+    for name, shape, dtype in leaves:
+        name = re.sub(r"\W", "_", name)
+        while name in taken:
+            name += "_1"
+        taken.add(name)
+        inputs.append(Input(name, shape, _HALF.get(dtype, dtype)))
+    return Signature(inputs, structure, keywords)
+
+
+class _Leaf(tuple):
+    """A pair of name and shape that `keras.tree` takes as one leaf."""
+
+
+def _shape_leaves(shapes, name):
+    if isinstance(shapes, dict):
+        return {key: _shape_leaves(value, str(key)) for key, value in shapes.items()}
+    if all(n is None or isinstance(n, int) for n in shapes):
+        return _Leaf((name, tuple(shapes)))
+    return [_shape_leaves(value, f"{name}_{i}") for i, value in enumerate(shapes)]
+
+
+def output_names(outputs):
+    """Names of a model's flattened outputs in the file: the keys of a dict, else `output_0`, `output_1`, ...
+
+    Example:
+
+    >>> output_names({"b": 1, "a": 2}), output_names([1, 2])
+    (['a', 'b'], ['output_0', 'output_1'])
+    """
+    flat = keras.tree.flatten(outputs)
+    keys = sorted(outputs) if isinstance(outputs, dict) and all(isinstance(key, str) for key in outputs) else []
+    names = [re.sub(r"\W", "_", key) for key in keys]
+    return names if len(set(names)) == len(flat) else [f"output_{i}" for i in range(len(flat))]
+
+
+def convert(model, encodings, quantize=None):
+    """Convert a model to .tflite, with TensorFlow's converter and TFLite's built-in operators only.
+
+    Args:
+        model: A built Keras model, on any backend.
+        encodings: Which encodings of the weights are wanted: any of `"dense"` and `"sparse"`.
+        quantize: `None` or `"float16"`.
+
+    Returns:
+        A `Conversion`.
+
+    Raises:
+        ExportError: If the model cannot be converted.
+        OSError: If the disk is full.
+    """
+    if keras.config.backend() == "tensorflow":
+        with quiet():
+            return _convert_here(model, encodings, quantize)
+    return _convert_elsewhere(model, encodings, quantize)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keep what TensorFlow and TFLite print, from C++ too, off the terminal; Python's own streams included.
+
+    Example:
+
+    >>> import os
+    >>> from keras_sparse.tflite.convert import quiet
+    >>> with quiet():
+    ...     _ = os.write(2, b"from C++")
+    """
+    with _REDIRECTION, contextlib.ExitStack() as stack:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # None, or closed
+                stream.flush()  # what was printed before belongs to the terminal
+        with open(os.devnull, "w") as void:
+            for descriptor in (1, 2):
+                with contextlib.suppress(OSError):  # a process without a terminal may have closed them
+                    stack.callback(_restore, descriptor, os.dup(descriptor))
+                    os.dup2(void.fileno(), descriptor)
+        for name in ("tensorflow", "absl"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _restore(descriptor, saved):
+    os.dup2(saved, descriptor)
+    os.close(saved)
+
+
+def _convert_here(model, encodings, quantize):
+    if _computes_in_half(model):
+        model = _in_float32(model)
+    called = signature(model)
+    try:
+        return Conversion(_files(model, called, encodings, quantize, None), fixed_batch=False)
+    except Exception as error:
+        _raise_if_disk_full(error)
+        # Recurrent layers need a fixed batch size: TFLite has no list of tensors of unknown shape.
+        if all(leaf.shape[:1] != (None,) for leaf in called.inputs):
+            raise ExportError(_essence(model, error)) from error
+    try:
+        return Conversion(_files(model, called, encodings, quantize, 1), fixed_batch=True)
+    except Exception as error:
+        _raise_if_disk_full(error)
+        raise ExportError(_essence(model, error)) from error
+
+
+def _files(model, called, encodings, quantize, batch):
+    import tensorflow as tf
+
+    # TFLiteConverter.from_concrete_functions drops the weights of Keras 3 models (tensorflow 2.21): go by SavedModel.
+    specs = [
+        tf.TensorSpec([batch if n is None and axis == 0 else n for axis, n in enumerate(leaf.shape)], leaf.dtype, leaf.name)
+        for leaf in called.inputs
+    ]
+
+    def serve(*flat):
+        outputs = called.call(model, flat)
+        return dict(zip(output_names(outputs), keras.tree.flatten(outputs), strict=True))
+
+    files = {}
+    with tempfile.TemporaryDirectory(prefix="keras_sparse-") as folder:
+        archive = keras.export.ExportArchive()
+        archive.track(model)
+        archive.add_endpoint("serve", serve, input_signature=specs)
+        archive.write_out(folder, verbose=False)
+        for encoding in encodings:
+            converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+            # Without this flag a model with state, such as a seed generator, needs operators that phones lack.
+            converter.experimental_enable_resource_variables = True
+            optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY] if encoding == "sparse" else []
+            if quantize == "float16":
+                optimizations.append(tf.lite.Optimize.DEFAULT)
+                converter.target_spec.supported_types = [tf.float16]
+            converter.optimizations = optimizations
+            files[encoding] = converter.convert()
+    return files
+
+
+def _computes_in_half(layer):
+    return layer.compute_dtype in _HALF or any(_computes_in_half(inner) for inner in getattr(layer, "layers", ()))
+
+
+def _in_float32(model):
+    """A copy of the model that computes in float32: TFLite's built-in operators do not compute in half precision."""
+    with tempfile.TemporaryDirectory(prefix="keras_sparse-") as folder:
+        source, target = os.path.join(folder, "half.keras"), os.path.join(folder, "single.keras")
+        model.save(source)
+        with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+            for name in old.namelist():
+                content = old.read(name)
+                if name == "config.json":
+                    content = json.dumps(_float32_config(json.loads(content))).encode()
+                new.writestr(name, content)
+        policy = keras.config.dtype_policy()
+        try:
+            keras.config.set_dtype_policy("float32")  # for layers that a subclassed model makes in __init__
+            return keras.saving.load_model(target, compile=False, safe_mode=False)
+        except Exception as error:
+            raise ExportError(
+                f"TFLite does not compute in half precision, so the model {model.name!r} must be rebuilt in float32, "
+                "and loading its saved form failed. Make it savable (`get_config`, registered classes), or build it "
+                f"under the policy 'float32' and copy the weights. Received: policy {model.dtype_policy.name!r} "
+                f"({_first_line(error)})"
+            ) from error
+        finally:
+            keras.config.set_dtype_policy(policy)
+
+
+def _float32_config(config):
+    if isinstance(config, list):
+        return [_float32_config(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    config = {key: _float32_config(value) for key, value in config.items()}
+    if isinstance(config.get("dtype"), str):
+        config["dtype"] = _HALF.get(config["dtype"], config["dtype"])
+    if config.get("class_name") == "DTypePolicy":
+        name = config["config"]["name"]
+        config["config"] = {"name": _HALF.get(name, name)}
+    return config
+
+
+def _convert_elsewhere(model, encodings, quantize):
+    with tempfile.TemporaryDirectory(prefix="keras_sparse-") as folder:
+        folder = pathlib.Path(folder)
+        with quiet():
+            model.save(folder / "model.keras")
+        job = {"encodings": list(encodings), "quantize": quantize, "modules": _modules(folder / "model.keras")}
+        (folder / "job.json").write_text(json.dumps(job))
+        environment = os.environ | {
+            "KERAS_BACKEND": "tensorflow",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "CUDA_VISIBLE_DEVICES": "-1",  # the graphics card belongs to the caller
+            "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
+        }
+        command = [sys.executable, "-m", "keras_sparse.tflite.convert", str(folder)]
+        run = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        try:
+            result = json.loads((folder / "result.json").read_text())
+        except (OSError, ValueError):
+            last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ExportError(
+                f"The conversion process of the model {model.name!r} ended without a result. Received: exit status "
+                f"{run.returncode} ({last[:300]})"
+            ) from None
+        if "disk" in result:
+            raise OSError(errno.ENOSPC, result["disk"])
+        if "error" in result:
+            raise ExportError(result["error"])
+        return Conversion({name: (folder / f"{name}.tflite").read_bytes() for name in encodings}, result["fixed_batch"])
+
+
+def _modules(path):
+    """Modules that must be imported before a .keras file can be loaded.
+
+    Raises:
+        ExportError: If it holds an object that is defined in `__main__`: another process cannot import that.
+    """
+    with zipfile.ZipFile(path) as archive:
+        config = json.loads(archive.read("config.json"))
+    config.pop("compile_config", None)
+    registered = keras.saving.get_custom_objects()
+    modules, pending = set(), [config]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, (list, dict)):
+            pending.extend(item.values() if isinstance(item, dict) else item)
+        if not isinstance(item, dict) or not isinstance(item.get("class_name"), str):
+            continue
+        known = registered.get(item.get("registered_name"))
+        module = known.__module__ if known is not None else item.get("module")
+        if module == "__main__":
+            raise ExportError(
+                f"On the {keras.config.backend()} backend the model is converted in another Python process, and that "
+                f"cannot find a class which is defined in `__main__`, the script or notebook itself. Move it to a "
+                f"module and import it from there. Received: {item['class_name']!r}"
+            )
+        if module and module.split(".")[0] not in ("keras", "builtins"):
+            modules.add(module)
+    return sorted(modules)
+
+
+def _main(folder):
+    """Convert `folder/model.keras` as `folder/job.json` says; leave the files and `result.json` there."""
+    folder = pathlib.Path(folder)
+    job = json.loads((folder / "job.json").read_text())
+    try:
+        for module in job["modules"]:
+            importlib.import_module(module)
+        # This file was written a moment ago from the caller's own model: its Lambda layers are the caller's own code.
+        model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
+        conversion = _convert_here(model, job["encodings"], job["quantize"])
+        for name, content in conversion.files.items():
+            (folder / f"{name}.tflite").write_bytes(content)
+        result = {"fixed_batch": conversion.fixed_batch}
+    except ExportError as error:
+        result = {"error": str(error)}
+    except OSError as error:
+        result = {"disk": str(error)}
+    except Exception as error:
+        result = {"error": f"The saved model cannot be loaded on the TensorFlow backend. ({_first_line(error)})"}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def _raise_if_disk_full(error):
+    if isinstance(error, OSError):
+        raise error
+    if re.search(r"No space left on device|File too large|Disk quota exceeded", str(error)):
+        raise OSError(errno.ENOSPC, f"No space left for temporary files in {tempfile.gettempdir()!r}") from error
+
+
+def _essence(model, error):
+    """What a user can act on, out of the converter's wall of text."""
+    missing = re.findall(r"^(?:TF Select|Custom) ops: *(.+)$", str(error), re.MULTILINE)
+    if missing:
+        operators = ", ".join(sorted({name.strip() for line in missing for name in line.split(",")}))
+        reason = f"TFLite has no built-in operator for: {operators}. Replace the layer that uses it"
+    else:
+        reason = f"TensorFlow's converter gave up: {_first_line(error)}"
+    return f"The model {model.name!r} cannot be converted to .tflite. {reason}."
+
+
+def _first_line(error):
+    text = re.sub(r"loc\(.*?\)+: ?|<unknown>:0: |error: ", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,259 @@
+"""A target is a runtime a file ships to: here, what XNNPACK and TFLite's own kernels do with sparse-encoded weights.
+
+The rules are those of XNNPACK's `xnn_subgraph_rewrite_for_nchw` (src/subgraph.c), which rewrites a cluster of
+operators to channel-first sparse kernels on CPUs without AVX (ARM, WebAssembly, old x86), and of TFLite's sparse
+`FullyConnected`. Observed with ai-edge-litert 2.3.0 and LiteRT.js 2.5.3.
+"""
+
+from dataclasses import dataclass
+
+__all__ = ["Use", "hazard", "uses"]
+
+_SAME, _VALID = 0, 1  # schema.fbs, enum Padding
+# Element by element on 4-D tensors; the layout does not matter to them.
+_UNARY = {"RELU", "RELU6", "HARD_SWISH", "LOGISTIC", "ELU", "LEAKY_RELU", "GELU", "RESIZE_BILINEAR"}
+_BINARY = {"ADD", "MUL"}
+_REDUCTIONS = {"MEAN", "SUM", "DEPTH_TO_SPACE"}  # where XNNPACK may return to channels-last
+_UNPACK = {"DENSIFY", "DEQUANTIZE"}
+_THRESHOLD = (2, 3)  # the rewrite needs more than 2/3 zeros, summed over the cluster's 1x1 convolutions
+
+
+@dataclass(frozen=True)
+class Use:
+    """How one sparse-encoded tensor will be used when the model runs.
+
+    Attributes:
+        tensor: The `Tensor`.
+        operator: The operator that multiplies it, such as `"CONV_2D"`.
+        sparse: Whether the multiplication itself skips zeros on some runtime.
+        where: In words: which runtime skips zeros, or that none does.
+    """
+
+    tensor: object
+    operator: str
+    sparse: bool
+    where: str
+
+
+def uses(model):
+    """For each sparse-encoded tensor of a `FlatModel`, say what will run it and where its zeros are skipped.
+
+    Returns:
+        List of `Use`.
+
+    Example:
+
+    >>> from keras_sparse.tflite.inspect import FlatModel
+    >>> from keras_sparse.tflite.targets import uses
+    >>> uses(FlatModel(subgraphs=[], bytes=0, bytes_gzip=0))
+    []
+    """
+    found = {}
+    for subgraph in model.subgraphs:
+        graph = _Graph(subgraph)
+        cluster = graph.cluster() if graph.densifies() else _Cluster()
+        for operator in subgraph.operators:
+            if operator.name in _UNPACK:
+                continue
+            for number in operator.inputs:
+                constant = graph.constant(number)
+                if constant is None or constant.levels is None or id(constant) in found:
+                    continue
+                if graph.producer(number) is None:
+                    use = Use(constant, operator.name, True, "sparse kernel of TFLite's FullyConnected, on every CPU")
+                elif operator in cluster.pointwise and cluster.engages:
+                    where = "XNNPACK sparse kernel on ARM, WebAssembly and x86 without AVX; as dense on x86 with AVX"
+                    use = Use(constant, operator.name, True, where)
+                else:
+                    use = Use(constant, operator.name, False, "stored compressed, restored when the model loads")
+                found[id(constant)] = use
+    return list(found.values())
+
+
+def hazard(model):
+    """Why a sparse-encoded file cannot be trusted to compute right numbers on every CPU, or `None` if it can.
+
+    A native run on x86 with AVX does not show these faults. The answer errs on the safe side: `None` means that no
+    known fault can occur.
+
+    Args:
+        model: A `FlatModel` of a sparse-encoded file.
+
+    Returns:
+        A sentence, or `None`.
+
+    Example:
+
+    >>> from keras_sparse.tflite.inspect import FlatModel
+    >>> from keras_sparse.tflite.targets import hazard
+    >>> hazard(FlatModel(subgraphs=[], bytes=0, bytes_gzip=0)) is None
+    True
+    """
+    for subgraph in model.subgraphs:
+        graph = _Graph(subgraph)
+        for operator in subgraph.operators:
+            if operator.name in ("DENSIFY", "FULLY_CONNECTED"):
+                continue
+            if any(n >= 0 and subgraph.tensors[n].levels is not None for n in operator.inputs):
+                return f"{operator.name} would read sparse-encoded weights as if they were dense (float16 in 1x4 blocks)"
+        if graph.densifies():
+            reason = graph.cluster().broken
+            if reason:
+                return f"XNNPACK's sparse rewrite would take only a part of the graph and compute wrong numbers: {reason}"
+    return None
+
+
+@dataclass
+class _Cluster:
+    """What XNNPACK would rewrite: its 1x1 convolutions, whether it does so, and why the result would be wrong."""
+
+    pointwise: list = ()
+    engages: bool = False
+    broken: str | None = None
+
+
+class _Graph:
+    """A subgraph with the questions that the rules ask of it."""
+
+    def __init__(self, subgraph):
+        self.tensors, self.operators = subgraph.tensors, subgraph.operators
+        self.outputs = set(subgraph.outputs)
+        self._producers = {n: operator for operator in self.operators for n in operator.outputs}
+        self._consumers = {}
+        for operator in self.operators:
+            for n in operator.inputs:
+                self._consumers.setdefault(n, []).append(operator)
+
+    def producer(self, number):
+        return self._producers.get(number)
+
+    def densifies(self):
+        """Whether XNNPACK is told to look for sparse clusters: it is as soon as one weight is unpacked by DENSIFY."""
+        return any(operator.name == "DENSIFY" for operator in self.operators)
+
+    def constant(self, number):
+        """The stored tensor behind an input, through the operators that unpack it; `None` if it is computed."""
+        while number in self._producers and self._producers[number].name in _UNPACK:
+            number = self._producers[number].inputs[0]
+        if number < 0 or self.tensors[number].stored is None:
+            return None
+        return self.tensors[number]
+
+    def cluster(self):
+        """Follow the graph from the entry convolutions to the exits; see the module's docstring for the rules."""
+        entries = [operator for operator in self.operators if self._is_entry(operator)]
+        pointwise = [operator for operator in self.operators if self._is_pointwise(operator)]
+        exits = [o for o in self.operators if o.name in _REDUCTIONS and self._rank(o.inputs[0]) == 4]
+        # A cluster begins at an entry, is closed by an exit, and has more zeros than its least sparse convolution:
+        # where one of the three cannot be, nothing is rewritten.
+        if not entries or not exits or not any(self._mostly_zero([operator]) for operator in pointwise):
+            return _Cluster()
+        inside, pending = [], list(entries)
+        while pending:
+            operator = pending.pop()
+            if operator in inside:
+                continue
+            inside.append(operator)
+            if operator not in exits:
+                if any(n in self.outputs for n in operator.outputs):
+                    return _Cluster(broken=f"the output of {self._label(operator)} is an output of the model")
+                pending.extend(c for n in operator.outputs for c in self._following(n))
+        produced = {n for operator in inside if operator not in exits for n in operator.outputs}
+        for operator in inside:
+            if operator in exits:
+                if not self._is_exit(operator):
+                    return _Cluster(broken=f"{self._label(operator)} is not a global average pooling")
+                for after in (c for n in operator.outputs for c in self._following(n)):
+                    if operator.name == "MEAN" and self._is_compatible(after):
+                        return _Cluster(broken=f"{self._label(after)} follows the pooling that ends the sparse part")
+            elif operator not in entries:
+                if not self._is_compatible(operator):
+                    return _Cluster(broken=f"{self._label(operator)} has no channel-first form")
+                if any(self.constant(n) is None and n not in produced for n in self._data_inputs(operator)):
+                    return _Cluster(broken=f"{self._label(operator)} joins a branch from outside the sparse part")
+        own = [operator for operator in pointwise if operator in inside]
+        return _Cluster(pointwise=own, engages=self._mostly_zero(own))
+
+    def _following(self, number):
+        """Consumers of a tensor; a padding that XNNPACK melts into the next convolution counts as part of that."""
+        for operator in self._consumers.get(number, ()):
+            after = [c for n in operator.outputs for c in self._consumers.get(n, ())]
+            if operator.name == "PAD" and len(after) == 1 and self._padding(after[0]) is not None:
+                yield after[0]
+            else:
+                yield operator
+
+    def _data_inputs(self, operator):
+        first = self._producers.get(operator.inputs[0])
+        if first is not None and first.name == "PAD":
+            return [first.inputs[0]]
+        return [n for n in operator.inputs if n >= 0]
+
+    def _padding(self, operator):
+        """Explicit padding (top, bottom, left, right) of a convolution, or `None` where TFLite's SAME rule applies."""
+        options = operator.options
+        if options.get("Padding") != _VALID:
+            return None
+        before = self._producers.get(operator.inputs[0])
+        if before is None or before.name not in ("PAD", "PADV2"):
+            return (0, 0, 0, 0)
+        amounts = self.constant(before.inputs[1])
+        if amounts is None or amounts.size != 8:
+            return None
+        batch, height, width, channels = amounts.values().reshape(4, 2).tolist()
+        return (*height, *width) if not any(batch + channels) else None
+
+    def _kernel(self, operator):
+        weights = self.constant(operator.inputs[1])
+        return weights.shape if weights is not None and len(weights.shape) == 4 else (0, 0, 0, 0)
+
+    def _strides(self, operator):
+        undilated = operator.options.get("DilationHFactor") == operator.options.get("DilationWFactor") == 1
+        return (operator.options["StrideH"], operator.options["StrideW"]) if undilated else (0, 0)
+
+    def _is_entry(self, operator):
+        if operator.name != "CONV_2D" or self._strides(operator) != (2, 2):
+            return False
+        return self._kernel(operator)[1:] == (3, 3, 3) and self._padding(operator) == (1, 1, 1, 1)
+
+    def _is_pointwise(self, operator):
+        if operator.name != "CONV_2D" or self._kernel(operator)[1:3] != (1, 1):
+            return False
+        unpadded = operator.options["Padding"] == _SAME or self._padding(operator) == (0, 0, 0, 0)
+        return self._strides(operator) == (1, 1) and unpadded
+
+    def _is_depthwise(self, operator):
+        if operator.name != "DEPTHWISE_CONV_2D" or operator.options["DepthMultiplier"] != 1:
+            return False
+        _, height, width, _ = self._kernel(operator)
+        strides = self._strides(operator)
+        if height != width or height not in (3, 5) or strides not in ((1, 1), (2, 2)):
+            return False
+        if operator.options["Padding"] == _SAME:
+            return strides == (1, 1)
+        return self._padding(operator) == (height // 2,) * 4
+
+    def _is_compatible(self, operator):
+        """Whether XNNPACK has the operator in channel-first form and no rule speaks against it."""
+        if operator.name in _UNARY:
+            return self._rank(operator.inputs[0]) == 4
+        if operator.name in _BINARY:
+            return all(self._rank(n) == 4 and self.constant(n) is None for n in operator.inputs)
+        return self._is_pointwise(operator) or self._is_depthwise(operator)
+
+    def _is_exit(self, operator):
+        if operator.name == "DEPTH_TO_SPACE":
+            return True
+        axes = self.constant(operator.inputs[1])
+        return operator.name == "MEAN" and axes is not None and sorted(axes.values().ravel() % 4) == [1, 2]
+
+    def _mostly_zero(self, operators):
+        weights = [self.constant(operator.inputs[1]) for operator in operators]
+        zeros, size = sum(w.zeros for w in weights), sum(w.size for w in weights)
+        return zeros * _THRESHOLD[1] > size * _THRESHOLD[0]
+
+    def _rank(self, number):
+        return len(self.tensors[number].shape)
+
+    def _label(self, operator):
+        return f"{operator.name} (operator {self.operators.index(operator)}, {self.tensors[operator.outputs[0]].name})"
