@@ -8,12 +8,12 @@ import keras
 import numpy as np
 
 from keras_sparse import criteria, optimizers, patterns, pruning, reports, schedules, selection
-from keras_sparse.registry import serializable
+from keras_sparse.registry import Configurable, serializable
 
 __all__ = ["AtTargetSparsity", "KeepSparsity", "Pruning"]
 
 
-class _MaskCallback(keras.callbacks.Callback):
+class _MaskCallback(keras.callbacks.Callback, Configurable):
     """Base of the callbacks that hold masks in the model's optimizer. Subclasses say which, in `_plan`.
 
     Several may train one model: they register with one `SparseOptimizer`, and the last to leave takes it off.
@@ -249,11 +249,6 @@ class Pruning(_MaskCallback):
             "verbose": self.verbose,
         }
 
-    @classmethod
-    def from_config(cls, config):
-        """The inverse of `get_config`."""
-        return cls(**config)
-
     @property
     def reached(self):
         """Whether the model is at its target sparsity."""
@@ -407,15 +402,6 @@ class KeepSparsity(_MaskCallback):
     >>> history.history["sparsity"]
     [0.5]
     """
-
-    def get_config(self):
-        """The constructor's arguments as plain data."""
-        return {}
-
-    @classmethod
-    def from_config(cls, config):
-        """The inverse of `get_config`."""
-        return cls(**config)
 
     def _plan(self, model):
         sparse = [w for w in selection.weights(model) if w.kernel and w.trainable and not _is_dense(w)]

@@ -4,14 +4,14 @@ import zlib
 
 import numpy as np
 
-from keras_sparse.registry import Registry
+from keras_sparse.registry import Configurable, Registry
 
 __all__ = ["Criterion", "Magnitude", "Random", "get"]
 
 _REGISTRY = Registry("criterion")
 
 
-class Criterion:
+class Criterion(Configurable):
     """Base class of criteria. Subclasses implement `scores(weight)`.
 
     Scores must depend on nothing but the arguments, so that the same weights give the same mask on every backend and
@@ -37,15 +37,6 @@ class Criterion:
             Floating-point array of the same shape. NaN scores are kept.
         """
         raise TypeError(f"`{type(self).__name__}` must implement `scores(self, weight)`.")
-
-    def get_config(self):
-        """The constructor's arguments as plain data."""
-        return {}
-
-    @classmethod
-    def from_config(cls, config):
-        """The inverse of `get_config`."""
-        return cls(**config)
 
 
 @_REGISTRY.register("magnitude")

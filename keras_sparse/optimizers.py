@@ -147,7 +147,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def save_own_variables(self, store):
         # Not `self.variables`: Keras saves the inner optimizer, a child, by itself.
         for index, variable in enumerate(self._variables):
-            store[str(index)] = keras.ops.convert_to_numpy(variable.value)
+            store[str(index)] = ops.convert_to_numpy(ops.convert_to_tensor(variable))
 
     def load_own_variables(self, store):
         if len(store.keys()) != len(self._variables):
@@ -412,6 +412,8 @@ def _check_optimizers(model):
         optimizer = getattr(optimizer, "inner_optimizer", None)
     others = set()
     for name, value in vars(model).items():
+        if name.startswith("_self_"):
+            continue  # TensorFlow's list of the attributes that it tracks: the same objects again.
         items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(item, keras.optimizers.Optimizer) and id(item) not in known for item in items):
             others.add(name)

@@ -6,7 +6,7 @@ spreads the decision about the groups over the weights. The ranking between them
 
 import numpy as np
 
-from keras_sparse.registry import Registry
+from keras_sparse.registry import Configurable, Registry
 
 __all__ = ["Pattern", "Unstructured", "get", "keep_highest"]
 
@@ -51,7 +51,7 @@ def keep_highest(scores, count):
     return keep.reshape(scores.shape)
 
 
-class Pattern:
+class Pattern(Configurable):
     """Base class of patterns.
 
     Subclasses implement `pool(scores) -> group scores` and `expand(kept groups, shape) -> kept weights`.
@@ -93,15 +93,6 @@ class Pattern:
         """
         pooled = self.pool(scores)
         return self.expand(keep_highest(pooled, self.count(sparsity, pooled.size)), scores.shape)
-
-    def get_config(self):
-        """The constructor's arguments as plain data."""
-        return {}
-
-    @classmethod
-    def from_config(cls, config):
-        """The inverse of `get_config`."""
-        return cls(**config)
 
 
 @_REGISTRY.register("unstructured")

@@ -4,12 +4,39 @@ import difflib
 
 import keras
 
-PACKAGE = "keras_sparse"
+__all__ = ["Configurable", "Registry", "serializable"]
 
 
 def serializable(cls):
-    """Register a class with Keras as `keras_sparse>Name`, so that configs that mention it can be revived."""
-    return keras.saving.register_keras_serializable(PACKAGE)(cls)
+    """Register a class with Keras as `keras_sparse>Name`, so that configs that mention it can be revived.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> keras.saving.get_registered_name(ks.schedules.Cosine)
+    'keras_sparse>Cosine'
+    """
+    return keras.saving.register_keras_serializable("keras_sparse")(cls)
+
+
+class Configurable:
+    """An object that Keras can serialize: its constructor's arguments come back from `get_config` as plain data.
+
+    Example:
+
+    >>> from keras_sparse.registry import Configurable
+    >>> Configurable.from_config(Configurable().get_config()).get_config()
+    {}
+    """
+
+    def get_config(self):
+        """The constructor's arguments as plain data."""
+        return {}
+
+    @classmethod
+    def from_config(cls, config):
+        """The inverse of `get_config`."""
+        return cls(**config)
 
 
 class Registry:

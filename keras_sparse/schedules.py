@@ -6,14 +6,14 @@ Both `progress` and the fraction lie in [0, 1]. `Pruning` multiplies the fractio
 import math
 import numbers
 
-from keras_sparse.registry import Registry
+from keras_sparse.registry import Configurable, Registry
 
 __all__ = ["Cosine", "Exponential", "Linear", "OneShot", "Polynomial", "Schedule", "get"]
 
 _REGISTRY = Registry("schedule")
 
 
-class Schedule:
+class Schedule(Configurable):
     """Base class of schedules. Subclasses implement `fraction(progress)`, which is 1 at progress 1.
 
     A subclass of your own that is registered with `keras.saving.register_keras_serializable` works wherever a string
@@ -36,15 +36,6 @@ class Schedule:
     def fraction(self, progress):
         """The shape itself, for a progress in [0, 1]."""
         raise TypeError(f"`{type(self).__name__}` must implement `fraction(self, progress)`.")
-
-    def get_config(self):
-        """The constructor's arguments as plain data."""
-        return {}
-
-    @classmethod
-    def from_config(cls, config):
-        """The inverse of `get_config`."""
-        return cls(**config)
 
 
 def _positive(name, value):

@@ -82,8 +82,8 @@ class Weight:
 
 def as_array(variable):
     """Return the value of a `keras.Variable` (or a tensor) as a NumPy array."""
-    # `.value`: NumPy 2 warns when it meets the variable itself (Keras 3.15).
-    return keras.ops.convert_to_numpy(variable.value if isinstance(variable, keras.Variable) else variable)
+    # As a tensor first: NumPy 2 warns when it meets the variables of TensorFlow and JAX themselves (Keras 3.15).
+    return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
 
 
 def check_model(model):

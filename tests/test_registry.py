@@ -1,0 +1,47 @@
+"""Strings that stand for objects."""
+
+import keras
+import pytest
+
+import keras_sparse as ks
+
+KINDS = [
+    (ks.schedules.get, ks.schedules.Schedule, "linear"),
+    (ks.patterns.get, ks.patterns.Pattern, "unstructured"),
+    (ks.criteria.get, ks.criteria.Criterion, "magnitude"),
+]
+
+
+@pytest.mark.parametrize(("get", "base", "name"), KINDS)
+def test_get_takes_a_name_an_instance_or_a_config(get, base, name):
+    instance = get(name)
+    assert isinstance(instance, base)
+    assert get(instance) is instance
+    assert type(get(keras.saving.serialize_keras_object(instance))) is type(instance)
+
+
+@pytest.mark.parametrize(("get", "base", "name"), KINDS)
+def test_errors_say_what_there_is(get, base, name):
+    with pytest.raises(ValueError, match=f"Did you mean '{name}'"):
+        get(name[:-1])
+    with pytest.raises(TypeError, match="Received: 3 of type int"):
+        get(3)
+    with pytest.raises(TypeError, match="Create an instance"):
+        get(type(get(name)))
+
+
+@pytest.mark.parametrize("module", [ks.schedules, ks.patterns, ks.criteria])
+def test_every_public_class_has_a_name(module):
+    classes = [getattr(module, name) for name in module.__all__ if isinstance(getattr(module, name), type)]
+    for cls in classes:
+        assert cls.__module__ == module.__name__
+    named = {type(module.get(name)) for name in NAMES[module.__name__.split(".")[-1]]}
+    bases = {ks.schedules.Schedule, ks.patterns.Pattern, ks.criteria.Criterion}
+    assert named == set(classes) - bases
+
+
+NAMES = {
+    "schedules": ["polynomial", "linear", "cosine", "exponential", "one_shot"],
+    "patterns": ["unstructured"],
+    "criteria": ["magnitude", "random"],
+}
