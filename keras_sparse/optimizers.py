@@ -57,6 +57,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=lambda: inner_optimizer.learning_rate, name=name)
         self.inner_optimizer = inner_optimizer
         self.temporary = temporary
+        # Whether `compile` saw this object; `wrap` says otherwise.
+        self.compiled = True
         self.users = []
         self._masked = list(masked)
         self._masks = []
@@ -345,6 +347,7 @@ def wrap(model):
             sparse = SparseOptimizer(outer.inner_optimizer if scaled else outer, temporary=True)
             if model.built and model.trainable_variables:
                 sparse.build(model.trainable_variables)
+        sparse.compiled = False
         if scaled:
             outer.inner_optimizer = sparse
         else:
@@ -375,9 +378,10 @@ def unwrap(model):
             model.optimizer.inner_optimizer = sparse.inner_optimizer
         drop_functions(model)
         # A model that was compiled with the wrapper (or loaded so) must not save it any more: there the shadow stays.
-        del model.get_compile_config
-        if SparseOptimizer.__name__ in str(model.get_compile_config().get("optimizer")):
+        if sparse.compiled:
             _shadow_compile_config(model)
+        else:
+            del model.get_compile_config
     return getattr(model, "optimizer", None)
 
 

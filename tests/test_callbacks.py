@@ -295,6 +295,19 @@ def test_frozen_layers_are_left_alone():
 # Input pipelines and epochs
 
 
+# What Keras says about every generator and dataset of unknown length.
+KERAS_SAYS = [
+    pytest.mark.filterwarnings("ignore:Your input ran out of data"),
+    pytest.mark.filterwarnings("ignore:`shuffle=True` was passed, but will be ignored"),
+]
+
+
+def with_keras_warnings(test):
+    for mark in KERAS_SAYS:
+        test = mark(test)
+    return test
+
+
 def batches(n=6):
     for start in range(0, 16 * n, 16):
         yield X[start : start + 16], Y[start : start + 16]
@@ -313,6 +326,7 @@ def endless():
         yield from batches()
 
 
+@with_keras_warnings
 def test_generator_of_unknown_length():
     tf = pytest.importorskip("tensorflow")
     data = tf.data.Dataset.from_generator(
@@ -327,6 +341,7 @@ def test_generator_of_unknown_length():
     assert first[11] < 108 and first[17] == 108
 
 
+@with_keras_warnings
 def test_one_epoch_of_unknown_length_prunes_at_its_end_and_warns():
     tf = pytest.importorskip("tensorflow")
     data = tf.data.Dataset.from_generator(
@@ -338,6 +353,7 @@ def test_one_epoch_of_unknown_length_prunes_at_its_end_and_warns():
     assert zeros(model) == [108, 27]
 
 
+@with_keras_warnings
 @pytest.mark.parametrize("kind", ["tf.data", "generator", "sequence"])
 def test_input_pipelines(kind):
     arguments = {}
@@ -594,16 +610,21 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, order):
 
 
 @pytest.mark.skipif(not TENSORFLOW, reason="tf.distribute")
-@pytest.mark.parametrize("arguments", [{}, {"use_ema": True}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"use_ema": True}, {"policy": "mixed_float16"}], ids=str)
 def test_mirrored_strategy(arguments):
     import tensorflow as tf
 
     devices = tf.config.list_logical_devices("CPU")
     if len(devices) < 2:
         pytest.skip("needs two logical CPU devices, which conftest.py sets up")
+    arguments = dict(arguments)
     strategy = tf.distribute.MirroredStrategy([device.name for device in devices[:2]])
-    with strategy.scope():
-        model = dense_model(optimizer=keras.optimizers.Adam(0.01, **arguments), jit_compile=False)
+    keras.config.set_dtype_policy(arguments.pop("policy", "float32"))
+    try:
+        with strategy.scope():
+            model = dense_model(optimizer=keras.optimizers.Adam(0.01, **arguments), jit_compile=False)
+    finally:
+        keras.config.set_dtype_policy("float32")
     record = ZerosAfterEachStep()
     fit(model, ks.callbacks.Pruning(0.9), record)
     assert zeros(model) == [108, 27]

@@ -7,6 +7,7 @@ from the model saved as a temporary .keras file: `python -m keras_sparse.tflite.
 import contextlib
 import errno
 import importlib
+import inspect
 import io
 import json
 import logging
@@ -19,16 +20,13 @@ import tempfile
 import threading
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 
-__all__ = ["Conversion", "ExportError", "Signature", "convert", "quiet", "signature"]
+__all__ = ["Conversion", "ExportError", "Signature", "convert", "first_line", "output_names", "quiet", "signature"]
 
-_HALF = {
-    name: "float32"
-    for name in ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
-}
+_HALF = dict.fromkeys(("float16", "bfloat16", "mixed_float16", "mixed_bfloat16"), "float32")
 _REDIRECTION = threading.RLock()
 
 
@@ -60,21 +58,34 @@ class Signature:
         inputs: A list of `Input`, in the order in which `keras.tree` flattens the structure.
         structure: The nested structure that the model takes, one leaf for each input.
         keywords: Whether the structure is a dict of keyword arguments (a subclassed model with several arguments).
+        typed: Whether the model records the types of its inputs; a subclassed one does not.
     """
 
     inputs: list
     structure: object
     keywords: bool
+    typed: bool
 
     def call(self, model, flat):
         """Run the model for inference on a flat list of arrays or tensors."""
         inputs = keras.tree.pack_sequence_as(self.structure, list(flat))
         return model(**inputs, training=False) if self.keywords else model(inputs, training=False)
 
+    def with_dtypes(self, dtypes):
+        """The same signature with other input types; 64-bit numbers, NumPy's default, become 32-bit ones."""
+        dtypes = [str(dtype).replace("64", "32") for dtype in dtypes]
+        inputs = [replace(leaf, dtype=_HALF.get(dtype, dtype)) for leaf, dtype in zip(self.inputs, dtypes, strict=True)]
+        return replace(self, inputs=inputs)
+
 
 @dataclass
 class Conversion:
-    """What a conversion made: the file's bytes for each encoding, and whether its batch size is fixed to 1."""
+    """What a conversion made.
+
+    Attributes:
+        files: The file's bytes for each encoding; an encoding that could not be made, other than the first, is absent.
+        fixed_batch: Whether the file takes a batch of 1 only, though the model takes any.
+    """
 
     files: dict
     fixed_batch: bool
@@ -97,10 +108,9 @@ def signature(model):
     >>> signature(keras.Sequential([keras.Input((4,), name="x"), keras.layers.Dense(3)])).inputs
     [Input(name='x', shape=(None, 4), dtype='float32')]
     """
-    keywords = False
-    if getattr(model, "inputs", None):
+    typed, keywords = bool(getattr(model, "inputs", None)), False
+    if typed:
         structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
-        leaves = [(leaf.name, tuple(leaf.shape), leaf.dtype) for leaf in keras.tree.flatten(structure)]
     else:
         config = model.get_build_config() or {}
         shapes = config.get("input_shape", config.get("shapes_dict"))
@@ -110,30 +120,32 @@ def signature(model):
                 "then export it."
             )
         keywords = "shapes_dict" in config
+        arguments = [p.name for p in inspect.signature(model.call).parameters.values() if p.default is p.empty]
+        if not keywords and len(arguments) > 1:
+            raise ExportError(
+                f"Keras has not recorded the shapes of all arguments of {type(model).__name__}.call. Give the model "
+                "one argument, a list or dict of tensors, or a method `build` that takes a shape for each argument. "
+                f"Received: arguments {arguments}, shape {shapes}"
+            )
         if keywords:
             shapes = {name.removesuffix("_shape"): shape for name, shape in shapes.items()}
-        structure = _shape_leaves(shapes, "inputs")
-        leaves = [(name, (None, *shape[1:]), "float32") for name, shape in keras.tree.flatten(structure)]
+        structure = _inputs_of_shapes(shapes, "inputs")
     taken, inputs = set(), []
-    for name, shape, dtype in leaves:
-        name = re.sub(r"\W", "_", name)
+    for leaf in keras.tree.flatten(structure):
+        name = re.sub(r"\W", "_", leaf.name)
         while name in taken:
             name += "_1"
         taken.add(name)
-        inputs.append(Input(name, shape, _HALF.get(dtype, dtype)))
-    return Signature(inputs, structure, keywords)
+        inputs.append(Input(name, tuple(leaf.shape), _HALF.get(leaf.dtype, leaf.dtype)))
+    return Signature(inputs, structure, keywords, typed)
 
 
-class _Leaf(tuple):
-    """A pair of name and shape that `keras.tree` takes as one leaf."""
-
-
-def _shape_leaves(shapes, name):
+def _inputs_of_shapes(shapes, name):
     if isinstance(shapes, dict):
-        return {key: _shape_leaves(value, str(key)) for key, value in shapes.items()}
+        return {key: _inputs_of_shapes(value, str(key)) for key, value in shapes.items()}
     if all(n is None or isinstance(n, int) for n in shapes):
-        return _Leaf((name, tuple(shapes)))
-    return [_shape_leaves(value, f"{name}_{i}") for i, value in enumerate(shapes)]
+        return Input(name, (None, *shapes[1:]), "float32")
+    return [_inputs_of_shapes(value, f"{name}_{i}") for i, value in enumerate(shapes)]
 
 
 def output_names(outputs):
@@ -150,11 +162,12 @@ def output_names(outputs):
     return names if len(set(names)) == len(flat) else [f"output_{i}" for i in range(len(flat))]
 
 
-def convert(model, encodings, quantize=None):
+def convert(model, called, encodings, quantize=None):
     """Convert a model to .tflite, with TensorFlow's converter and TFLite's built-in operators only.
 
     Args:
         model: A built Keras model, on any backend.
+        called: Its `Signature`.
         encodings: Which encodings of the weights are wanted: any of `"dense"` and `"sparse"`.
         quantize: `None` or `"float16"`.
 
@@ -164,11 +177,19 @@ def convert(model, encodings, quantize=None):
     Raises:
         ExportError: If the model cannot be converted.
         OSError: If the disk is full.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.tflite.convert import convert, signature
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    >>> convert(model, signature(model), ["dense"]).files["dense"][4:8]
+    b'TFL3'
     """
     if keras.config.backend() == "tensorflow":
         with quiet():
-            return _convert_here(model, encodings, quantize)
-    return _convert_elsewhere(model, encodings, quantize)
+            return _convert_here(model, called, encodings, quantize)
+    return _convert_elsewhere(model, called, encodings, quantize)
 
 
 @contextlib.contextmanager
@@ -207,10 +228,9 @@ def _restore(descriptor, saved):
     os.close(saved)
 
 
-def _convert_here(model, encodings, quantize):
+def _convert_here(model, called, encodings, quantize):
     if _computes_in_half(model):
         model = _in_float32(model)
-    called = signature(model)
     try:
         return Conversion(_files(model, called, encodings, quantize, None), fixed_batch=False)
     except Exception as error:
@@ -229,10 +249,10 @@ def _files(model, called, encodings, quantize, batch):
     import tensorflow as tf
 
     # TFLiteConverter.from_concrete_functions drops the weights of Keras 3 models (tensorflow 2.21): go by SavedModel.
-    specs = [
-        tf.TensorSpec([batch if n is None and axis == 0 else n for axis, n in enumerate(leaf.shape)], leaf.dtype, leaf.name)
-        for leaf in called.inputs
-    ]
+    specs = []
+    for leaf in called.inputs:
+        size = batch if leaf.shape[0] is None else leaf.shape[0]
+        specs.append(tf.TensorSpec([size, *leaf.shape[1:]], leaf.dtype, leaf.name))
 
     def serve(*flat):
         outputs = called.call(model, flat)
@@ -253,7 +273,11 @@ def _files(model, called, encodings, quantize, batch):
                 optimizations.append(tf.lite.Optimize.DEFAULT)
                 converter.target_spec.supported_types = [tf.float16]
             converter.optimizations = optimizations
-            files[encoding] = converter.convert()
+            try:
+                files[encoding] = converter.convert()
+            except Exception:
+                if not files:
+                    raise  # else: the dense encoding is there, and the caller says that the other could not be made
     return files
 
 
@@ -281,7 +305,7 @@ def _in_float32(model):
                 f"TFLite does not compute in half precision, so the model {model.name!r} must be rebuilt in float32, "
                 "and loading its saved form failed. Make it savable (`get_config`, registered classes), or build it "
                 f"under the policy 'float32' and copy the weights. Received: policy {model.dtype_policy.name!r} "
-                f"({_first_line(error)})"
+                f"({first_line(error)})"
             ) from error
         finally:
             keras.config.set_dtype_policy(policy)
@@ -301,12 +325,17 @@ def _float32_config(config):
     return config
 
 
-def _convert_elsewhere(model, encodings, quantize):
+def _convert_elsewhere(model, called, encodings, quantize):
     with tempfile.TemporaryDirectory(prefix="keras_sparse-") as folder:
         folder = pathlib.Path(folder)
         with quiet():
             model.save(folder / "model.keras")
-        job = {"encodings": list(encodings), "quantize": quantize, "modules": _modules(folder / "model.keras")}
+        job = {
+            "modules": _modules(folder / "model.keras"),
+            "dtypes": [leaf.dtype for leaf in called.inputs],
+            "encodings": list(encodings),
+            "quantize": quantize,
+        }
         (folder / "job.json").write_text(json.dumps(job))
         environment = os.environ | {
             "KERAS_BACKEND": "tensorflow",
@@ -328,7 +357,8 @@ def _convert_elsewhere(model, encodings, quantize):
             raise OSError(errno.ENOSPC, result["disk"])
         if "error" in result:
             raise ExportError(result["error"])
-        return Conversion({name: (folder / f"{name}.tflite").read_bytes() for name in encodings}, result["fixed_batch"])
+        files = {name: (folder / f"{name}.tflite").read_bytes() for name in result["encodings"]}
+        return Conversion(files, result["fixed_batch"])
 
 
 def _modules(path):
@@ -370,16 +400,17 @@ def _main(folder):
             importlib.import_module(module)
         # This file was written a moment ago from the caller's own model: its Lambda layers are the caller's own code.
         model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
-        conversion = _convert_here(model, job["encodings"], job["quantize"])
+        called = signature(model).with_dtypes(job["dtypes"])
+        conversion = _convert_here(model, called, job["encodings"], job["quantize"])
         for name, content in conversion.files.items():
             (folder / f"{name}.tflite").write_bytes(content)
-        result = {"fixed_batch": conversion.fixed_batch}
+        result = {"fixed_batch": conversion.fixed_batch, "encodings": list(conversion.files)}
     except ExportError as error:
         result = {"error": str(error)}
     except OSError as error:
         result = {"disk": str(error)}
     except Exception as error:
-        result = {"error": f"The saved model cannot be loaded on the TensorFlow backend. ({_first_line(error)})"}
+        result = {"error": f"The saved model cannot be loaded on the TensorFlow backend. ({first_line(error)})"}
     (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -397,14 +428,23 @@ def _essence(model, error):
         operators = ", ".join(sorted({name.strip() for line in missing for name in line.split(",")}))
         reason = f"TFLite has no built-in operator for: {operators}. Replace the layer that uses it"
     else:
-        reason = f"TensorFlow's converter gave up: {_first_line(error)}"
+        reason = f"TensorFlow's converter gave up: {first_line(error)}"
     return f"The model {model.name!r} cannot be converted to .tflite. {reason}."
 
 
-def _first_line(error):
-    text = re.sub(r"loc\(.*?\)+: ?|<unknown>:0: |error: ", "", str(error))
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+def first_line(error):
+    """Type and essence of an error whose message is a wall of text.
+
+    Example:
+
+    >>> first_line(ValueError("no room\\n  at the inn"))
+    'ValueError: no room'
+    """
+    text = re.sub(r"loc\(.*?\)+: ?|<unknown>:0: |error: |\x1b\[\d*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
+    # Keras puts the layer first and what went wrong after it.
+    text = " ".join(lines[:2]) if lines[0].startswith("Exception encountered") else lines[0]
+    return f"{type(error).__name__}: {text[:300].rstrip('.')}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An inspection reads a .tflite file as data, without running it: its tensors, how they are stored, how sparse they are.
+"""An inspection reads a .tflite file as data, without running it: its tensors, how they are stored, how sparse.
 
 The reader is pure Python over the flatbuffer schema that ai-edge-litert ships, so a damaged file can only raise.
 """

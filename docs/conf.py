@@ -1,0 +1,38 @@
+"""Sphinx configuration: MyST pages, API pages from docstrings, no network."""
+
+import ast
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+project = "keras_sparse"
+author = "The keras_sparse authors"
+copyright = "2026, the keras_sparse authors. Apache License 2.0"
+# Read, not imported: `version` is needed before autodoc imports anything.
+release = version = next(
+    ast.literal_eval(node.value)
+    for node in ast.parse((ROOT / "keras_sparse" / "__init__.py").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
+)
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+myst_links_external_new_tab = False
+
+autodoc_default_options = {"members": True, "member-order": "bysource", "show-inheritance": True}
+autodoc_inherit_docstrings = False
+autodoc_typehints = "none"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+default_role = "code"  # Docstrings are written with Markdown's single backquotes.
+
+html_theme = "furo"
+html_title = f"keras_sparse {release}"

@@ -1,0 +1,312 @@
+"""A parity check runs a .tflite file and its Keras model on the same inputs and measures how far the outputs differ."""
+
+import contextlib
+import itertools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+from keras_sparse.tflite.convert import ExportError, first_line, output_names, quiet
+
+__all__ = ["Parity", "Reference", "no_avx_runtime", "one_by_one", "random_batches", "representative_batches"]
+
+_ANY = 32  # size of a dimension that the model leaves open, other than the batch
+_MAX_SAMPLES = 128  # of representative data: a check, not an evaluation
+# What runs under qemu: NumPy and the interpreter alone, because importing Keras there takes minutes.
+_RUN_FILE = """
+import sys, numpy as np
+from ai_edge_litert.interpreter import Interpreter
+run = Interpreter(model_path=sys.argv[1], num_threads=1).get_signature_runner("serving_default")
+np.savez(sys.argv[3], **run(**np.load(sys.argv[2])))
+"""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a file's outputs are from the model's.
+
+    Attributes:
+        absolute: Largest absolute difference over all outputs and inputs tried.
+        relative: Largest difference of an output divided by that output's largest magnitude.
+        worst: Name of the output with the largest relative difference.
+    """
+
+    absolute: float
+    relative: float
+    worst: str
+
+
+class Reference:
+    """The outputs of a Keras model on some inputs, to compare files with.
+
+    Args:
+        model: A built Keras model, on any backend.
+        signature: Its `Signature`.
+        batches: List of flat lists of arrays, one for each input.
+
+    Raises:
+        ExportError: If the model itself fails on these inputs.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.tflite.convert import convert, signature
+    >>> from keras_sparse.tflite.parity import Reference, random_batches
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    >>> called = signature(model)
+    >>> reference = Reference(model, called, random_batches(model, called))
+    >>> reference.compare(convert(model, called, ["dense"]).files["dense"]).absolute < 1e-5
+    True
+    """
+
+    def __init__(self, model, signature, batches):
+        batches = [[a.astype(i.dtype) for a, i in zip(batch, signature.inputs, strict=True)] for batch in batches]
+        self._inputs = [dict(zip([i.name for i in signature.inputs], batch, strict=True)) for batch in batches]
+        self._outputs = []
+        try:
+            with quiet():
+                for batch in batches:
+                    outputs = signature.call(model, batch)
+                    arrays = [_numbers(keras.ops.convert_to_numpy(y)) for y in keras.tree.flatten(outputs)]
+                    self._outputs.append(dict(zip(output_names(outputs), arrays, strict=True)))
+        except Exception as error:
+            raise ExportError(
+                f"The model {model.name!r} fails on the inputs it should be checked with. If it takes only certain "
+                "values, pass some as `representative_data`. Received from the model: "
+                f"{first_line(error)}"
+            ) from error
+
+    def compare(self, content):
+        """Run a file (bytes) with ai-edge-litert on this machine and compare it. Returns a `Parity`."""
+        from ai_edge_litert.interpreter import Interpreter
+
+        with quiet():
+            interpreter = Interpreter(model_content=content, num_threads=1)
+            run = interpreter.get_signature_runner("serving_default")
+            # A model input that no output depends on is not in the file.
+            wanted = set(run.get_input_details())
+            return self._parity(
+                run(**{name: value for name, value in inputs.items() if name in wanted}) for inputs in self._inputs
+            )
+
+    def compare_without_avx(self, content, timeout=120):
+        """Run a file where XNNPACK's sparse kernels are on: under `qemu-x86_64`, as a CPU without AVX.
+
+        Returns:
+            A `Parity`, or `None` if there is no such runtime here or it took longer than `timeout` seconds.
+        """
+        emulator = no_avx_runtime()
+        if emulator is None:
+            return None
+        with tempfile.TemporaryDirectory(prefix="keras_sparse-") as folder:
+            model, inputs, outputs = (os.path.join(folder, name) for name in ("m.tflite", "x.npz", "y.npz"))
+            with open(model, "wb") as file:
+                file.write(content)
+            np.savez(inputs, **self._inputs[0])
+            # OpenBLAS asks the real CPU, finds AVX, and dies of an illegal instruction.
+            environment = os.environ | {
+                "OPENBLAS_CORETYPE": "Nehalem",
+                "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
+            }
+            command = [emulator, "-cpu", "Nehalem", sys.executable, "-c", _RUN_FILE, model, inputs, outputs]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout)
+            if not os.path.exists(outputs):
+                return None
+            with np.load(outputs) as found:
+                return self._parity([dict(found)])
+
+    def _parity(self, results):
+        absolute, relative, worst = 0.0, 0.0, ""
+        for expected, found in zip(self._outputs, results, strict=False):
+            for name, value in expected.items():
+                difference, ratio = _difference(value, _numbers(found[name]))
+                absolute = max(absolute, difference)
+                if not worst or ratio > relative:
+                    relative, worst = ratio, name
+        return Parity(absolute, relative, worst)
+
+
+def _numbers(array):
+    # bfloat16, float16, bool and integers alike; float64 holds all but the largest int64 exactly
+    return np.asarray(array).astype("float64")
+
+
+def _difference(expected, found):
+    """Largest difference, absolute and relative to the largest magnitude; NaN equals NaN and nothing else."""
+    if expected.shape != found.shape:
+        return np.inf, np.inf
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(expected - found)
+    apart[(expected == found) | (np.isnan(expected) & np.isnan(found))] = 0.0
+    apart[np.isnan(apart)] = np.inf
+    finite = np.abs(expected[np.isfinite(expected)])
+    largest = float(apart.max(initial=0.0))
+    # The floor keeps an output of zeros from turning rounding noise into an infinite ratio.
+    return largest, largest / max(float(finite.max(initial=0.0)), 1e-6)
+
+
+def no_avx_runtime():
+    """Path of a `qemu-x86_64` that can run this Python, or `None`.
+
+    Example:
+
+    >>> no_avx_runtime() is None or "qemu" in no_avx_runtime()
+    True
+    """
+    usable = sys.platform == "linux" and platform.machine() == "x86_64"
+    return shutil.which("qemu-x86_64") if usable else None
+
+
+def random_batches(model, signature, seed=0):
+    """Random inputs that a model can take, in batches of 1, 2 and 3 where the batch size is open.
+
+    Floats are normal; integers stay below the number of rows of the model's smallest embedding, or are 0 and 1 without
+    one (0 to 255 for images of uint8). Float inputs of a model with an embedding may be token numbers, so they are
+    drawn from the valid ones.
+
+    Args:
+        model: A built Keras model.
+        signature: Its `Signature`.
+        seed: Of the random numbers.
+
+    Returns:
+        List of flat lists of arrays.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.tflite.convert import signature
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    >>> [batch[0].shape for batch in random_batches(model, signature(model))]
+    [(1, 4), (2, 4), (3, 4)]
+    """
+    rng = np.random.default_rng(seed)
+    rows = min((int(w.shape[0]) for w in model.weights if w.name == "embeddings"), default=None)
+    batches = []
+    for size in (1, 2, 3):
+        batch = []
+        for leaf in signature.inputs:
+            shape = [(size if axis == 0 else _ANY) if n is None else n for axis, n in enumerate(leaf.shape)]
+            batch.append(_random(rng, shape, np.dtype(leaf.dtype), rows))
+        batches.append(batch)
+    return batches
+
+
+def _random(rng, shape, dtype, rows):
+    if dtype.kind == "f":
+        values = rng.normal(size=shape) if rows is None else rng.integers(0, min(rows, 100), shape)
+    else:
+        values = rng.integers(0, rows or (256 if dtype == np.uint8 else 2), shape)
+    return values.astype(dtype)
+
+
+def one_by_one(batches):
+    """The same samples in batches of 1.
+
+    Example:
+
+    >>> [batch[0].shape for batch in one_by_one([[np.ones((2, 4))], [np.ones((1, 4))]])]
+    [(1, 4), (1, 4), (1, 4)]
+    """
+    return [[array[i : i + 1] for array in batch] for batch in batches for i in range(len(batch[0]))]
+
+
+def representative_batches(data, signature):
+    """Turn representative data, in any of the forms that `fit` takes, into batches of flat lists of arrays.
+
+    Args:
+        data: An array; a list, tuple or dict of arrays for several inputs; a `tf.data.Dataset`, a `PyDataset`, a
+            generator or other iterable of batches, or a function that returns one. Batches may be `(inputs, targets)`.
+        signature: The model's `Signature`.
+
+    Returns:
+        List of flat lists of arrays, of 128 samples at most.
+
+    Raises:
+        ValueError: If the data are empty or do not fit the model's inputs.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_sparse.tflite.convert import signature
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    >>> [len(batch[0]) for batch in representative_batches(np.ones((200, 4)), signature(model))]
+    [128]
+    """
+    batches, left = [], _MAX_SAMPLES
+    for element in _elements(data() if callable(data) and not hasattr(data, "__iter__") else data, signature):
+        arrays = [
+            _fitting(array, leaf) for array, leaf in zip(_leaves(element, signature), signature.inputs, strict=True)
+        ]
+        if len({len(array) for array in arrays}) > 1:
+            sizes = [array.shape for array in arrays]
+            raise ValueError(f"The inputs in `representative_data` must have the same batch size. Received: {sizes}")
+        if len(arrays[0]):
+            batches.append([array[:left] for array in arrays])
+            left -= len(arrays[0])
+        if left <= 0:
+            break
+    if not batches:
+        raise ValueError("`representative_data` must hold at least one sample. Received: no data")
+    return batches
+
+
+def _elements(data, signature):
+    """The batches in `data`: one, if it is a structure of arrays like the model's inputs."""
+    if isinstance(data, keras.utils.PyDataset):
+        return (data[i] for i in range(len(data)))
+    if isinstance(data, (dict, np.ndarray)) or hasattr(data, "__array__"):
+        return [data]
+    if isinstance(data, (list, tuple)):
+        ranks = [len(leaf.shape) for leaf in signature.inputs]
+        # A tuple may be (inputs, targets), as for `fit`; a list is either all inputs or one batch after another.
+        for structure in (data, *data[:1]) if isinstance(data, tuple) else (data,):
+            if [np.ndim(array) for array in keras.tree.flatten(structure)] == ranks:
+                return [structure]
+        return data
+    if hasattr(data, "__iter__"):
+        return itertools.islice(data, _MAX_SAMPLES)
+    raise ValueError(
+        "`representative_data` must be an array, a list, tuple or dict of arrays, a dataset, a generator or a function "
+        f"that returns one. Received: {type(data).__name__}"
+    )
+
+
+def _leaves(element, signature):
+    names = [leaf.name for leaf in signature.inputs]
+    # (inputs, targets) or (inputs, targets, sample weights), as `fit` takes them
+    paired = isinstance(element, (tuple, list)) and len(element) in (2, 3)
+    candidates = [element, element[0]] if paired else [element]
+    for candidate in candidates:
+        if isinstance(candidate, dict) and set(names) <= set(candidate):
+            return [candidate[name] for name in names]
+        leaves = keras.tree.flatten(candidate)
+        if len(leaves) == len(names):
+            return leaves
+    count = len(keras.tree.flatten(element))
+    raise ValueError(
+        f"Each batch of `representative_data` must hold {len(names)} arrays, for the inputs {names}. Received: {count}"
+    )
+
+
+def _fitting(array, leaf):
+    array = np.asarray(keras.ops.convert_to_numpy(array)) if keras.ops.is_tensor(array) else np.asarray(array)
+    if array.ndim == len(leaf.shape) - 1:
+        array = array[None]
+    fits = array.ndim == len(leaf.shape) and all(
+        want is None or want == have for want, have in zip(leaf.shape[1:], array.shape[1:], strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"`representative_data` must fit the model's input {leaf.name!r} of shape {leaf.shape}. "
+            f"Received: an array of shape {array.shape}"
+        )
+    return array

@@ -1,0 +1,5 @@
+"""Stub for tools that look for it; the metadata is in setup.cfg."""
+
+from setuptools import setup
+
+setup()

@@ -1,0 +1,35 @@
+"""What every test shares: a quiet TensorFlow, a fixed seed, and which files make sense on which backend."""
+
+import os
+
+# Before anything imports TensorFlow.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # It announces itself, and makes sums depend on the CPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import keras
+import pytest
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    # For `tf.distribute`: a second CPU has to be made before TensorFlow starts.
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
+
+# These test files, conversions and subprocesses, not tensors: one backend is enough. Exporting from the JAX and
+# torch backends is tested in the run with TensorFlow.
+_BACKEND_DOES_NOT_MATTER = ["test_architecture.py", "test_docs.py", "test_notebooks.py", "test_cli.py"]
+_TENSORFLOW_ONLY = ["test_tflite_*.py", "test_quickstart.py", "test_end_to_end.py"]
+
+collect_ignore_glob = [] if keras.backend.backend() == "tensorflow" else _BACKEND_DOES_NOT_MATTER + _TENSORFLOW_ONLY
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    """Make each test's random numbers its own, whatever ran before; and layer names too."""
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)

@@ -1,0 +1,234 @@
+"""The rules of the code base, read from its syntax trees: who may import whom, what every module must come with."""
+
+import ast
+import doctest
+import importlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "keras_sparse"
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in FILES}
+# `tflite.export` for keras_sparse/tflite/export.py; packages and `python -m` entry points define nothing themselves.
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in FILES
+    if path.name not in ("__init__.py", "__main__.py")
+}
+
+# A module imports only from rows above its own; inside `tflite` and `compat`, neighbours may import each other.
+ROWS = (
+    {"registry", "quiet"},
+    {"schedules", "patterns", "criteria"},
+    {"selection", "optimizers", "regularizers"},
+    {"reports"},
+    {"pruning", "channels", "layers"},
+    {"callbacks", "tflite", "compat"},
+    {"search", "quickstart"},
+    {"cli"},
+)
+LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}
+# These work on NumPy arrays alone, so that a mask is the same on every backend.
+NUMPY_ONLY = {"registry", "schedules", "patterns", "criteria"}
+
+# Private names of others that we use, each with its reason.
+PRIVATE = {
+    # `maybe_merge_call` is how the Keras optimizers assign within a replica, and no public call does it in every strategy.
+    ("optimizers", "__internal__"): "tf.__internal__.distribute.interim.maybe_merge_call",
+}
+
+VAGUE = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc", "core"}
+
+
+def module_of(path):
+    """The top-level module of the package that a file belongs to; `None` for keras_sparse/__init__.py itself."""
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return None if first in ("__init__", "__main__") else first
+
+
+def imports(tree):
+    """Yield `(dotted name, node)` for each import, `from a import b` as `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write imports in full"
+            yield from ((f"{node.module}.{alias.name}", node) for alias in node.names)
+
+
+def in_functions(tree):
+    """The nodes that run only when a function is called."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return {id(inner) for function in functions for inner in ast.walk(function) if inner is not function}
+
+
+def public(tree):
+    """Yield `(name, node)` for the classes and functions in `__all__` that the module itself defines."""
+    names = None
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            names = ast.literal_eval(node.value)
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            if node.name in names if names is not None else not node.name.startswith("_"):
+                yield node.name, node
+
+
+def where(path, node):
+    return f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def each_file(test):
+    return pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))(test)
+
+
+def each_module(test):
+    return pytest.mark.parametrize("module", sorted(MODULES))(test)
+
+
+def test_the_package_was_found():
+    assert {"schedules", "optimizers", "pruning", "callbacks", "tflite.export"} <= set(MODULES)
+
+
+@each_file
+def test_imports_go_down_only(path):
+    own = module_of(path)
+    if own is None:
+        return
+    assert own in LEVEL, f"Place the new module {own!r} in a row of ROWS."
+    for name, node in imports(TREES[path]):
+        parts = name.split(".")
+        if parts[0] != "keras_sparse":
+            continue
+        assert len(parts) > 1, f"{where(path, node)}: import the module, not the package, which imports everything"
+        assert parts[1] in LEVEL, f"{where(path, node)}: {parts[1]} is in no row"
+        allowed = LEVEL[parts[1]] < LEVEL[own] or (parts[1] == own and own in ("tflite", "compat"))
+        assert allowed, f"{where(path, node)}: {own} may not import {parts[1]}"
+
+
+@each_file
+def test_tensorflow_only_where_it_must_be(path):
+    own, late = module_of(path), in_functions(TREES[path])
+    for name, node in imports(TREES[path]):
+        if name.split(".")[0] in ("tensorflow", "tf_keras", "tensorflow_model_optimization", "ai_edge_litert"):
+            asks_distribute = own == "optimizers" and id(node) in late and name == "tensorflow"
+            assert own in ("tflite", "compat") or asks_distribute, f"{where(path, node)}: imports {name}"
+
+
+@each_file
+def test_lowest_rows_know_only_numpy(path):
+    own = module_of(path)
+    if own not in NUMPY_ONLY:
+        return
+    for name, node in imports(TREES[path]):
+        top = name.split(".")[0]
+        # The registry registers classes with Keras; the others have no business with tensors.
+        known = {"keras_sparse", "numpy"} | ({"keras"} if own == "registry" else set())
+        assert top in known or top in sys.stdlib_module_names, f"{where(path, node)}: imports {name}"
+
+
+@each_file
+def test_nothing_private_of_others(path):
+    own = module_of(path)
+    for name, node in imports(TREES[path]):
+        assert not re.match(r"keras\.src\b|tensorflow\.python\b|tf_keras\.src\b", name), f"{where(path, node)}: {name}"
+        foreign = [part for part in name.split(".") if part.startswith("_") and part != "__version__"]
+        assert not foreign, f"{where(path, node)}: imports {name}"
+    for node in ast.walk(TREES[path]):
+        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
+            continue
+        if hasattr(type, node.attr) or hasattr(types.FunctionType, node.attr) or hasattr(object(), node.attr):
+            continue  # `__name__` and its like are Python's.
+        owner = node.value
+        ours = isinstance(owner, ast.Name) and owner.id in ("self", "cls")
+        ours |= isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super"
+        assert ours or (own, node.attr) in PRIVATE, f"{where(path, node)}: uses {ast.unparse(node)}"
+
+
+def test_every_exception_is_needed():
+    used = {
+        (module_of(path), node.attr) for path in FILES for node in ast.walk(TREES[path]) if isinstance(node, ast.Attribute)
+    }
+    assert set(PRIVATE) <= used, "An exception in PRIVATE is no longer needed: remove it."
+
+
+@each_file
+def test_size_and_names(path):
+    lines = path.read_text(encoding="utf-8").count("\n")
+    assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines: is it one idea?"
+    assert path.stem.strip("_") not in VAGUE, "Name the module for what it is about."
+    assert ast.get_docstring(TREES[path]), "The first line of a module's docstring defines its noun."
+
+
+@each_module
+def test_each_module_has_tests(module):
+    file = ROOT / "tests" / f"test_{module.replace('.', '_')}.py"
+    assert file.exists(), f"{file.relative_to(ROOT)} is missing"
+    assert "\ndef test_" in file.read_text(encoding="utf-8")
+
+
+@each_module
+def test_each_module_has_a_docs_page(module):
+    page = ROOT / "docs" / "api" / f"{module.split('.')[0]}.md"
+    assert page.exists(), f"{page.relative_to(ROOT)} is missing"
+    assert f"{{eval-rst}}\n.. automodule:: keras_sparse.{module}\n" in page.read_text(encoding="utf-8")
+
+
+@each_module
+def test_each_public_docstring_has_an_example(module):
+    for name, node in public(TREES[MODULES[module]]):
+        assert ">>> " in (ast.get_docstring(node) or ""), f"keras_sparse.{module}.{name} has no example"
+
+
+@each_module
+def test_examples_run(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = doctest.testmod(importlib.import_module(f"keras_sparse.{module}"), optionflags=doctest.ELLIPSIS)
+    assert results.attempted or not list(public(TREES[MODULES[module]]))
+    assert results.failed == 0
+
+
+def test_tests_assert():
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                body = ast.unparse(node)
+                asserts = re.search(r"\bassert\b|pytest\.(raises|warns)|\b(assert|check)_\w+\(", body)
+                assert asserts, f"{where(path, node)}: {node.name} asserts nothing"
+
+
+def modules_after(statement):
+    code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+def test_import_brings_nothing_but_keras_and_the_standard_library():
+    new = modules_after("import keras, keras_sparse") - modules_after("import keras, numpy")
+    foreign = {name for name in new if name.split(".")[0] not in sys.stdlib_module_names | {"keras_sparse"}}
+    assert "keras_sparse.callbacks" in new
+    assert not foreign, "Import these where they are needed: `import keras_sparse` is to cost next to nothing."
+    assert "keras_sparse.tflite" not in new
+
+
+def test_lazy_submodule_is_an_attribute():
+    new = modules_after("import keras_sparse as ks\nassert callable(ks.tflite.export)")
+    assert "keras_sparse.tflite.export" in new
+
+
+def test_version_can_be_read_without_importing():
+    tree = TREES[PACKAGE / "__init__.py"]
+    versions = [
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
+    ]
+    assert len(versions) == 1
+    assert re.fullmatch(r"\d+\.\d+\.\d+", versions[0])

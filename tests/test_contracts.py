@@ -1,0 +1,145 @@
+"""One table: what every public object must pass. A class enters the package by adding a row."""
+
+import inspect
+import json
+
+import keras
+import numpy as np
+import pytest
+
+import keras_sparse as ks
+
+OBJECTS = {
+    "Polynomial": ks.schedules.Polynomial(power=2),
+    "Linear": ks.schedules.Linear(),
+    "Cosine": ks.schedules.Cosine(),
+    "Exponential": ks.schedules.Exponential(rate=3),
+    "OneShot": ks.schedules.OneShot(),
+    "Unstructured": ks.patterns.Unstructured(),
+    "Magnitude": ks.criteria.Magnitude(),
+    "Random": ks.criteria.Random(seed=4),
+    "Pruning": ks.callbacks.Pruning(
+        {"a/": 0.8, "b/": (0.5, "unstructured")},
+        criterion=ks.criteria.Random(2),
+        schedule=ks.schedules.Polynomial(4),
+        begin=3,
+        end=0.5,
+        frequency=7,
+        filters=["kernel"],
+        verbose=1,
+    ),
+    "KeepSparsity": ks.callbacks.KeepSparsity(),
+    "AtTargetSparsity": ks.callbacks.AtTargetSparsity(ks.callbacks.KeepSparsity()),
+    "SparseOptimizer": ks.optimizers.SparseOptimizer(keras.optimizers.SGD(0.1, momentum=0.5), masked=[0, 2]),
+}
+ABSTRACT = {ks.schedules.Schedule, ks.patterns.Pattern, ks.criteria.Criterion}
+
+
+def plain(config):
+    return json.loads(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_config_round_trip(name):
+    thing = OBJECTS[name]
+    config = thing.get_config()
+    revived = type(thing).from_config(plain(config))
+    assert plain(revived.get_config()) == plain(config)
+    serialized = keras.saving.serialize_keras_object(thing)
+    assert serialized["registered_name"] == f"keras_sparse>{name}"
+    again = keras.saving.deserialize_keras_object(plain(serialized))
+    assert type(again) is type(thing)
+    assert plain(again.get_config()) == plain(config)
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_config_holds_every_argument(name):
+    thing = OBJECTS[name]
+    assert set(thing.get_config()) == set(inspect.signature(type(thing).__init__).parameters) - {"self", "args", "kwargs"}
+
+
+def test_every_public_class_has_a_row():
+    public = {
+        getattr(module, name)
+        for module in (ks.schedules, ks.patterns, ks.criteria, ks.callbacks, ks.optimizers)
+        for name in module.__all__
+    }
+    classes = {thing for thing in public if inspect.isclass(thing)} - ABSTRACT
+    assert classes == {type(thing) for thing in OBJECTS.values()}
+
+
+def test_abstract_classes_say_what_is_missing():
+    with pytest.raises(TypeError, match="must implement `fraction"):
+        ks.schedules.Schedule()(0.5)
+    with pytest.raises(TypeError, match="must implement `pool"):
+        ks.patterns.Pattern().mask(np.ones(3), 0.5)
+    with pytest.raises(TypeError, match="must implement `expand"):
+        ks.patterns.Pattern().expand(np.ones(3), (3,))
+    with pytest.raises(TypeError, match="must implement `scores"):
+        ks.criteria.Criterion().scores(np.ones(3))
+
+
+def test_a_function_as_filter_has_no_config():
+    with pytest.raises(ValueError, match="use regular expressions"):
+        ks.callbacks.Pruning(0.5, filters=lambda variable: True).get_config()
+
+
+SIGNATURES = {
+    "Pruning": (
+        ks.callbacks.Pruning,
+        "(target_sparsity=None, criterion='magnitude', pattern=None, schedule='polynomial', allocation='uniform', "
+        "begin=0.0, end=0.75, frequency=None, filters=None, verbose=0)",
+    ),
+    "prune": (
+        ks.prune,
+        "(model, sparsity, criterion='magnitude', pattern=None, allocation='uniform', filters=None)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_that_users_rely_on(name):
+    thing, signature = SIGNATURES[name]
+    assert str(inspect.signature(thing)) == signature
+
+
+TRAINING = {
+    "plain": {},
+    "jit": {"jit_compile": True},
+    "eager graph": {"jit_compile": False},
+    "mixed_float16": {"policy": "mixed_float16"},
+    "mixed_bfloat16": {"policy": "mixed_bfloat16"},
+}
+
+
+@pytest.mark.parametrize("how", TRAINING)
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda: ks.callbacks.Pruning(0.75),
+        lambda: ks.callbacks.Pruning(0.75, criterion="random"),
+        lambda: ks.callbacks.Pruning(0.75, schedule="cosine"),
+        lambda: ks.callbacks.Pruning(0.75, schedule="exponential"),
+        lambda: ks.callbacks.Pruning(0.75, allocation="global"),
+    ],
+)
+def test_train_save_load_and_predict_alike(how, callback, tmp_path):
+    arguments = dict(TRAINING[how])
+    if keras.backend.backend() == "torch" and arguments.get("jit_compile"):
+        pytest.skip("Keras compiles torch models for minutes")
+    keras.config.set_dtype_policy(arguments.pop("policy", "float32"))
+    try:
+        inputs = keras.Input((6, 6, 2))
+        x = keras.layers.Conv2D(4, 3, activation="relu")(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(2, dtype="float32")(keras.layers.Flatten()(x)))
+        model.compile(keras.optimizers.Adam(0.01), "mse", **arguments)
+        x = np.random.default_rng(0).normal(size=(32, 6, 6, 2)).astype("float32")
+        model.fit(x, np.ones((32, 2)), batch_size=8, epochs=2, verbose=0, callbacks=[callback()])
+        assert ks.report(model).totals["zeros"] == 150
+        model.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_allclose(
+            model.predict(x, verbose=0), loaded.predict(x, verbose=0), rtol=1e-3 if "mixed" in how else 1e-5, atol=1e-5
+        )
+    finally:
+        keras.config.set_dtype_policy("float32")

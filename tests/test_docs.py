@@ -1,0 +1,39 @@
+"""The Python code on the pages of the documentation runs as it stands, and the README's links lead somewhere."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# A block of Python; `<!-- setup` holds what a reader has already (a model, data), `<!-- not run -->` excuses the next one.
+BLOCK = re.compile(r"<!-- setup\n(?P<setup>.*?)-->|(?P<excuse><!-- not run -->\n+)?^```python\n(?P<code>.*?)^```", re.S | re.M)
+PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if BLOCK.search(path.read_text(encoding="utf-8")))
+
+
+def blocks(path):
+    """The code to run on a page, each block at the line where it stands, for tracebacks that lead there."""
+    text = path.read_text(encoding="utf-8")
+    for match in BLOCK.finditer(text):
+        if not match["excuse"]:
+            part = "setup" if match["setup"] is not None else "code"
+            yield "\n" * text.count("\n", 0, match.start(part)) + match[part]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_code_on_the_page_runs(path, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    ran = 0
+    for code in blocks(path):
+        exec(compile(code, str(path), "exec"), namespace)
+        ran += 1
+    assert ran == len(list(blocks(path)))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_readme_links_lead_to_files():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]
+    assert len(targets) > 5
+    assert [target for target in targets if not (ROOT / target).exists()] == []

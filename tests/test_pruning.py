@@ -1,0 +1,226 @@
+"""One-shot pruning and plans, against NumPy and the real tfmot."""
+
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+
+import keras_sparse as ks
+
+
+def make(*units, seed=0):
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential([keras.Input((int(units[0]),)), *(keras.layers.Dense(int(n), name=f"d{i}") for i, n in enumerate(units[1:]))])
+
+
+def kernels(model):
+    return [layer.kernel.numpy() for layer in model.layers]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_keeps_the_largest_and_changes_no_survivor(seed, allocation):
+    rng = np.random.default_rng(seed)
+    model = make(*rng.integers(1, 40, 4), seed=seed)
+    before, sparsity = kernels(model), float(rng.random())
+    ks.prune(model, sparsity, allocation=allocation)
+    after = kernels(model)
+    groups = zip(before, after, strict=True)
+    if allocation == "global":
+        groups = [(np.concatenate([k.reshape(-1) for k in before]), np.concatenate([k.reshape(-1) for k in after]))]
+    for b, a in groups:
+        order = np.argsort(np.abs(b).reshape(-1), kind="stable")
+        expected = b.reshape(-1).copy()
+        expected[order[: round(sparsity * b.size)]] = 0
+        np.testing.assert_array_equal(a.reshape(-1), expected)
+
+
+def test_golden_mask():
+    # A person can check this one: half of eight, the 1s tie and the later one stays.
+    model = make(2, 4)
+    model.layers[0].kernel.assign([[4.0, -1.0, 0.5, 3.0], [-2.0, 0.25, 1.0, -5.0]])
+    ks.prune(model, 0.5)
+    np.testing.assert_array_equal(kernels(model)[0], [[4.0, 0.0, 0.0, 3.0], [-2.0, 0.0, 0.0, -5.0]])
+    ks.prune(model, 0.625)
+    np.testing.assert_array_equal(kernels(model)[0], [[4.0, 0.0, 0.0, 3.0], [0.0, 0.0, 0.0, -5.0]])
+
+
+def test_pruning_twice_is_pruning_once():
+    model = make(9, 7)
+    ks.prune(model, 0.6)
+    first = kernels(model)[0]
+    report = ks.prune(model, 0.6)
+    np.testing.assert_array_equal(kernels(model)[0], first)
+    assert report.notes == []
+
+
+def test_a_sparser_model_is_kept_and_the_report_says_so():
+    model = make(10, 10, 10)
+    ks.prune(model, {"d0": 0.9})
+    before = kernels(model)
+    report = ks.prune(model, 0.5)
+    np.testing.assert_array_equal(kernels(model)[0], before[0])
+    assert (kernels(model)[1] == 0).sum() == 50
+    assert len(report.notes) == 1 and "already 90.0% sparse, more than the 50.0% asked for: kept" in report.notes[0]
+    assert "already 90.0%" in str(report)
+    ks.prune(model, 0.95)
+    assert "already" in ks.prune(model, 0.3, allocation="global").notes[0]
+
+
+def test_first_matching_key_wins():
+    model = make(10, 10, 10)
+    report = ks.prune(model, {"d1": 0.2, "d": 0.7})
+    assert [(k == 0).sum() for k in kernels(model)] == [70, 20]
+    other = make(10, 10, 10)
+    report = ks.prune(other, {"d0": 0.7})
+    assert report.rows[2]["status"] == "skipped"
+    assert report.rows[2]["reason"] == "no key of `target_sparsity` matches"
+
+
+def test_nan_weights_are_kept():
+    model = make(4, 4)
+    value = np.arange(1.0, 17).reshape(4, 4)
+    value[0] = np.nan
+    model.layers[0].kernel.assign(value)
+    ks.prune(model, 0.75)
+    assert np.isnan(kernels(model)[0][0]).all() and (kernels(model)[0][1:] == 0).all()
+
+
+def test_frozen_kernels_are_pruned_in_one_shot():
+    model = make(10, 10)
+    model.trainable = False
+    ks.prune(model, 0.5)
+    assert (kernels(model)[0] == 0).sum() == 50
+
+
+def test_random_criterion_is_another_mask_of_the_same_size():
+    a, b, c = make(10, 10), make(10, 10), make(10, 10)
+    ks.prune(a, 0.5, criterion=ks.criteria.Random(seed=1))
+    ks.prune(b, 0.5, criterion=ks.criteria.Random(seed=1))
+    ks.prune(c, 0.5)
+    np.testing.assert_array_equal(kernels(a)[0], kernels(b)[0])
+    assert (kernels(a)[0] == 0).sum() == 50
+    assert (kernels(a)[0] != kernels(c)[0]).any()
+
+
+class LogMagnitude(ks.criteria.Criterion):
+    def scores(self, weight):
+        with np.errstate(divide="ignore"):
+            return np.log(np.abs(weight))
+
+
+def test_a_criterion_of_ones_own_even_with_infinite_scores():
+    a, b = make(10, 10), make(10, 10)
+    for model in (a, b):
+        model.layers[0].kernel.assign(np.where(np.eye(10) > 0, 0, model.layers[0].kernel.numpy()))
+    ks.prune(a, 0.5, criterion=LogMagnitude())
+    ks.prune(b, 0.5)
+    np.testing.assert_array_equal(kernels(a)[0], kernels(b)[0])
+
+    class Wrong(ks.criteria.Criterion):
+        def scores(self, weight):
+            return weight.sum()
+
+    with pytest.raises(ValueError, match="scores of the weight's shape"):
+        ks.prune(a, 0.7, criterion=Wrong())
+
+
+@pytest.mark.parametrize("policy", ["float16", "bfloat16", "float64"])
+def test_weights_of_other_precisions(policy):
+    model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(10, dtype=policy)])
+    ks.prune(model, 0.7)
+    assert (ks.selection.weights(model)[0].numpy() == 0).sum() == 70
+
+
+def test_quantized_kernels_are_skipped_with_the_reason():
+    model = make(8, 8, 8)
+    model.layers[0].quantize("int8")
+    report = ks.prune(model, 0.5)
+    row = next(row for row in report.rows if row["path"] == model.layers[0].kernel.path or row["reason"].find("int8") > 0)
+    assert row["status"] == "skipped"
+    assert [(w.numpy() == 0).sum() for w in ks.selection.select(model, frozen=True) if not w.skipped] == [32]
+
+
+BAD = [
+    ((1.0,), {}, ValueError, "at least 0 and below 1.*Received: 1.0"),
+    ((50,), {}, ValueError, "Did you mean 0.5"),
+    ((-0.5,), {}, ValueError, "at least 0"),
+    ((float("nan"),), {}, ValueError, "Received: nan"),
+    ((None,), {}, TypeError, "of type NoneType"),
+    ((0.5,), {"allocation": "even"}, ValueError, r"one of \['global', 'uniform'\]"),
+    ((0.5,), {"criterion": "size"}, ValueError, "Unknown criterion"),
+    ((0.5,), {"pattern": "random"}, ValueError, "Unknown pattern"),
+    (({"nothing": 0.5},), {}, ValueError, "'nothing' matches no weight"),
+    (({"d0": 0.5, "nothing": 0.5},), {}, ValueError, "'nothing' matches no weight"),
+    (({3: 0.5},), {}, TypeError, "as a string"),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs", "error", "message"), BAD, ids=str)
+def test_bad_arguments_change_nothing(args, kwargs, error, message):
+    model = make(5, 5)
+    before = kernels(model)[0]
+    with pytest.raises(error, match=message):
+        ks.prune(model, *args, **kwargs)
+    np.testing.assert_array_equal(kernels(model)[0], before)
+
+
+def test_masks_are_the_same_on_every_backend():
+    # The weights come from NumPy, so the digest is the same wherever this runs.
+    import zlib
+
+    rng = np.random.default_rng(0)
+    model = make(33, 17, 5)
+    for layer in model.layers:
+        layer.kernel.assign(np.round(rng.normal(size=layer.kernel.shape), 2))
+    masks = b""
+    for allocation in ("uniform", "global"):
+        for criterion in ("magnitude", "random"):
+            plan = ks.pruning.Plan(model, 0.73, criterion, allocation=allocation)
+            masks += b"".join(np.packbits(mask).tobytes() for mask in plan.masks(plan.present_masks()))
+    assert zlib.crc32(masks) == DIGEST
+
+
+DIGEST = 2449592791
+
+TFMOT = """
+import sys
+import numpy as np
+import tensorflow as tf
+from tensorflow_model_optimization.python.core.sparsity.keras import pruning_impl, pruning_schedule
+data = np.load(sys.argv[1])
+out = {}
+for name in data.files:
+    sparsity = float(name.split("_")[1])
+    variable, mask = tf.Variable(data[name]), tf.Variable(np.ones_like(data[name]))
+    pruning = pruning_impl.Pruning(
+        training_step_fn=lambda: 0, pruning_vars=lambda: [],
+        pruning_schedule=pruning_schedule.ConstantSparsity(sparsity, 0), block_size=(1, 1), block_pooling_type="AVG")
+    out[name] = pruning._update_mask(variable)[1].numpy() > 0
+np.savez(sys.argv[2], **out)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tfmot is TensorFlow's")
+def test_masks_equal_the_real_tfmots(tmp_path):
+    rng = np.random.default_rng(0)
+    # Distinct magnitudes (tfmot keeps every weight that ties with its threshold) and no halves (it rounds what is kept).
+    weights = {
+        f"{i}_{s}": (rng.permutation(rows * columns).reshape(rows, columns) - rows * columns / 2 + 0.25).astype("float32")
+        for i, (rows, columns) in enumerate([(20, 30), (7, 11), (64, 3)])
+        for s in (0.1, 0.51, 0.9, 0.97)
+    }
+    np.savez(tmp_path / "in.npz", **weights)
+    command = [sys.executable, "-c", textwrap.dedent(TFMOT), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    masks = np.load(tmp_path / "out.npz")
+    for name, weight in weights.items():
+        model = make(*weight.shape)
+        model.layers[0].kernel.assign(weight)
+        ks.prune(model, float(name.split("_")[1]))
+        np.testing.assert_array_equal(kernels(model)[0] != 0, masks[name], err_msg=name)

@@ -1,0 +1,315 @@
+"""Which weights are selected, in every kind of layer and model."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_sparse as ks
+
+
+@keras.saving.register_keras_serializable("tests")
+class Custom(layers.Layer):
+    """A rank-2 weight called `w`, a vector, a rank-2 bias, an embedding table, and a weight that is not trained."""
+
+    def build(self, shape):
+        self.w = self.add_weight(shape=(shape[-1], 5), name="w")
+        self.scale = self.add_weight(shape=(5,), name="scale")
+        self.bias = self.add_weight(shape=(2, 5), name="bias")
+        self.table = self.add_weight(shape=(7, 5), name="position_embedding")
+        self.state = self.add_weight(shape=(5, 5), name="state", trainable=False)
+
+    def call(self, x):
+        return keras.ops.matmul(x, self.w) * self.scale + self.bias[0] + self.table[0]
+
+
+class OwnDense(layers.Dense):
+    """A subclass of a Keras layer."""
+
+
+LAYERS = {
+    "Dense": (lambda: layers.Dense(4), (8,), ["kernel"]),
+    "OwnDense": (lambda: OwnDense(4), (8,), ["kernel"]),
+    "Conv1D": (lambda: layers.Conv1D(4, 3), (8, 2), ["kernel"]),
+    "Conv2D": (lambda: layers.Conv2D(4, 3), (8, 8, 2), ["kernel"]),
+    "Conv3D": (lambda: layers.Conv3D(4, 2), (4, 4, 4, 2), ["kernel"]),
+    "Conv1DTranspose": (lambda: layers.Conv1DTranspose(4, 3), (8, 2), ["kernel"]),
+    "Conv2DTranspose": (lambda: layers.Conv2DTranspose(4, 3), (8, 8, 2), ["kernel"]),
+    "Conv3DTranspose": (lambda: layers.Conv3DTranspose(4, 2), (4, 4, 4, 2), ["kernel"]),
+    "SeparableConv1D": (lambda: layers.SeparableConv1D(4, 3), (8, 2), ["pointwise_kernel"]),
+    "SeparableConv2D": (lambda: layers.SeparableConv2D(4, 3), (8, 8, 2), ["pointwise_kernel"]),
+    "DepthwiseConv1D": (lambda: layers.DepthwiseConv1D(3), (8, 2), []),
+    "DepthwiseConv2D": (lambda: layers.DepthwiseConv2D(3), (8, 8, 2), []),
+    "EinsumDense": (lambda: layers.EinsumDense("abc,cd->abd", (3, 5), bias_axes="d"), (3, 4), ["kernel"]),
+    "MultiHeadAttention": (lambda: SelfAttention(), (3, 4), ["kernel"] * 4),
+    "GroupQueryAttention": (lambda: SelfAttention(grouped=True), (3, 4), ["kernel"] * 4),
+    "SimpleRNN": (lambda: layers.SimpleRNN(4), (3, 2), ["kernel", "recurrent_kernel"]),
+    "LSTM": (lambda: layers.LSTM(4), (3, 2), ["kernel", "recurrent_kernel"]),
+    "GRU": (lambda: layers.GRU(4), (3, 2), ["kernel", "recurrent_kernel"]),
+    "Bidirectional": (lambda: layers.Bidirectional(layers.LSTM(4)), (3, 2), ["kernel", "recurrent_kernel"] * 2),
+    "StackedRNN": (
+        lambda: layers.RNN([layers.GRUCell(4), layers.LSTMCell(3)]),
+        (3, 2),
+        ["kernel", "recurrent_kernel"] * 2,
+    ),
+    "TimeDistributed": (lambda: layers.TimeDistributed(layers.Dense(4)), (3, 2), ["kernel"]),
+    "ConvLSTM1D": (lambda: layers.ConvLSTM1D(4, 2), (3, 6, 2), ["kernel", "recurrent_kernel"]),
+    "ConvLSTM2D": (lambda: layers.ConvLSTM2D(4, 2), (3, 6, 6, 2), ["kernel", "recurrent_kernel"]),
+    "SpectralNormalization": (lambda: layers.SpectralNormalization(layers.Conv2DTranspose(4, 3)), (8, 8, 2), ["kernel"]),
+    "BatchNormalization": (layers.BatchNormalization, (4,), []),
+    "LayerNormalization": (lambda: layers.LayerNormalization(axis=(1, 2)), (4, 3), []),
+    "GroupNormalization": (lambda: layers.GroupNormalization(2), (4, 4), []),
+    "PReLU": (lambda: layers.PReLU(), (4, 3), []),
+    "Custom": (Custom, (8,), ["w"]),
+}
+
+
+class SelfAttention(layers.Layer):
+    def __init__(self, grouped=False, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = layers.GroupQueryAttention(2, 4, 2) if grouped else layers.MultiHeadAttention(2, 3)
+
+    def build(self, shape):
+        self.inner.build(shape, shape)
+
+    def call(self, x):
+        return self.inner(x, x)
+
+
+def selected(model, **arguments):
+    return [w for w in ks.selection.select(model, **arguments) if w.skipped is None]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_kind_of_layer(name):
+    make, shape, expected = LAYERS[name]
+    model = keras.Sequential([keras.Input(shape), make(), layers.Flatten(), layers.Dense(2, name="head")])
+    found = selected(model)
+    assert [w.variable.name for w in found] == [*expected, "kernel"]
+    assert len(ks.selection.weights(model)) == len(model.weights)
+    kernel = [w for w in found if "head" not in w.path]
+    before = [v.numpy() for v in model.weights]
+    if kernel:
+        ks.prune(model, 0.5, filters=lambda variable: any(variable is w.variable for w in kernel))
+    for weight in kernel:
+        assert (weight.numpy() == 0).sum() == round(0.5 * weight.size)
+    others = {id(w.variable) for w in kernel}
+    for variable, value in zip(model.weights, before, strict=True):
+        if id(variable) not in others:
+            np.testing.assert_array_equal(variable.numpy(), value)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_training_with_each_kind_of_layer(name):
+    make, shape, expected = LAYERS[name]
+    model = keras.Sequential([keras.Input(shape), make(), layers.Flatten(), layers.Dense(2, name="head")])
+    model.compile(keras.optimizers.SGD(0.01), "mse", jit_compile=False)
+    x = np.random.default_rng(0).normal(size=(8, *shape)).astype("float32")
+    y = np.ones((8, 2), "float32")
+    model.fit(x, y, batch_size=4, epochs=2, verbose=0, callbacks=[ks.callbacks.Pruning(0.6, begin=0, end=3)])
+    for weight in selected(model):
+        assert (weight.numpy() == 0).sum() == round(0.6 * weight.size)
+
+
+def test_embeddings_and_depthwise_kernels_only_where_a_filter_names_them():
+    model = keras.Sequential([keras.Input((6,)), layers.Embedding(9, 4, name="table"), layers.DepthwiseConv1D(3, name="d")])
+    reasons = {w.variable.name: w.skipped for w in ks.selection.weights(model)}
+    assert "left dense unless a filter names it" in reasons["embeddings"]
+    assert "left dense unless a filter names it" in reasons["kernel"]
+    with pytest.raises(ValueError, match="nothing to prune"):
+        ks.selection.select(model)
+    assert [w.variable.name for w in selected(model, filters="table")] == ["embeddings"]
+    assert [w.variable.name for w in selected(model, filters=["table", "d/"])] == ["embeddings", "kernel"]
+    ks.prune(model, 0.5, filters=lambda variable: True)
+    assert [(w.numpy() == 0).sum() for w in selected(model, filters=".")] == [18, 6]
+
+
+OUTPUTS = {
+    "Dense": (1,),
+    "Conv2D": (3,),
+    "Conv3D": (4,),
+    "Conv1DTranspose": (1,),
+    "Conv2DTranspose": (2,),
+    "SpectralNormalization": (2,),
+    "DepthwiseConv2D": (2, 3),
+    "DepthwiseConv1D": (1, 2),
+    "EinsumDense": (1,),
+    "GRU": (1,),
+    "ConvLSTM2D": (3,),
+    "Custom": (1,),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_dead_units_are_units_whose_output_no_longer_depends_on_the_input(name):
+    make, shape, _ = LAYERS[name]
+    model = keras.Sequential([keras.Input(shape), make()])
+    weight = next(w for w in ks.selection.weights(model) if w.kernel)
+    assert weight.output_axes == OUTPUTS[name]
+    value = weight.numpy() + 1.0
+    index = [slice(None)] * value.ndim
+    for axis in weight.output_axes:
+        index[axis] = 0
+    value[tuple(index)] = 0
+    weight.variable.assign(value)
+    assert weight.dead_units() == 1
+
+
+def test_dead_heads_of_attention():
+    model = keras.Sequential([keras.Input((3, 4)), SelfAttention()])
+    query, output = (next(w for w in ks.selection.weights(model) if key in w.path) for key in ("query/k", "output/k"))
+    assert (query.output_axes, output.output_axes) == ((1, 2), (2,))
+
+
+# Kinds of models
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.blocks = [layers.Dense(6, activation="relu"), {"inner": layers.Dense(6)}]
+        self.head = layers.Dense(3)
+
+    def call(self, x):
+        return self.head(self.blocks[1]["inner"](self.blocks[0](x)))
+
+
+def sequential():
+    return keras.Sequential([keras.Input((12,)), layers.Dense(6, activation="relu"), layers.Dense(6), layers.Dense(3)])
+
+
+def functional():
+    inputs = keras.Input((12,))
+    x = layers.Dense(6, activation="relu")(inputs)
+    return keras.Model(inputs, layers.Dense(3)(layers.Add()([x, layers.Dense(6)(x)])))
+
+
+def nested():
+    inner = keras.Sequential([keras.Input((12,)), layers.Dense(6), layers.Dense(6)])
+    return keras.Sequential([keras.Input((12,)), keras.Sequential([keras.Input((12,)), inner]), layers.Dense(3)])
+
+
+def subclassed():
+    model = Subclassed()
+    model(np.zeros((1, 12), "float32"))
+    return model
+
+
+MODELS = {"sequential": sequential, "functional": functional, "nested": nested, "subclassed": subclassed}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_kinds_of_models(name):
+    model = MODELS[name]()
+    model.compile("adam", "mse")
+    x, y = np.random.default_rng(0).normal(size=(32, 12)).astype("float32"), np.ones((32, 3), "float32")
+    history = model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[ks.callbacks.Pruning(0.75)])
+    assert [(w.numpy() == 0).sum() for w in selected(model)] == [54, 27, round(0.75 * 18)]
+    assert history.history["sparsity"][-1] == pytest.approx((54 + 27 + 14) / 126, abs=0.01)
+    assert len(ks.report(model).rows) == 6
+
+
+def test_shared_layer_counts_once():
+    shared = layers.Dense(4, name="shared")
+    a, b = keras.Input((4,)), keras.Input((4,))
+    model = keras.Model([a, b], layers.Dense(2, name="head")(layers.Add()([shared(a), shared(shared(b))])))
+    assert [w.path for w in selected(model)] == ["shared/kernel", "head/kernel"]
+    model.compile("adam", "mse")
+    x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+    model.fit([x, x], np.ones((16, 2)), verbose=0, epochs=4, callbacks=[ks.callbacks.Pruning(0.5)])
+    assert [(w.numpy() == 0).sum() for w in selected(model)] == [8, 4]
+
+
+def test_repeated_paths_are_told_apart_by_the_variable():
+    def branch():
+        inputs = keras.Input((4,))
+        return keras.Model(inputs, layers.Dense(4, name="same")(inputs))
+
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, branch()(branch()(inputs)))
+    assert len({w.path for w in selected(model)}) == 1
+    ks.prune(model, 0.5)
+    assert [(w.numpy() == 0).sum() for w in selected(model)] == [8, 8]
+
+
+def test_tied_weights_belong_to_the_layer_that_made_them():
+    class Tied(layers.Layer):
+        def __init__(self, embedding):
+            super().__init__()
+            self.embedding = embedding
+            self.dense = layers.Dense(4)
+
+        def call(self, x):
+            return keras.ops.matmul(self.dense(self.embedding(x)), keras.ops.transpose(self.embedding.embeddings))
+
+    model = keras.Sequential([keras.Input((3,), dtype="int32"), Tied(layers.Embedding(9, 4))])
+    model(np.zeros((1, 3), "int32"))
+    assert [w.variable.name for w in selected(model)] == ["kernel"]
+
+
+# Errors
+
+
+def test_unbuilt_and_foreign_models():
+    with pytest.raises(ValueError, match="is not built"):
+        ks.prune(keras.Sequential([layers.Dense(2)]), 0.5)
+    with pytest.raises(ValueError, match="is not built"):
+        ks.report(Subclassed())
+    with pytest.raises(ValueError, match="has no weights"):
+        ks.report(keras.Sequential([keras.Input((2,)), layers.ReLU()]))
+    with pytest.raises(TypeError, match="Expected a Keras 3 model. Received: 'model.keras'"):
+        ks.report("model.keras")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tf_keras is TensorFlow's")
+@pytest.mark.filterwarnings("ignore")
+def test_tf_keras_objects():
+    tf_keras = pytest.importorskip("tf_keras")
+    layer = tf_keras.layers.Dense(2)
+    model = tf_keras.Sequential([tf_keras.Input((4,)), layer])
+    for function in (lambda m: ks.prune(m, 0.5), ks.report, ks.callbacks.Pruning(0.5).set_model):
+        for thing in (model, layer):
+            with pytest.raises(TypeError, match="tf_keras, the legacy Keras 2.*ks.compat.tfmot"):
+                function(thing)
+    model.compile("adam", "mse")
+    with pytest.raises(TypeError, match="tf_keras"):
+        model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0, callbacks=[ks.callbacks.Pruning(0.5)])
+
+
+@pytest.mark.parametrize(
+    ("filters", "error", "message"),
+    [
+        ("(", ValueError, "Expected a regular expression"),
+        (3, TypeError, "`filters` must be"),
+        ([], TypeError, "`filters` must be"),
+        ([3], TypeError, "as a string"),
+        ("nothing", ValueError, "matches no weight"),
+        (["kernel", "nothing"], ValueError, "'nothing' matches no weight"),
+        (lambda variable: False, ValueError, "nothing to prune"),
+    ],
+    ids=str,
+)
+def test_bad_filters(filters, error, message):
+    with pytest.raises(error, match=message):
+        ks.prune(sequential(), 0.5, filters=filters)
+
+
+def _applications():
+    return sorted(
+        name for name, thing in vars(keras.applications).items() if callable(thing) and name[0].isupper()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="selection is the same on every backend")
+@pytest.mark.parametrize("name", _applications())
+def test_every_application_can_be_pruned(name):
+    model = getattr(keras.applications, name)(weights=None)
+    report = ks.prune(model, 0.8)
+    pruned = [row for row in report.rows if row["status"] == "pruned"]
+    assert pruned
+    assert all(row["zeros"] == round(0.8 * row["size"]) for row in pruned)
+    dense = [row for row in report.rows if row["status"] != "pruned" and row["path"].endswith("/kernel")]
+    assert all("depthwise" in row["reason"] for row in dense)
+    keras.backend.clear_session()

@@ -1,0 +1,450 @@
+"""The export stage: every kind of model, verified files, refusals that leave nothing behind."""
+
+import errno
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from ai_edge_litert.interpreter import Interpreter
+from keras import layers
+from tflite_models import MODELS, cnn, dict_of_inputs, lstm, mlp, several, sparsify, subclassed, transposed
+
+import keras_sparse as ks
+from keras_sparse.tflite.convert import quiet
+
+# Elsewhere each export starts a process of its own (several seconds); test_other_backends covers those.
+tensorflow_only = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="slow on other backends")
+
+
+def run(path, **inputs):
+    """The outputs of a file, by the interpreter alone."""
+    with quiet():
+        return Interpreter(model_path=str(path)).get_signature_runner("serving_default")(**inputs)
+
+
+def clean(folder):
+    """Whether nothing was left in a folder."""
+    return list(pathlib.Path(folder).iterdir()) == []
+
+
+@tensorflow_only
+@pytest.mark.parametrize("quantize", [None, "float16"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_of_model(kind, quantize, tmp_path):
+    keras.utils.set_random_seed(1)
+    model = sparsify(MODELS[kind](), 0.9)
+    report = ks.tflite.export(model, tmp_path / "m.tflite", quantize=quantize)
+    assert report.bytes_file == os.path.getsize(tmp_path / "m.tflite") == min(report.bytes_dense, report.bytes_sparse)
+    assert report.encoding == "sparse" and report.bytes_sparse < report.bytes_dense
+    assert report.parity_relative <= (2e-6 if quantize is None else 1e-2)
+    assert os.listdir(tmp_path) == ["m.tflite"]
+    # float16 rounds the smallest values to zero too; a query kernel of attention may be merged with others
+    kept = [count for count in report.zeros if count["file"] is not None]
+    assert kept and all(count["file"] >= count["model"] for count in kept)
+    assert report.totals["zeros_kept"] == report.totals["zeros_model"] > 0
+
+
+@tensorflow_only
+@pytest.mark.parametrize("kind", MODELS)
+def test_dense_encoding(kind, tmp_path):
+    model = sparsify(MODELS[kind](), 0.9)
+    report = ks.tflite.export(model, tmp_path / "m.tflite", sparse=False)
+    assert report.encoding == "dense" and report.bytes_sparse is None and report.runs_sparse == []
+    assert report.bytes_file == report.bytes_dense == os.path.getsize(tmp_path / "m.tflite")
+    assert all(row["encoding"] == "dense" for row in ks.tflite.inspect(report.path).rows)
+
+
+def test_the_file_computes_what_the_model_computes(tmp_path):
+    model = sparsify(mlp(), 0.9)
+    report = ks.tflite.export(model, tmp_path / "m.tflite")
+    x = np.random.default_rng(5).normal(size=(7, 64)).astype("float32")
+    expected = keras.ops.convert_to_numpy(model(x))
+    np.testing.assert_allclose(run(report.path, pixels=x)["output_0"], expected, rtol=0, atol=1e-5)
+    assert report.parity <= 1e-5
+    assert report.bytes_dense > 4 * report.bytes_file
+    assert report.bytes_gzip < report.bytes_file and report.bytes_gzip_dense < report.bytes_dense
+    assert report.verified_on[0].startswith("ai-edge-litert on this")
+
+
+@tensorflow_only
+def test_names_of_inputs_and_outputs(tmp_path):
+    model = several()
+    report = ks.tflite.export(model, tmp_path / "m.tflite")
+    rng = np.random.default_rng(0)
+    x = {"image": rng.normal(size=(2, 8, 8, 1)).astype("float32"), "age": np.ones((2, 1), "float32")}
+    found, expected = run(report.path, **x), model(x)
+    assert sorted(found) == ["label", "score"]
+    for name in found:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+
+
+@tensorflow_only
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.35])
+def test_dense_where_sparse_is_larger(sparsity, tmp_path):
+    # float16: an index byte or two for each value of two bytes does not pay below about half zeros
+    report = ks.tflite.export(sparsify(mlp(), sparsity), tmp_path / "m.tflite", quantize="float16")
+    assert report.encoding == "dense"
+    assert report.bytes_sparse >= report.bytes_dense == report.bytes_file
+    assert "not smaller" in " ".join(report.notes)
+
+
+@tensorflow_only
+def test_blocks_engage_the_sparse_kernel(tmp_path):
+    report = ks.tflite.export(sparsify(mlp(), 0.9, blocks=True), tmp_path / "m.tflite")
+    assert {row["block"] for row in report.rows} == {"1x4"}
+    assert [use["operator"] for use in report.runs_sparse] == ["FULLY_CONNECTED"] * 2
+    assert all("every CPU" in row["runs"] for row in report.rows)
+    with quiet():
+        interpreter = Interpreter(model_path=str(report.path))
+    interpreter.allocate_tensors()
+    assert report.parity_relative < 2e-6
+
+
+@tensorflow_only
+def test_float16_blocks_fall_back_to_dense(tmp_path):
+    report = ks.tflite.export(sparsify(mlp(), 0.9, blocks=True), tmp_path / "m.tflite", quantize="float16")
+    assert report.encoding == "dense" and report.bytes_sparse < report.bytes_dense
+    assert "would not be safe to run" in report.notes[0] and "DEQUANTIZE" in report.notes[0]
+
+
+@tensorflow_only
+def test_fixed_batch_is_said(tmp_path):
+    report = ks.tflite.export(sparsify(lstm(), 0.9), tmp_path / "m.tflite")
+    assert "one sample at a time" in report.notes[0]
+    assert {"lstm_cell/kernel", "lstm_cell/recurrent_kernel"} <= {
+        "/".join(count["weight"].split("/")[-2:]) for count in report.zeros
+    }
+
+
+@tensorflow_only
+def test_static_batch_is_kept(tmp_path):
+    inputs = keras.Input((4,), batch_size=5, name="x")
+    report = ks.tflite.export(keras.Model(inputs, layers.Dense(2)(inputs)), tmp_path / "m.tflite")
+    assert run(report.path, x=np.ones((5, 4), "float32"))["output_0"].shape == (5, 2)
+
+
+@tensorflow_only
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
+@pytest.mark.parametrize("build", [mlp, cnn, subclassed])
+def test_half_precision_policies(policy, build, tmp_path):
+    before = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy(policy)
+        model = sparsify(build(), 0.9)
+    finally:
+        keras.config.set_dtype_policy(before)
+    report = ks.tflite.export(model, tmp_path / "m.tflite")
+    assert report.encoding == "sparse"
+    assert {row["dtype"] for row in report.rows} == {"float32"}
+    assert report.parity_relative < 0.05
+    assert keras.config.dtype_policy().name == before.name
+
+
+@tensorflow_only
+def test_model_in_training(tmp_path):
+    model = sparsify(mlp(), 0.9)
+    model.compile(ks.optimizers.SparseOptimizer(keras.optimizers.Adam()), loss=lambda y, p: keras.ops.mean(y - p))
+    model.fit(np.ones((8, 64)), np.ones((8, 64)), verbose=0)
+    before = [keras.ops.convert_to_numpy(w) for w in model.weights]
+    report = ks.tflite.export(model, tmp_path / "m.tflite")
+    assert report.parity_relative < 1e-5
+    for old, new in zip(before, model.weights, strict=True):
+        np.testing.assert_array_equal(old, keras.ops.convert_to_numpy(new))
+    model.fit(np.ones((8, 64)), np.ones((8, 64)), verbose=0)
+
+
+@tensorflow_only
+def test_integer_inputs_of_subclassed_models(tmp_path):
+    model = dict_of_inputs()
+    report = ks.tflite.export(model, tmp_path / "m.tflite")
+    assert "takes float32 inputs" in report.notes[-1]
+    data = {"tokens": np.arange(12).reshape(2, 6), "offset": np.zeros((2, 1, 48))}
+    report = ks.tflite.export(model, tmp_path / "m.tflite", representative_data=data)
+    data = {"tokens": data["tokens"].astype("int32"), "offset": data["offset"].astype("float32")}
+    np.testing.assert_allclose(run(report.path, **data)["out"], model(data)["out"], atol=1e-6)
+
+
+@tensorflow_only
+def test_model_from_a_file(tmp_path):
+    model = sparsify(mlp(), 0.9)
+    model.compile("adam", "mse")
+    model.save(tmp_path / "m.keras")
+    report = ks.tflite.export(str(tmp_path / "m.keras"), tmp_path / "m.tflite")
+    assert report.encoding == "sparse" and report.parity_relative < 1e-5
+
+
+@tensorflow_only
+def test_report_is_plain_data(tmp_path):
+    report = ks.tflite.export(sparsify(mlp(), 0.9), tmp_path / "m.tflite")
+    data = json.loads(report.to_json())
+    assert data["totals"]["bytes_file"] == report.bytes_file
+    assert data["totals"]["zeros_kept"] == data["totals"]["zeros_model"] > 0
+    assert [row["weight"].split("/")[-1] for row in data["rows"]] == ["kernel", "kernel"]
+    for text in ("sparse", f"{report.bytes_file:,d}", "parity"):
+        assert text in str(report)
+    assert report._repr_html_().count("<tr>") > 3
+
+
+@tensorflow_only
+def test_float16_transposed_convolutions_fall_back_to_dense(tmp_path):
+    model = sparsify(transposed(), 0.9)
+    assert ks.tflite.export(model, tmp_path / "m.tflite").encoding == "sparse"
+    report = ks.tflite.export(model, tmp_path / "m.tflite", quantize="float16")
+    assert report.encoding == "dense" and "TRANSPOSE_CONV" in report.notes[0] and report.parity_relative < 1e-2
+
+
+@tensorflow_only
+@pytest.mark.parametrize("existing", [None, b"old"])
+def test_a_mismatch_leaves_nothing(existing, tmp_path):
+    class Counting(layers.Layer):
+        """Adds how often it was called, so that no two runs agree."""
+
+        calls = 0
+
+        def call(self, x):
+            Counting.calls += 1
+            return x + float(Counting.calls)
+
+    if existing is not None:
+        (tmp_path / "m.tflite").write_bytes(existing)
+    inputs = keras.Input((4,))
+    with pytest.raises(ks.tflite.ExportError, match=r"does not compute what the model computes.*'output_0' differs"):
+        ks.tflite.export(keras.Model(inputs, Counting()(layers.Dense(4)(inputs))), tmp_path / "m.tflite")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == ([] if existing is None else [existing])
+
+
+@tensorflow_only
+def test_arguments_without_recorded_shape(tmp_path):
+    class Weighted(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(4)
+
+        def call(self, a, b):
+            return self.dense(a) + b
+
+    model = Weighted()
+    model(np.ones((1, 4)), np.ones((1, 4)))
+    with pytest.raises(ks.tflite.ExportError, match=r"Give the model one argument.*\['a', 'b'\]"):
+        ks.tflite.export(model, tmp_path / "m.tflite")
+
+
+@tensorflow_only
+def test_an_error_of_a_layer_is_told(tmp_path):
+    class Fails(layers.Layer):
+        def call(self, x):
+            raise ValueError("no graphs here")
+
+        def compute_output_shape(self, shape):
+            return shape
+
+    inputs = keras.Input((4,))
+    with pytest.raises(ks.tflite.ExportError, match=r"Fails\.call\(\)\. no graphs here"):
+        ks.tflite.export(keras.Model(inputs, Fails()(layers.Dense(4)(inputs))), tmp_path / "m.tflite")
+
+
+@tensorflow_only
+def test_unsupported_operator_is_named(tmp_path):
+    class Inverse(layers.Layer):
+        def call(self, x):
+            return keras.ops.erfinv(keras.ops.tanh(x))
+
+    inputs = keras.Input((4,))
+    with pytest.raises(ks.tflite.ExportError, match=r"cannot be converted to \.tflite.*Erfinv") as caught:
+        ks.tflite.export(keras.Model(inputs, Inverse()(layers.Dense(4)(inputs))), tmp_path / "m.tflite")
+    assert len(str(caught.value)) < 600 and clean(tmp_path)
+
+
+@tensorflow_only
+def test_nan_and_infinity_are_compared(tmp_path):
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.ops.log(layers.Dense(4)(inputs)))
+    report = ks.tflite.export(model, tmp_path / "m.tflite")
+    assert np.isfinite(report.parity_relative)
+
+
+@pytest.mark.parametrize("quantize", ["dynamic", "int8"])
+def test_quantization_to_come(quantize, tmp_path):
+    with pytest.raises(ValueError, match="not supported yet in this version"):
+        ks.tflite.export(mlp(), tmp_path / "m.tflite", quantize=quantize)
+
+
+@pytest.mark.parametrize("quantize", ["float8", "", 16, True])
+def test_unknown_quantization(quantize, tmp_path):
+    with pytest.raises(ValueError, match=r"must be None or 'float16'\. Received"):
+        ks.tflite.export(mlp(), tmp_path / "m.tflite", quantize=quantize)
+
+
+def test_bad_paths(tmp_path):
+    (tmp_path / "folder.tflite").mkdir()
+    with pytest.raises(ValueError, match=r"must end in '\.tflite'"):
+        ks.tflite.export(mlp(), tmp_path / "m.lite")
+    with pytest.raises(ValueError, match="folder of that name"):
+        ks.tflite.export(mlp(), tmp_path / "folder.tflite")
+    with pytest.raises(FileNotFoundError, match="does not exist; create it first"):
+        ks.tflite.export(mlp(), tmp_path / "none" / "m.tflite")
+
+
+def test_bad_models(tmp_path):
+    path = tmp_path / "m.tflite"
+    with pytest.raises(ValueError, match="not built"):
+        ks.tflite.export(keras.Sequential([layers.Dense(3)]), path)
+    with pytest.raises(TypeError, match="Received"):
+        ks.tflite.export(np.ones(3), path)
+    built = layers.Dense(3)
+    built.build((None, 4))
+    with pytest.raises(TypeError, match=r"keras\.Model"):
+        ks.tflite.export(built, path)
+    assert clean(tmp_path)
+
+
+def test_bad_keras_files(tmp_path):
+    (tmp_path / "bad.keras").write_bytes(b"PK\x03\x04 nonsense")
+    (tmp_path / "empty.keras").write_bytes(b"")
+    for name in ("bad.keras", "empty.keras"):
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            ks.tflite.export(tmp_path / name, tmp_path / "m.tflite")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        ks.tflite.export(tmp_path / "none.keras", tmp_path / "m.tflite")
+    with pytest.raises(ValueError, match=r"path of a \.keras file"):
+        ks.tflite.export(tmp_path / "m.h5", tmp_path / "m.tflite")
+
+
+@tensorflow_only
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_full_disk(step, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "m.tflite").write_bytes(b"old")
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(OSError, match="No space left"):
+        ks.tflite.export(mlp(), tmp_path / "m.tflite")
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["m.tflite"] and (tmp_path / "m.tflite").read_bytes() == b"old"
+
+
+def python(code, folder, **environment):
+    """Run Python code in a process of its own."""
+    root = pathlib.Path(ks.__file__).parents[1]
+    path = os.pathsep.join([str(root), str(pathlib.Path(__file__).parent), str(folder)])
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)] if not isinstance(code, pathlib.Path) else [sys.executable, code],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_nothing_is_printed(backend, tmp_path):
+    code = """
+        import os, sys
+        saved = os.dup(1), os.dup(2)  # what importing Keras itself prints is not ours
+        void = os.open(os.devnull, os.O_WRONLY); os.dup2(void, 1); os.dup2(void, 2)
+        import keras
+        if keras.config.backend() == "tensorflow":
+            import tensorflow
+        os.dup2(saved[0], 1); os.dup2(saved[1], 2)
+        from tflite_models import cnn, lstm, sparsify
+        import keras_sparse as ks
+        print("before")
+        for build in (cnn, lstm):
+            report = ks.tflite.export(sparsify(build(), 0.9), "m.tflite")
+            assert report.encoding == "sparse", report
+        ks.tflite.inspect("m.tflite"); ks.tflite.benchmark("m.tflite")
+        print("after")
+        sys.stdout.flush(); os.write(1, b"fd 1"); os.write(2, b"fd 2")
+    """
+    result = python(code, tmp_path, KERAS_BACKEND=backend)
+    assert (result.stdout, result.stderr) == ("before\nafter\nfd 1", "fd 2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_other_backends(backend, tmp_path):
+    code = """
+        import keras, numpy as np, keras_sparse as ks
+        from tflite_models import attention, lstm, nested, sparsify, subclassed
+        keras.utils.set_random_seed(2)
+        for build in (attention, lstm, nested, subclassed):
+            model = sparsify(build(), 0.9)
+            model.compile("adam", "mse")
+            report = ks.tflite.export(model, "m.tflite")
+            assert report.parity_relative < 1e-5 and report.encoding == "sparse", report
+        report = ks.tflite.export(model, "m.tflite", quantize="float16", representative_data=np.ones((3, 32)))
+        assert report.parity_relative < 1e-2, report
+        print(keras.config.backend(), "done")
+    """
+    result = python(code, tmp_path, KERAS_BACKEND=backend)
+    assert result.stdout == f"{backend} done\n", result.stderr
+    assert os.listdir(tmp_path) == ["m.tflite"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_a_class_of_main_is_refused_on_other_backends(backend, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import keras, keras_sparse as ks
+            class Twice(keras.layers.Layer):
+                def call(self, x):
+                    return 2 * x
+            @keras.saving.register_keras_serializable("mine")
+            class Thrice(Twice):
+                pass
+            for layer in (Twice(), Thrice()):
+                try:
+                    ks.tflite.export(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), layer]), "m.tflite")
+                except ks.tflite.ExportError as error:
+                    print(error)
+            """
+        )
+    )
+    lines = python(script, tmp_path, KERAS_BACKEND=backend).stdout.splitlines()
+    assert len(lines) == 2 and os.listdir(tmp_path) == ["script.py"]
+    for line, name in zip(lines, ("Twice", "Thrice"), strict=True):
+        assert "defined in `__main__`" in line and "Move it to a module" in line and name in line
+
+
+@pytest.mark.slow
+def test_full_disk_for_real(tmp_path):
+    code = """
+        import keras, resource, signal, keras_sparse as ks
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(512), keras.layers.Dense(512)])
+        for limit in (1000, 100_000):  # too little for the SavedModel in the temporary folder, for the file itself
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                ks.tflite.export(model, "m.tflite")
+            except OSError as error:
+                print("OSError")
+    """
+    result = python(code, tmp_path, KERAS_BACKEND="tensorflow", TMPDIR=str(tmp_path))
+    assert result.stdout == "OSError\nOSError\n", result.stderr
+    assert clean(tmp_path)
+
+
+@tensorflow_only
+def test_streams_are_restored(tmp_path, monkeypatch):
+    """Also where Python's streams are not the process's, as in a notebook."""
+    out, err = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with warnings.catch_warnings(record=True):
+        ks.tflite.export(cnn(), tmp_path / "m.tflite")
+    assert sys.stdout is out and sys.stderr is err
+    assert (out.getvalue(), err.getvalue()) == ("", "")

@@ -1,0 +1,193 @@
+"""Inspection: decoding against the dense file as the oracle, and files that are not what they should be."""
+
+import errno
+import os
+import time
+import tracemalloc
+
+import keras
+import numpy as np
+import pytest
+from tflite_models import cnn, lstm, mlp, sparsify
+
+import keras_sparse as ks
+from keras_sparse.tflite.convert import convert, signature
+from keras_sparse.tflite.inspect import read
+
+MAKE = {"mlp": mlp, "cnn": cnn, "lstm": lstm}
+
+
+@pytest.fixture(scope="module")
+def files():
+    """Dense and sparse encodings: `files[kind, blocks, quantize][encoding]`."""
+    keras.utils.set_random_seed(0)
+    made = {}
+    for kind, blocks, quantize in [
+        ("mlp", False, None), ("mlp", True, None), ("cnn", False, None), ("lstm", False, None),
+        ("mlp", False, "float16"), ("mlp", True, "float16"), ("cnn", False, "float16"),
+    ]:  # fmt: skip
+        model = sparsify(MAKE[kind](), 0.8, blocks)
+        made[kind, blocks, quantize] = convert(model, signature(model), ["dense", "sparse"], quantize).files
+    return made
+
+
+def tensors(content):
+    return [t for graph in read(content).subgraphs for t in graph.tensors if t.stored is not None]
+
+
+def test_decoding_equals_the_dense_file(files):
+    seen = 0
+    for key, made in files.items():
+        dense = [t.values() for t in tensors(made["dense"])]
+        for tensor in tensors(made["sparse"]):
+            if tensor.levels is None:
+                continue
+            seen += 1
+            values = tensor.values()
+            same = [v for v in dense if v.dtype == values.dtype and np.array_equal(v, values)]
+            assert len(same) == 1, (key, tensor.name)
+            assert tensor.zeros == np.sum(values == 0) and 0.79 < tensor.zeros / tensor.size < 0.81
+            assert tensor.bytes < values.nbytes
+    assert seen > 15
+
+
+def test_encodings_and_blocks(files):
+    def kinds(*key):
+        return {(t.encoding, t.block) for t in tensors(files[key]["sparse"]) if t.levels is not None}
+
+    assert kinds("mlp", False, None) == {("sparse-csr", (1, 1))}
+    assert kinds("mlp", True, None) == {("sparse-block-csr", (1, 4))}
+    assert kinds("mlp", True, "float16") == {("sparse-block-csr", (1, 4))}
+    assert ("sparse-csr", (1, 1, 1, 1)) in kinds("cnn", False, None)
+    assert all(t.encoding == "dense" for t in tensors(files["cnn", False, None]["dense"]))
+
+
+@pytest.mark.parametrize("encoding", ["dense", "sparse"])
+def test_report(encoding, files, tmp_path):
+    content = files["mlp", True, None][encoding]
+    (tmp_path / "m.tflite").write_bytes(content)
+    report = ks.tflite.inspect(tmp_path / "m.tflite")
+    assert report.totals["bytes"] == len(content) > report.totals["bytes_gzip"] > 1000
+    kernels = [row for row in report.rows if len(row["shape"]) == 2]
+    assert sorted((row["shape"], row["dtype"]) for row in kernels) == [([64, 96], "float32"), ([96, 64], "float32")]
+    for row in kernels:
+        assert row["sparsity"] == pytest.approx(0.8, abs=0.001) and row["zeros"] == round(row["sparsity"] * 6144)
+        expected = ("dense", "") if encoding == "dense" else ("sparse-block-csr", "1x4")
+        assert (row["encoding"], row["block"]) == expected
+        assert row["bytes"] == 24576 if encoding == "dense" else row["bytes"] < 6500
+    assert report.totals["tensors_sparse"] == (0 if encoding == "dense" else 2)
+    assert "80.0" in str(report)
+
+
+def test_tensors_of_all_subgraphs(files):
+    path_free = read(files["lstm", False, None]["sparse"])
+    assert len(path_free.subgraphs) > 1
+    inner = [t for graph in path_free.subgraphs[1:] for t in graph.tensors if t.levels is not None]
+    assert len(inner) == 4  # kernel and recurrent kernel of both directions
+
+
+def test_quantised_zeros(tmp_path):
+    """int8 weights from elsewhere: zero is the zero point."""
+    if keras.config.backend() != "tensorflow":
+        pytest.skip("needs TensorFlow's converter in this process")
+    import tensorflow as tf
+
+    from keras_sparse.tflite.convert import quiet
+
+    model = sparsify(mlp(), 0.9)
+    with quiet():
+        model.export(tmp_path / "saved", format="tf_saved_model", verbose=False)
+        converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "saved"))
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        (tmp_path / "m.tflite").write_bytes(converter.convert())
+    rows = [row for row in ks.tflite.inspect(tmp_path / "m.tflite").rows if row["dtype"] == "int8"]
+    assert len(rows) == 2 and all(0.899 < row["sparsity"] < 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"0 bytes in all"),
+        (b"TFL", r"3 bytes in all"),
+        (b"not a model at all", r"without the mark 'TFL3'"),
+        (b"\x1c\x00\x00\x00TFL3", "damaged or truncated"),
+        (b"\xff\xff\xff\xffTFL3" + bytes(100), "damaged or truncated"),
+        (b"\x08\x00\x00\x00TFL3" + bytes(64), "damaged or truncated"),
+    ],
+)
+def test_no_model(content, message, tmp_path):
+    (tmp_path / "m.tflite").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        ks.tflite.inspect(tmp_path / "m.tflite")
+    assert "Received" in str(caught.value)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        ks.tflite.inspect(tmp_path / "none.tflite")
+    with pytest.raises(ValueError, match="folder"):
+        ks.tflite.inspect(tmp_path)
+
+
+def damage(content, rng):
+    """One seeded mutation: cut, a run of random bytes, single bits, words of large numbers, a part copied elsewhere."""
+    data, n = bytearray(content), len(content)
+    kind = rng.integers(6)
+    if kind == 0:
+        return bytes(data[: rng.integers(8, n)])
+    if kind == 1:
+        start = rng.integers(8, n - 64)
+        data[start : start + 64] = rng.bytes(64)
+    elif kind == 2:
+        for position in rng.integers(8, n, 30):
+            data[position] ^= 1 << rng.integers(8)
+    elif kind == 3:
+        for start in rng.integers(8, n - 4, 3):
+            data[start : start + 4] = [b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", b"\x00\x00\x00\x40"][rng.integers(3)]
+    elif kind == 4:
+        a, b = rng.integers(8, n - 256, 2)
+        data[a : a + 256] = data[b : b + 256]
+    else:
+        # the tables lie at the end of the file
+        for position in rng.integers(max(8, n - 3000), n, 10):
+            data[position] = rng.integers(256)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("key", [("mlp", True, None), ("cnn", False, "float16"), ("lstm", False, None)])
+def test_damaged_files_raise_quickly_or_read(key, files, tmp_path):
+    rng, path = np.random.default_rng(7), tmp_path / "m.tflite"
+    refused = 0
+    tracemalloc.start()
+    for _ in range(60):
+        path.write_bytes(damage(files[key]["sparse"], rng))
+        start = time.perf_counter()
+        try:
+            report = ks.tflite.inspect(path)
+        except ValueError as error:
+            refused += 1
+            assert "Received" in str(error)
+        else:
+            assert all(row["zeros"] is None or 0 <= row["zeros"] for row in report.rows)
+        assert time.perf_counter() - start < 5
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refused >= 15 and peak < 50e6
+
+
+def test_each_truncation_raises(files, tmp_path):
+    content, path = files["mlp", False, None]["sparse"], tmp_path / "m.tflite"
+    for size in range(8, len(content) - 16, len(content) // 40):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="damaged or truncated"):
+            ks.tflite.inspect(path)
+
+
+def test_unreadable_file(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "m.tflite").write_bytes(b"\x1c\x00\x00\x00TFL3")
+    monkeypatch.setattr("builtins.open", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        ks.tflite.inspect(os.fspath(tmp_path / "m.tflite"))

@@ -1,0 +1,156 @@
+"""Parity: inputs that a model can take, in every form, and differences that are found."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from tflite_models import attention, dict_of_inputs, mlp, nested, several, token_floats
+
+from keras_sparse.tflite.convert import ExportError, convert, signature
+from keras_sparse.tflite.parity import Reference, no_avx_runtime, one_by_one, random_batches, representative_batches
+
+IMAGE, AGE = np.ones((5, 8, 8, 1)), np.zeros((5, 1))
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return {"image": IMAGE, "age": AGE}, np.zeros(5)
+
+
+def dataset():
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices(({"image": IMAGE, "age": AGE}, np.zeros(5))).batch(2)
+
+
+@pytest.mark.parametrize("build", [mlp, attention, token_floats, several, nested, dict_of_inputs])
+def test_random_inputs_are_valid(build):
+    model = build()
+    called = signature(model)
+    batches = random_batches(model, called)
+    assert [len(batch[0]) for batch in batches] == [1, 2, 3]
+    for batch in batches:
+        assert [array.dtype for array in batch] == [leaf.dtype for leaf in called.inputs]
+        outputs = keras.tree.flatten(called.call(model, batch))
+        assert all(np.isfinite(keras.ops.convert_to_numpy(y)).all() for y in outputs)
+    assert all(np.array_equal(a, b) for a, b in zip(batches[2], random_batches(model, called)[2], strict=True))
+    assert not np.array_equal(batches[2][0], random_batches(model, called, seed=1)[2][0])
+
+
+def test_random_tokens_reach_all_rows():
+    model = attention()
+    tokens = np.concatenate([batch[0].ravel() for batch in random_batches(model, signature(model))])
+    assert tokens.min() >= 0 and 30 < tokens.max() < 37
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"image": IMAGE, "age": AGE},
+        ({"image": IMAGE, "age": AGE}, np.zeros(5)),
+        [AGE, IMAGE],  # in the order of the flattened structure: by key
+        [{"image": IMAGE, "age": AGE}],
+        [[AGE, IMAGE], [AGE, IMAGE]],
+        lambda: ([AGE[:1], IMAGE[:1]] for _ in range(3)),
+        Batches(workers=1),
+        pytest.param(dataset, id="tf.data"),
+    ],
+)
+def test_representative_data_of_several_inputs(data):
+    data = dataset() if data is dataset else data
+    batches = representative_batches(data, signature(several()))
+    assert len(batches) >= 1
+    for age, image in batches:
+        assert age.shape == (len(image), 1) and image.shape[1:] == (8, 8, 1) and (image == 1).all()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        np.ones((5, 64)),
+        [np.ones((5, 64))],
+        (np.ones((5, 64)), np.zeros(5)),
+        [np.ones(64) for _ in range(5)],
+        [[np.ones(64)] for _ in range(5)],
+        (np.ones((1, 64)) for _ in range(5)),
+        [(np.ones((5, 64)), np.zeros(5))],
+    ],
+)
+def test_representative_data_of_one_input(data):
+    batches = representative_batches(data, signature(mlp()))
+    assert sum(len(batch[0]) for batch in batches) == 5
+    assert all(batch[0].shape[1:] == (64,) for batch in batches)
+    assert [len(batch[0]) for batch in one_by_one(batches)] == [1] * 5
+
+
+def test_endless_generator():
+    def endless():
+        while True:
+            yield np.ones((50, 64))
+
+    assert sum(len(batch[0]) for batch in representative_batches(endless(), signature(mlp()))) == 128
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (np.ones((5, 63)), r"must fit the model's input 'pixels' of shape \(None, 64\)"),
+        ([], "at least one sample"),
+        (iter(()), "at least one sample"),
+        (np.ones((0, 64)), "at least one sample"),
+        ([(np.ones((2, 64)),) * 5], "must hold 1 arrays"),
+        (7, "must be an array"),
+    ],
+)
+def test_bad_representative_data(data, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        representative_batches(data, signature(mlp()))
+    assert "Received" in str(caught.value)
+
+
+def test_differing_batch_sizes():
+    with pytest.raises(ValueError, match="same batch size"):
+        representative_batches({"image": IMAGE, "age": AGE[:2]}, signature(several()))
+
+
+def test_a_difference_is_found():
+    """A file of one model against another model: the numbers are those of NumPy."""
+    inputs = keras.Input((4,))
+    first, second = (keras.Model(inputs, layers.Dense(3, name="d")(inputs)) for _ in range(2))
+    called = signature(first)
+    content = convert(first, called, ["dense"]).files["dense"]
+    batches = random_batches(first, called)
+    assert Reference(first, called, batches).compare(content).relative < 1e-5
+    found = Reference(second, called, batches).compare(content)
+    pairs = [[keras.ops.convert_to_numpy(m(batch[0])) for m in (first, second)] for batch in batches]
+    assert found.absolute == pytest.approx(max(np.abs(a - b).max() for a, b in pairs), rel=1e-4)
+    assert found.relative == pytest.approx(max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs), rel=1e-4)
+    assert found.worst == "output_0"
+
+
+def test_a_model_that_fails_on_random_inputs():
+    class Picky(layers.Layer):
+        def compute_output_shape(self, shape):
+            return shape
+
+        def call(self, x):
+            raise ValueError("only positive numbers")
+
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, Picky()(inputs))
+    called = signature(model)
+    with pytest.raises(ExportError, match="representative_data(.|\n)*only positive numbers"):
+        Reference(model, called, random_batches(model, called))
+
+
+@pytest.mark.skipif(no_avx_runtime() is None, reason="needs qemu-x86_64")
+def test_without_avx():
+    model = mlp()
+    called = signature(model)
+    reference = Reference(model, called, random_batches(model, called))
+    content = convert(model, called, ["dense"]).files["dense"]
+    assert reference.compare_without_avx(content).relative < 1e-5
+    assert reference.compare_without_avx(content, timeout=0.01) is None

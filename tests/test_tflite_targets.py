@@ -1,0 +1,139 @@
+"""Targets: which graphs XNNPACK would rewrite whole, in part, or not at all.
+
+The verdicts were compared with what the files compute on a CPU without AVX; where qemu is installed they are again.
+"""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from tflite_models import image_model, mlp, sparsify, stem
+
+import keras_sparse as ks
+from keras_sparse.tflite.convert import convert, signature
+from keras_sparse.tflite.inspect import read
+from keras_sparse.tflite.parity import Reference, no_avx_runtime, random_batches
+from keras_sparse.tflite.targets import hazard, uses
+
+pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")
+
+
+def pointwise(x, channels, activation="relu6"):
+    x = layers.BatchNormalization()(layers.Conv2D(channels, 1, use_bias=False)(x))
+    return layers.Activation(activation)(x) if activation else x
+
+
+def depthwise(x, strides=1, same=True, size=3):
+    if not same:
+        x = layers.ZeroPadding2D(size // 2)(x)
+    return layers.ReLU(6.0)(layers.DepthwiseConv2D(size, strides, padding="same" if same else "valid")(x))
+
+
+def head(x):
+    return layers.Dense(5)(layers.GlobalAveragePooling2D()(x))
+
+
+def residual(x):
+    x = pointwise(stem(x), 32)
+    return head(pointwise(layers.Add()([x, pointwise(depthwise(x), 32, None)]), 64))
+
+
+def joined(x):
+    x = pointwise(stem(x), 32)
+    return head(layers.Add()([pointwise(x, 32, None), layers.Conv2D(32, 3, padding="same")(x)]))
+
+
+def lone(x):
+    return layers.Flatten()(layers.Conv2D(5, 1)(layers.GlobalAveragePooling2D(keepdims=True)(x)))
+
+
+WHOLE = {
+    "mobilenet": lambda x: head(pointwise(depthwise(pointwise(depthwise(stem(x)), 32), 2, same=False), 64)),
+    "residual": residual,
+    "5x5": lambda x: head(pointwise(depthwise(pointwise(stem(x), 32, "swish"), 2, False, 5), 64, "gelu")),
+    "resize": lambda x: head(pointwise(layers.UpSampling2D(interpolation="bilinear")(pointwise(stem(x), 32)), 64)),
+}
+UNTOUCHED = {
+    "same padding at the stem": lambda x: head(pointwise(depthwise(pointwise(stem(x, True), 32), 2), 64)),
+    "no stem": lambda x: lone(layers.Conv2D(64, 3)(x)),
+    "no pooling at the end": lambda x: layers.Dense(5)(layers.Flatten()(pointwise(depthwise(stem(x)), 16))),
+    "max pooling at the end": lambda x: layers.Dense(5)(layers.GlobalMaxPooling2D()(pointwise(stem(x), 32))),
+}
+BROKEN = {  # these compute wrong numbers without AVX, or do not load
+    "MAX_POOL_2D": lambda x: head(pointwise(layers.MaxPooling2D()(pointwise(depthwise(stem(x)), 32)), 64)),
+    "AVERAGE_POOL_2D": lambda x: head(pointwise(layers.AveragePooling2D(2)(pointwise(stem(x), 32)), 64)),
+    "DEPTHWISE_CONV_2D": lambda x: head(pointwise(depthwise(pointwise(stem(x), 32), 2), 64)),
+    "CONV_2D": lambda x: head(pointwise(layers.Conv2D(32, 3, padding="same")(pointwise(stem(x), 32)), 64)),
+    "PRELU": lambda x: head(pointwise(layers.PReLU(shared_axes=[1, 2])(pointwise(stem(x), 32, None)), 64)),
+    "follows the pooling": lambda x: lone(pointwise(depthwise(stem(x)), 64)),
+}
+DOUBTFUL = {  # right today, but not covered by the rules
+    "CONV_2D": joined,
+    "not a global average pooling": lambda x: layers.Dense(5)(
+        layers.Flatten()(keras.ops.mean(pointwise(depthwise(stem(x)), 64), axis=3))
+    ),
+}
+
+
+def verdict(body):
+    model = image_model(body)
+    content = convert(model, signature(model), ["sparse"]).files["sparse"]
+    flat = read(content)
+    return model, content, hazard(flat), [use.operator for use in uses(flat) if use.sparse]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_clusters_run_sparse(name):
+    _, _, reason, operators = verdict(WHOLE[name])
+    assert reason is None and set(operators) == {"CONV_2D"} and len(operators) >= 2
+
+
+@pytest.mark.parametrize("name", UNTOUCHED)
+def test_untouched_graphs_are_safe(name):
+    _, _, reason, operators = verdict(UNTOUCHED[name])
+    assert reason is None and operators == []
+
+
+@pytest.mark.parametrize(("name", "bodies"), [*((n, BROKEN) for n in BROKEN), *((n, DOUBTFUL) for n in DOUBTFUL)])
+def test_partial_clusters_are_found(name, bodies):
+    _, _, reason, operators = verdict(bodies[name])
+    assert name in reason and "a part of the graph" in reason and operators == []
+
+
+def test_export_does_not_hand_out_a_partial_cluster(tmp_path):
+    report = ks.tflite.export(image_model(BROKEN["MAX_POOL_2D"]), tmp_path / "m.tflite")
+    assert report.encoding == "dense" and "MAX_POOL_2D" in report.notes[0]
+    report = ks.tflite.export(image_model(WHOLE["mobilenet"]), tmp_path / "m.tflite")
+    assert report.encoding == "sparse" and "x86 without AVX" in report.runs_sparse[0]["where"]
+
+
+@pytest.mark.parametrize(("sparsity", "engages"), [(0.66, False), (0.68, True)])
+def test_threshold_of_two_thirds(sparsity, engages):
+    model = image_model(WHOLE["residual"])
+    for weight in model.weights:
+        if weight.name == "kernel" and tuple(weight.shape[:2]) == (1, 1):
+            values = np.ones(weight.shape, "float32").ravel()
+            values[: int(sparsity * values.size)] = 0
+            weight.assign(values.reshape(weight.shape))
+    flat = read(convert(model, signature(model), ["sparse"]).files["sparse"])
+    assert bool([use for use in uses(flat) if use.sparse]) == engages
+
+
+def test_dense_layers_in_blocks():
+    model = sparsify(mlp(), 0.9, blocks=True)
+    flat = read(convert(model, signature(model), ["sparse"]).files["sparse"])
+    assert [(use.operator, use.sparse) for use in uses(flat)] == [("FULLY_CONNECTED", True)] * 2
+    assert hazard(flat) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(no_avx_runtime() is None, reason="needs qemu-x86_64")
+@pytest.mark.parametrize(
+    ("bodies", "right"), [(WHOLE, True), (UNTOUCHED, True), (BROKEN, False)], ids=["whole", "untouched", "broken"]
+)
+def test_verdicts_on_a_cpu_without_avx(bodies, right):
+    for name, body in bodies.items():
+        model, content, _, _ = verdict(body)
+        called = signature(model)
+        parity = Reference(model, called, random_batches(model, called)).compare_without_avx(content)
+        assert (parity is not None and parity.relative < 1e-4) == right, name
