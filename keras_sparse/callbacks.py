@@ -1,13 +1,11 @@
 """Callbacks that make a model sparse, or keep it so, while `model.fit` trains it."""
 
-import math
-import numbers
 import warnings
 
 import keras
 import numpy as np
 
-from keras_sparse import criteria, optimizers, patterns, pruning, reports, schedules, selection
+from keras_sparse import clock, criteria, optimizers, patterns, pruning, reports, schedules, selection
 from keras_sparse.registry import Configurable, serializable
 
 __all__ = ["AtTargetSparsity", "KeepSparsity", "Pruning"]
@@ -46,8 +44,7 @@ class _MaskCallback(keras.callbacks.Callback, Configurable):
         self._goals = None
         if model.built and model.weights:
             self._attach()
-            if _number(sparse.length) == 0:
-                sparse.start.assign(_number(sparse.iterations))
+            sparse.start_clock()
 
     def _attach(self):
         """Create the masks, in a built model."""
@@ -75,8 +72,7 @@ class _MaskCallback(keras.callbacks.Callback, Configurable):
         if sparse.temporary:
             optimizers.unwrap(self._model)
         elif sparse.built:
-            sparse.length.assign(0)
-            sparse.updated.assign(-1)
+            sparse.stop_clock()
 
     def on_test_end(self, logs=None):
         if not self.running:
@@ -88,7 +84,6 @@ class _MaskCallback(keras.callbacks.Callback, Configurable):
 
     def on_train_begin(self, logs=None):
         self.running = True
-        self._first_epoch = None
         # `EarlyStopping` restores weights in its own `on_train_end`, which may come after ours. Keras puts `History`
         # behind all of a user's callbacks, so the last act hangs on it.
         history = getattr(self._model, "history", None)
@@ -126,8 +121,6 @@ class _MaskCallback(keras.callbacks.Callback, Configurable):
     # Training
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._first_epoch is None:
-            self._first_epoch = epoch
         self._epochs_done = epoch
         if self._goals is not None:
             self._start_epoch(epoch)
@@ -208,15 +201,8 @@ class Pruning(_MaskCallback):
         self.pattern = patterns.get(pattern)
         self.schedule = schedules.get(schedule)
         self.allocation = allocation
-        self.begin = _check_time("begin", begin)
-        self.end = _check_time("end", end)
-        if type(self.begin) is type(self.end) and self.end <= self.begin:
-            raise ValueError(f"`end` must be after `begin`. Received: begin={begin!r}, end={end!r}")
-        if frequency is not None and (
-            isinstance(frequency, bool) or not isinstance(frequency, numbers.Integral) or frequency < 1
-        ):
-            raise ValueError(f"`frequency` must be a whole number of steps, at least 1. Received: {frequency!r}")
-        self.frequency = frequency
+        self._clock = clock.Clock(begin, end, frequency)
+        self.begin, self.end, self.frequency = begin, end, frequency
         self.filters = filters
         self.verbose = verbose
         self._reached = False
@@ -255,131 +241,64 @@ class Pruning(_MaskCallback):
         return self._reached
 
     def _plan(self, model):
-        return pruning.Plan(
-            model, self.target_sparsity, self.criterion, self.pattern, self.allocation, self.filters
-        )
+        return pruning.Plan(model, self.target_sparsity, self.criterion, self.pattern, self.allocation, self.filters)
 
-    # The clock. Steps are the optimizer's iterations, counted from the variable `start` of the SparseOptimizer. Batch
-    # hooks bound them from above in Python, because touching `self.model` makes JAX copy its whole state.
+    # Batch hooks bound the step from above in Python, because touching `self.model` makes JAX copy its whole state.
 
-    def _start_epoch(self, epoch):
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self._clock.restart()
+
+    def _start_epoch(self, epoch, late=False):
         sparse = optimizers.find(self.model)
-        now = _number(sparse.iterations)
-        self._start = _number(sparse.start)
-        # A backup or a file that is resumed brings its own length.
-        self._length = _number(sparse.length)
-        if not self._length:
-            self._length = self._measure(sparse, epoch, now - self._start)
-            sparse.length.assign(self._length)
-        self._updated = _number(sparse.updated)
-        self._base = now
         try:
-            self._resolve_times()
+            now = self._clock.start_epoch(sparse, epoch, self.params["epochs"], self.params.get("steps"), late)
         except ValueError:
             self._leave()
             raise
         masks = [selection.as_array(sparse.mask_of(goal.weight.variable)) for goal in self._goals.goals]
         self._reached = self._goals.reached(masks)
-        self._update_if_due(now)
-
-    def _measure(self, sparse, epoch, done):
-        """The optimizer steps of this fit of which `done` lie before `epoch`; 0 if that cannot be known yet."""
-        remaining = self.params["epochs"] - epoch
-        if self.params.get("steps"):
-            return done + max(1, remaining * self.params["steps"] // (sparse.gradient_accumulation_steps or 1))
-        # Epochs of unknown length: once one has passed, the others count as long as it. A resumed fit counts from 0.
-        passed = epoch - self._first_epoch or epoch
-        return done + remaining * (done // passed) if done and passed else 0
-
-    def _resolve_times(self):
-        """Turn `begin`, `end` and `frequency` into steps; `None` for what is not known yet."""
-
-        def steps(value):
-            if isinstance(value, int):
-                return value
-            return 0 if value == 0 else round(value * self._length) if self._length else None
-
-        self._begin, self._end = steps(self.begin), steps(self.end)
-        if self._begin is not None and self._end is not None and self._end <= self._begin:
-            if isinstance(self.begin, float) and isinstance(self.end, float):
-                self._end = self._begin + 1  # A short fit: both fractions round to the same step.
-            else:
-                raise ValueError(
-                    "`end` must be after `begin`; in this fit of "
-                    f"{self._length} steps they come to {self._begin} and {self._end}. "
-                    f"Received: begin={self.begin!r}, end={self.end!r}"
-                )
-        if self._length and self._begin is not None and self._begin >= self._length:
-            raise ValueError(
-                f"The schedule can never fire: it begins at step {self._begin}, and this fit has {self._length} "
-                "optimizer steps. Lower `begin` (a float is a fraction of the fit), or train for longer. "
-                f"Received: begin={self.begin!r}, end={self.end!r}"
-            )
-        span = (self._end or 0) - (self._begin or 0)
-        self._frequency = self.frequency or max(1, span // 50)
-
-    def _next_due(self):
-        """The step, counted from the start, at which the next update is due."""
-        if self._reached or self._begin is None:
-            return math.inf
-        updated = self._updated - self._start if self._updated >= 0 else -1
-        if updated < self._begin:
-            return self._begin
-        if self._end is None or updated >= self._end:
-            return math.inf
-        return min(self._end, self._begin + ((updated - self._begin) // self._frequency + 1) * self._frequency)
+        self._update_if_due(sparse, now)
 
     def on_train_batch_end(self, batch, logs=None):
         if self._goals is None:
-            self._attach_late()
-        elif self._base + batch + 1 - self._start >= self._next_due():
-            now = _number(optimizers.find(self.model).iterations)
-            self._base = now - (batch + 1)
-            self._update_if_due(now)
+            # The first batch built the model: on TensorFlow, `fit` builds it inside of the compiled step.
+            self._attach()
+            self._start_epoch(self._epochs_done, late=True)
+            self._model.make_train_function(force=True)
+        elif not self._reached and self._clock.may_be_due(batch):
+            sparse = optimizers.find(self.model)
+            self._update_if_due(sparse, self._clock.read(sparse, batch))
 
-    def _attach_late(self):
-        """The first batch built the model (on TensorFlow, `fit` builds it inside of the compiled step)."""
-        self._attach()
-        sparse = optimizers.find(self._model)
-        sparse.length.assign(self._measure(sparse, self._first_epoch, 0))
-        self._start_epoch(self._first_epoch)
-        self._model.make_train_function(force=True)
-
-    def _update_if_due(self, now):
-        step = now - self._start
-        if step < self._next_due():
-            return
-        if self._end is None:
-            progress = 0.0
-        else:
-            progress = (step - self._begin) / (self._end - self._begin)
-        self._update(optimizers.find(self.model), now, self.schedule(progress))
+    def _update_if_due(self, sparse, now):
+        progress = None if self._reached else self._clock.progress(now)
+        if progress is not None:
+            self._update(sparse, now, self.schedule(progress))
 
     def _update(self, sparse, now, fraction):
-        masks = self._goals.update(sparse, fraction)
-        sparse.updated.assign(now)
-        self._updated = now
-        self._reached = self._goals.reached(masks)
+        self._reached = self._goals.reached(self._goals.update(sparse, fraction))
+        self._clock.mark(sparse, now)
         if self.verbose:
             zeros, size = _count_zeros(sparse)
-            print(f"\nStep {now - self._start}: sparsity {zeros / size:.4f}")
+            print(f"\nStep {self._clock.elapsed(now)}: sparsity {zeros / size:.4f}")
 
     def _complete(self, sparse):
         if self._reached or self._goals is None:
             return
         zeros, size = _count_zeros(sparse)
-        if self._epochs_done < self.params.get("epochs", 0):
+        if self._epochs_done < self.params["epochs"]:
             warnings.warn(
                 f"Training stopped before the target sparsity: the selected weights are at {zeros / size:.1%}. "
                 "Wrap `EarlyStopping` in `ks.callbacks.AtTargetSparsity` to let it stop only after that.",
                 stacklevel=2,
             )
             return
-        self._update(sparse, _number(sparse.iterations), 1.0)
+        now = clock.number(sparse.iterations)
+        self._update(sparse, now, 1.0)
         warnings.warn(
-            f"This fit ended before the schedule did, at a sparsity of {zeros / size:.1%}; the target was reached with a "
-            "last update that no training followed. Lower `end`, or train for longer. "
-            f"Received: begin={self.begin!r}, end={self.end!r}, steps={_number(sparse.iterations) - self._start}",
+            f"This fit ended before the schedule did, at a sparsity of {zeros / size:.1%}; the target was reached with "
+            "a last update that no training followed. Lower `end`, or train for longer. "
+            f"Received: begin={self.begin!r}, end={self.end!r}, steps={self._clock.elapsed(now)}",
             stacklevel=2,
         )
 
@@ -467,8 +386,9 @@ class AtTargetSparsity(keras.callbacks.Callback):
         sparse = optimizers.find(self._model)
         if sparse is None or not any(isinstance(user, _MaskCallback) for user in sparse.users):
             raise ValueError(
-                "`AtTargetSparsity` waits for a `ks.callbacks.Pruning` in the same `fit`, and there is none. Add one to "
-                f"`callbacks`, or use the wrapped callback as it is. Received: callback={type(self.callback).__name__}"
+                "`AtTargetSparsity` waits for a `ks.callbacks.Pruning` in the same `fit`, and there is none. Add "
+                "one to `callbacks`, or use the wrapped callback as it is. "
+                f"Received: callback={type(self.callback).__name__}"
             )
         self.callback.on_train_begin(logs)
 
@@ -496,28 +416,6 @@ class AtTargetSparsity(keras.callbacks.Callback):
         return sparse is not None and all(user.reached for user in sparse.users)
 
 
-def _check_time(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"`{name}` is a float in [0, 1], a fraction of the fit, or an int, a number of steps. "
-            f"Received: {name}={value!r} of type {type(value).__name__}"
-        )
-    if isinstance(value, numbers.Integral):
-        if value < 0:
-            raise ValueError(f"`{name}` in steps must not be negative. Received: {name}={value!r}")
-        return int(value)
-    if not 0 <= value <= 1:
-        raise ValueError(
-            f"`{name}` as a float is a fraction of the fit, in [0, 1]; write an int for a number of steps. "
-            f"Received: {name}={value!r}"
-        )
-    return float(value)
-
-
-def _number(variable):
-    return int(selection.as_array(variable))
-
-
 def _count_zeros(sparse):
     """Zeros and size of the variables that have masks."""
     values = [selection.as_array(variable) for variable, _ in sparse.masks]
@@ -538,7 +436,7 @@ def _warn_of_revived(sparse):
     if revived:
         warnings.warn(
             f"{revived} pruned weights were not zero when training ended, because another callback (EarlyStopping with "
-            "restore_best_weights?) put back the weights of an earlier, denser epoch. The masks were applied again, and "
-            "the accuracy may be lower than the one that callback saw. Wrap it in `ks.callbacks.AtTargetSparsity`.",
+            "restore_best_weights?) put back the weights of an earlier, denser epoch. The masks were applied again, "
+            "and the accuracy may be lower than the one that callback saw. Wrap it in `ks.callbacks.AtTargetSparsity`.",
             stacklevel=2,
         )

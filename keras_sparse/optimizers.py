@@ -22,8 +22,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     `ks.callbacks.Pruning` wraps and unwraps `model.optimizer` by itself. Use the class directly for training loops of
     your own: `ks.update_masks` computes the masks.
 
-    In mixed precision it goes inside the `LossScaleOptimizer`. Masked weights are replaced by 0.0 rather than multiplied
-    (a product keeps NaN and makes -0.0); moving averages of the weights (`use_ema`) are masked with them.
+    In mixed precision it goes inside the `LossScaleOptimizer`. Masked weights are replaced by 0.0 rather than
+    multiplied (a product keeps NaN and makes -0.0); moving averages of the weights (`use_ema`) are masked with them.
 
     Args:
         inner_optimizer: The `keras.optimizers.Optimizer` to wrap, or its name.
@@ -75,8 +75,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             return
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
-        # Not `super().build`: it would add moving averages and gradient accumulators, which the inner optimizer has. And
-        # not by assignment, which would make the model's variables the optimizer's own.
+        # Not `super().build`: it would add moving averages and gradient accumulators, which the inner optimizer has.
+        # And not by assignment, which would make the model's variables the optimizer's own.
         vars(self)["_trainable_variables"] = list(variables)
         self._trainable_variables_indices = {self._var_key(v): i for i, v in enumerate(variables)}
         self.built = True
@@ -132,6 +132,16 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         for index in new:
             self._add_mask(index)
         return bool(new)
+
+    def start_clock(self):
+        """Let the clock start at the present step, unless it is running: in an interrupted or resumed fit."""
+        if int(ops.convert_to_numpy(ops.convert_to_tensor(self.length))) == 0:
+            self.start.assign(ops.convert_to_numpy(ops.convert_to_tensor(self.iterations)))
+
+    def stop_clock(self):
+        """Make the next `start_clock` start anew."""
+        self.length.assign(0)
+        self.updated.assign(-1)
 
     @property
     def masks(self):

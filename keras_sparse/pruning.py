@@ -98,20 +98,16 @@ class Plan:
 
     def reached(self, masks):
         """Whether `masks` are at the goals, by the counts that `masks` promises."""
-        dropped = [
-            (goal, np.asarray(goal.pattern.pool(mask.astype("float32")))) for goal, mask in zip(self.goals, masks, strict=True)
-        ]
-        shortfalls = [
-            (goal.pattern.count(goal.sparsity, groups.size), int(np.sum(groups == 0)), groups.size)
-            for goal, groups in dropped
-        ]
+        # A group is dropped if none of its weights is kept.
+        groups = [goal.pattern.pool(mask.astype("float32")) for goal, mask in zip(self.goals, masks, strict=True)]
+        dropped = [int(np.sum(group == 0)) for group in groups]
         if self.allocation == "global":
-            total = sum(size for *_, size in shortfalls)
-            return sum(zeros for _, zeros, _ in shortfalls) >= round(self.goals[0].sparsity * total)
-        return all(zeros >= wanted for wanted, zeros, _ in shortfalls)
+            return sum(dropped) >= round(self.goals[0].sparsity * sum(group.size for group in groups))
+        wanted = [goal.pattern.count(goal.sparsity, g.size) for goal, g in zip(self.goals, groups, strict=True)]
+        return all(have >= want for have, want in zip(dropped, wanted, strict=True))
 
     def present_masks(self):
-        """Masks that keep what is not zero now; a weight that is all zeros counts as zero-initialised, not as pruned."""
+        """Masks that keep what is not zero now; a weight that is all zeros counts as zero-initialised."""
         return [_nonzero(goal.weight.numpy()) for goal in self.goals]
 
     def attach(self, optimizer):
@@ -284,7 +280,8 @@ def _check_sparsity(value):
     if math.isnan(value) or not 0 <= value < 1:
         hint = f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
         raise ValueError(
-            f"A sparsity must be at least 0 and below 1: the share of weights to set to zero. Received: {value!r}.{hint}"
+            "A sparsity must be at least 0 and below 1: the share of weights to set to zero. "
+            f"Received: {value!r}.{hint}"
         )
 
 
@@ -304,9 +301,7 @@ def _targets(target_sparsity, weights):
     for regex, value in target_sparsity.items():
         for weight in selection.matching(regex, weights):
             found.setdefault(id(weight.variable), _sparsity_and_pattern(value))
-    return [
-        (w, float(found[id(w.variable)][0]), found[id(w.variable)][1]) for w in weights if id(w.variable) in found
-    ]
+    return [(w, float(found[id(w.variable)][0]), found[id(w.variable)][1]) for w in weights if id(w.variable) in found]
 
 
 def _nonzero(value):

@@ -104,9 +104,9 @@ def check_model(model):
     if not isinstance(model, keras.layers.Layer):
         if any(base.__module__.split(".")[0] == "tf_keras" for base in type(model).__mro__):
             raise TypeError(
-                "keras_sparse works on Keras 3, and this is an object of tf_keras, the legacy Keras 2. Build or load the "
-                "model with `import keras`; reading models that tfmot pruned is the purpose of `ks.compat.tfmot` (not "
-                f"in this version). Received: {type(model).__module__}.{type(model).__name__}"
+                "keras_sparse works on Keras 3, and this is an object of tf_keras, the legacy Keras 2. Build or load "
+                "the model with `import keras`; reading models that tfmot pruned is the purpose of `ks.compat.tfmot` "
+                f"(not in this version). Received: {type(model).__module__}.{type(model).__name__}"
             )
         raise TypeError(f"Expected a Keras 3 model. Received: {model!r} of type {type(model).__name__}")
     if not model.built or not model.weights:
@@ -245,7 +245,8 @@ def _collect_owners(holder, owners, seen):
     """Fill `owners` with `id(variable) -> layer` from the attributes of layers and the containers in them.
 
     `Layer` has no public list of its sublayers (only `Model` has), and attention, wrappers and custom layers keep
-    theirs in attributes. Sublayers come first: wrappers (spectral normalization) refer to the weights of what they wrap.
+    theirs in attributes. Sublayers come first: wrappers (spectral normalization) refer to the weights of the layer
+    that they wrap.
     """
     seen.add(id(holder))
     own, stack = [], list(vars(holder).values())

@@ -7,7 +7,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # It announces itself, and makes sums depend on the CPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("MPLBACKEND", "agg")
 
 import keras
 import pytest
@@ -31,5 +30,6 @@ collect_ignore_glob = [] if keras.backend.backend() == "tensorflow" else _BACKEN
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     """Make each test's random numbers its own, whatever ran before; and layer names too."""
-    keras.utils.clear_session()
+    # Not `free_memory`: a garbage collection takes half a second, and there are hundreds of tests.
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)

@@ -227,9 +227,7 @@ def test_dict_of_sparsities_and_filters():
 def test_two_of_ours_at_once():
     model = dense_model()
     optimizer = model.optimizer
-    history = fit(
-        model, ks.callbacks.Pruning(0.5, filters="a/"), ks.callbacks.Pruning(0.8, filters="b/", frequency=3)
-    )
+    history = fit(model, ks.callbacks.Pruning(0.5, filters="a/"), ks.callbacks.Pruning(0.8, filters="b/", frequency=3))
     assert zeros(model) == [60, 24]
     assert history.history["sparsity"][-1] == pytest.approx(84 / 150)
     assert model.optimizer is optimizer
@@ -376,7 +374,8 @@ def test_initial_epoch_shortens_the_fit():
 
 
 def test_accumulation_counts_optimizer_steps():
-    model, record = dense_model(optimizer=keras.optimizers.SGD(0.1, gradient_accumulation_steps=3)), ZerosAfterEachStep()
+    model = dense_model(optimizer=keras.optimizers.SGD(0.1, gradient_accumulation_steps=3))
+    record = ZerosAfterEachStep()
     fit(model, ks.callbacks.Pruning(0.9, begin=1, end=4, frequency=1), record)
     # 18 batches are 6 steps; the fourth ends with batch 12.
     assert [counts[0] == 108 for counts in record.counts] == [False] * 11 + [True] * 7

@@ -55,7 +55,8 @@ def test_config_round_trip(name):
 @pytest.mark.parametrize("name", OBJECTS)
 def test_config_holds_every_argument(name):
     thing = OBJECTS[name]
-    assert set(thing.get_config()) == set(inspect.signature(type(thing).__init__).parameters) - {"self", "args", "kwargs"}
+    arguments = set(inspect.signature(type(thing).__init__).parameters) - {"self", "args", "kwargs"}
+    assert set(thing.get_config()) == arguments
 
 
 def test_every_public_class_has_a_row():

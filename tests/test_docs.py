@@ -6,8 +6,10 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-# A block of Python; `<!-- setup` holds what a reader has already (a model, data), `<!-- not run -->` excuses the next one.
-BLOCK = re.compile(r"<!-- setup\n(?P<setup>.*?)-->|(?P<excuse><!-- not run -->\n+)?^```python\n(?P<code>.*?)^```", re.S | re.M)
+# A block of Python. `<!-- setup` holds what a reader has already (a model, data); `<!-- not run -->` excuses the next.
+BLOCK = re.compile(
+    r"<!-- setup\n(?P<setup>.*?)-->|(?P<excuse><!-- not run -->\n+)?^```python\n(?P<code>.*?)^```", re.S | re.M
+)
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if BLOCK.search(path.read_text(encoding="utf-8")))
 
 

@@ -13,7 +13,8 @@ BACKEND = keras.backend.backend()
 
 def make(optimizer="adam"):
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(6, activation="relu", name="a"), keras.layers.Dense(4)])
+    first = keras.layers.Dense(6, activation="relu", name="a")
+    model = keras.Sequential([keras.Input((8,)), first, keras.layers.Dense(4)])
     model.compile(optimizer, "mse")
     return model
 
@@ -48,10 +49,8 @@ def test_passes_through_what_keras_asks_for():
 
 
 def test_multi_optimizer():
-    selector = lambda variable, a=keras.optimizers.SGD(0.1), b=keras.optimizers.Adam(0.1): (  # noqa: E731
-        a if "kernel" in variable.path else b
-    )
-    model = make(keras.optimizers.MultiOptimizer(selector))
+    for_kernels, for_others = keras.optimizers.SGD(0.1), keras.optimizers.Adam(0.1)
+    model = make(keras.optimizers.MultiOptimizer(lambda v: for_kernels if "kernel" in v.path else for_others))
     model.fit(X, Y, epochs=4, verbose=0, callbacks=[ks.callbacks.Pruning(0.5)])
     assert zeros(model) == [24, 12]
     assert type(model.optimizer).__name__ == "MultiOptimizer"

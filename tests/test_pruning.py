@@ -13,7 +13,8 @@ import keras_sparse as ks
 
 def make(*units, seed=0):
     keras.utils.set_random_seed(seed)
-    return keras.Sequential([keras.Input((int(units[0]),)), *(keras.layers.Dense(int(n), name=f"d{i}") for i, n in enumerate(units[1:]))])
+    dense = [keras.layers.Dense(int(n), name=f"d{i}") for i, n in enumerate(units[1:])]
+    return keras.Sequential([keras.Input((int(units[0]),)), *dense])
 
 
 def kernels(model):
@@ -130,6 +131,8 @@ def test_a_criterion_of_ones_own_even_with_infinite_scores():
 
 @pytest.mark.parametrize("policy", ["float16", "bfloat16", "float64"])
 def test_weights_of_other_precisions(policy):
+    if policy == "float64" and keras.backend.backend() == "jax":
+        pytest.skip("JAX has no float64 unless it is asked for")
     model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(10, dtype=policy)])
     ks.prune(model, 0.7)
     assert (ks.selection.weights(model)[0].numpy() == 0).sum() == 70
@@ -139,8 +142,7 @@ def test_quantized_kernels_are_skipped_with_the_reason():
     model = make(8, 8, 8)
     model.layers[0].quantize("int8")
     report = ks.prune(model, 0.5)
-    row = next(row for row in report.rows if row["path"] == model.layers[0].kernel.path or row["reason"].find("int8") > 0)
-    assert row["status"] == "skipped"
+    assert any(row["status"] == "skipped" and "int8" in row["reason"] for row in report.rows)
     assert [(w.numpy() == 0).sum() for w in ks.selection.select(model, frozen=True) if not w.skipped] == [32]
 
 
@@ -208,12 +210,12 @@ np.savez(sys.argv[2], **out)
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tfmot is TensorFlow's")
 def test_masks_equal_the_real_tfmots(tmp_path):
     rng = np.random.default_rng(0)
-    # Distinct magnitudes (tfmot keeps every weight that ties with its threshold) and no halves (it rounds what is kept).
-    weights = {
-        f"{i}_{s}": (rng.permutation(rows * columns).reshape(rows, columns) - rows * columns / 2 + 0.25).astype("float32")
-        for i, (rows, columns) in enumerate([(20, 30), (7, 11), (64, 3)])
-        for s in (0.1, 0.51, 0.9, 0.97)
-    }
+    # Distinct magnitudes: tfmot keeps every weight that ties with its threshold. No halves: it rounds what is kept.
+    weights = {}
+    for i, shape in enumerate([(20, 30), (7, 11), (64, 3)]):
+        for sparsity in (0.1, 0.51, 0.9, 0.97):
+            ranks = rng.permutation(np.prod(shape)).reshape(shape)
+            weights[f"{i}_{sparsity}"] = (ranks - ranks.size / 2 + 0.25).astype("float32")
     np.savez(tmp_path / "in.npz", **weights)
     command = [sys.executable, "-c", textwrap.dedent(TFMOT), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -55,7 +55,11 @@ LAYERS = {
     "TimeDistributed": (lambda: layers.TimeDistributed(layers.Dense(4)), (3, 2), ["kernel"]),
     "ConvLSTM1D": (lambda: layers.ConvLSTM1D(4, 2), (3, 6, 2), ["kernel", "recurrent_kernel"]),
     "ConvLSTM2D": (lambda: layers.ConvLSTM2D(4, 2), (3, 6, 6, 2), ["kernel", "recurrent_kernel"]),
-    "SpectralNormalization": (lambda: layers.SpectralNormalization(layers.Conv2DTranspose(4, 3)), (8, 8, 2), ["kernel"]),
+    "SpectralNormalization": (
+        lambda: layers.SpectralNormalization(layers.Conv2DTranspose(4, 3)),
+        (8, 8, 2),
+        ["kernel"],
+    ),
     "BatchNormalization": (layers.BatchNormalization, (4,), []),
     "LayerNormalization": (lambda: layers.LayerNormalization(axis=(1, 2)), (4, 3), []),
     "GroupNormalization": (lambda: layers.GroupNormalization(2), (4, 4), []),
@@ -101,7 +105,7 @@ def test_each_kind_of_layer(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_training_with_each_kind_of_layer(name):
-    make, shape, expected = LAYERS[name]
+    make, shape, _ = LAYERS[name]
     model = keras.Sequential([keras.Input(shape), make(), layers.Flatten(), layers.Dense(2, name="head")])
     model.compile(keras.optimizers.SGD(0.01), "mse", jit_compile=False)
     x = np.random.default_rng(0).normal(size=(8, *shape)).astype("float32")
@@ -112,7 +116,8 @@ def test_training_with_each_kind_of_layer(name):
 
 
 def test_embeddings_and_depthwise_kernels_only_where_a_filter_names_them():
-    model = keras.Sequential([keras.Input((6,)), layers.Embedding(9, 4, name="table"), layers.DepthwiseConv1D(3, name="d")])
+    table, depthwise = layers.Embedding(9, 4, name="table"), layers.DepthwiseConv1D(3, name="d")
+    model = keras.Sequential([keras.Input((6,)), table, depthwise])
     reasons = {w.variable.name: w.skipped for w in ks.selection.weights(model)}
     assert "left dense unless a filter names it" in reasons["embeddings"]
     assert "left dense unless a filter names it" in reasons["kernel"]
@@ -296,9 +301,7 @@ def test_bad_filters(filters, error, message):
 
 
 def _applications():
-    return sorted(
-        name for name, thing in vars(keras.applications).items() if callable(thing) and name[0].isupper()
-    )
+    return sorted(name for name, thing in vars(keras.applications).items() if callable(thing) and name[0].isupper())
 
 
 @pytest.mark.slow

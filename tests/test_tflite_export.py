@@ -53,7 +53,7 @@ def test_every_kind_of_model(kind, quantize, tmp_path):
 
 
 @tensorflow_only
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["cnn", "lstm", "nested"])
 def test_dense_encoding(kind, tmp_path):
     model = sparsify(MODELS[kind](), 0.9)
     report = ks.tflite.export(model, tmp_path / "m.tflite", sparse=False)
@@ -165,7 +165,7 @@ def test_model_in_training(tmp_path):
 def test_integer_inputs_of_subclassed_models(tmp_path):
     model = dict_of_inputs()
     report = ks.tflite.export(model, tmp_path / "m.tflite")
-    assert "takes float32 inputs" in report.notes[-1]
+    assert "takes float32 inputs" in report.notes[0]
     data = {"tokens": np.arange(12).reshape(2, 6), "offset": np.zeros((2, 1, 48))}
     report = ks.tflite.export(model, tmp_path / "m.tflite", representative_data=data)
     data = {"tokens": data["tokens"].astype("int32"), "offset": data["offset"].astype("float32")}

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import warnings
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import keras
 
@@ -332,7 +332,7 @@ def _convert_elsewhere(model, called, encodings, quantize):
             model.save(folder / "model.keras")
         job = {
             "modules": _modules(folder / "model.keras"),
-            "dtypes": [leaf.dtype for leaf in called.inputs],
+            "inputs": [astuple(leaf) for leaf in called.inputs],  # saving a model may change the names of its inputs
             "encodings": list(encodings),
             "quantize": quantize,
         }
@@ -400,7 +400,8 @@ def _main(folder):
             importlib.import_module(module)
         # This file was written a moment ago from the caller's own model: its Lambda layers are the caller's own code.
         model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
-        called = signature(model).with_dtypes(job["dtypes"])
+        inputs = [Input(name, tuple(shape), dtype) for name, shape, dtype in job["inputs"]]
+        called = replace(signature(model), inputs=inputs)
         conversion = _convert_here(model, called, job["encodings"], job["quantize"])
         for name, content in conversion.files.items():
             (folder / f"{name}.tflite").write_bytes(content)

@@ -1,0 +1,251 @@
+"""The command line is argparse over the functions of the library: `keras-sparse COMMAND ...`.
+
+Exit codes: 0 when all went well, 1 for an error of the input (one line on stderr), 2 for wrong usage, 130 when
+interrupted. With `--json` stdout holds one JSON document and nothing else.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import sys
+import tempfile
+
+import keras
+
+from keras_sparse import pruning, quickstart, reports, tflite
+from keras_sparse.quiet import quiet
+
+__all__ = ["main"]
+
+
+def main(arguments=None):
+    """Run the command line.
+
+    Args:
+        arguments: List of strings. `None`: those of the process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: After `--help`, and for wrong usage.
+
+    Example:
+
+    >>> from keras_sparse.cli import main
+    >>> main(["inspect", "no_such_file.tflite"])  # and a line on stderr that says so
+    1
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        with quiet() as (_, stderr):
+            _import(options.modules)
+            report = options.command(options, stderr)
+        _print(report.to_json() if options.json else report)
+    except KeyboardInterrupt:
+        print("keras-sparse: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"keras-sparse: error: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="keras-sparse",
+        description="Sparse Keras models and .tflite files. `keras-sparse COMMAND --help` shows an example for each.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {sys.modules[__package__].__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(command, example, loads_model=False):
+        name, summary = command.__name__.strip("_"), command.__doc__
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  keras-sparse {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(command=command, modules=[])
+        sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        if loads_model:
+            sub.add_argument("model", metavar="MODEL.keras", help="a saved Keras model")
+            sub.add_argument(
+                "--import",
+                dest="modules",
+                metavar="MODULE",
+                action="append",
+                help="import a module first that registers the model's custom classes, from the current folder or "
+                "PYTHONPATH; may be repeated",
+            )
+        return sub
+
+    sub = add(_quickstart, "--dataset mnist --sparsity 0.95 --output results")
+    sub.add_argument("--dataset", choices=list(quickstart.DATASETS), default="digits", help="default: digits")
+    sub.add_argument("--sparsity", type=float, default=0.9, help="share of weights to prune (default: 0.9)")
+    sub.add_argument("--epochs", type=int, help="epochs of each of the two trainings (default: as suits the dataset)")
+    sub.add_argument("--output", metavar="DIR", default="quickstart", help="folder to write to (default: quickstart)")
+
+    sub = add(_prune, "model.keras --sparsity 0.9 --filters conv dense_1 -o sparse.keras", loads_model=True)
+    sub.add_argument("--sparsity", type=float, required=True, help="share of weights to prune, in [0, 1)")
+    sub.add_argument(
+        "--filters",
+        nargs="+",
+        action="extend",
+        metavar="REGEX",
+        help="prune only weights whose path a regular expression matches (default: all that multiply inputs, but for "
+        "depthwise kernels and embeddings)",
+    )
+    sub.add_argument("--allocation", choices=["uniform", "global"], default="uniform", help="default: uniform")
+    sub.add_argument("--criterion", choices=["magnitude", "random"], default="magnitude", help="default: magnitude")
+    sub.add_argument("-o", "--output", metavar="OUT.keras", required=True, help="file to write; may be the input")
+
+    sub = add(_report, "model.keras --html report.html --plot report.png", loads_model=True)
+    sub.add_argument("--html", metavar="FILE", help="write the table as an HTML page, too")
+    sub.add_argument("--plot", metavar="FILE", help="draw the sparsity of each weight (.png, .svg, .pdf)")
+
+    sub = add(_export, "model.keras model.tflite --quantize float16", loads_model=True)
+    sub.add_argument("output", metavar="OUT.tflite", help="file to write")
+    sub.add_argument("--dense", action="store_true", help="do not use a sparse encoding, however small")
+    sub.add_argument("--quantize", choices=["float16"], help="how to store the weights (default: float32)")
+
+    sub = add(_inspect, "model.tflite")
+    sub.add_argument("file", metavar="FILE.tflite")
+
+    sub = add(_benchmark, "sparse.tflite --baseline dense.tflite --threads 2")
+    sub.add_argument("file", metavar="FILE.tflite")
+    sub.add_argument("--baseline", metavar="FILE.tflite", help="another file to compare with, run in turns")
+    sub.add_argument("--threads", type=int, default=1, help="threads of the interpreter (default: 1)")
+    return parser
+
+
+# The commands. Their docstrings are the help texts.
+
+
+def _quickstart(options, stderr):
+    """Train a small CNN, prune it, export it to .tflite, and compare it with the dense one."""
+    from rich.console import Console
+
+    return quickstart.run(
+        options.dataset, options.sparsity, options.epochs, options.output, console=Console(file=stderr)
+    )
+
+
+def _prune(options, stderr):
+    """Prune a saved model in one shot, without training."""
+    with _replacing(options.output, ".keras") as path:
+        model, notes = _load_compiled(options.model)
+        report = pruning.prune(
+            model,
+            options.sparsity,
+            criterion=options.criterion,
+            allocation=options.allocation,
+            filters=options.filters,
+        )
+        model.save(path)
+    report.notes += [*notes, f"Written: {options.output}"]
+    return report
+
+
+def _report(options, stderr):
+    """Tell what is sparse in a saved model, what is not, and why."""
+    report = reports.report(_load(options.model))
+    if options.html:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), record=True, width=240, highlight=False)
+        console.print(report)
+        with _replacing(options.html) as path:
+            console.save_html(path)
+    if options.plot:
+        with _replacing(options.plot) as path:
+            report.plot().savefig(path)
+    return report
+
+
+def _export(options, stderr):
+    """Write a saved model as a .tflite file that is verified against it."""
+    return tflite.export(_load(options.model), options.output, sparse=not options.dense, quantize=options.quantize)
+
+
+def _inspect(options, stderr):
+    """List the tensors of a .tflite file: how they are stored, how sparse they are."""
+    return tflite.inspect(options.file)
+
+
+def _benchmark(options, stderr):
+    """Measure the latency of a .tflite file on this machine. It is run: use files that you trust."""
+    return tflite.benchmark(options.file, baseline=options.baseline, threads=options.threads)
+
+
+def _import(modules):
+    if modules:
+        sys.path.insert(0, os.getcwd())  # an installed command, unlike `python`, does not look there
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            raise ImportError(f"`--import {module}` failed: {type(error).__name__}: {error}") from error
+
+
+def _load(path, compile=False):
+    if not path.endswith(".keras"):
+        raise ValueError(f"Expected the path of a .keras file. Received: {path!r}")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no such file. Received: {path!r}")
+    try:
+        return keras.saving.load_model(path, compile=compile)
+    except Exception as error:  # whatever zip, JSON and HDF5 readers raise on a damaged file
+        reason = _one_line(error)
+        reason = reason if len(reason) < 300 else f"{reason[:300]}..."
+        raise ValueError(
+            f"The model cannot be loaded: the file is damaged, or it has custom classes (`--import MODULE` imports the "
+            f"module that registers them). Received: {path!r} ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _load_compiled(path):
+    """The model, with its optimizer and losses if they can be loaded, and notes."""
+    try:
+        return _load(path, compile=True), []
+    except ValueError as error:
+        reason = _one_line(error)
+    return _load(path), [f"Optimizer and losses were left out, because they cannot be loaded. {reason}"]
+
+
+@contextlib.contextmanager
+def _replacing(path, suffix=""):
+    """Yield the path of a temporary file that becomes `path` if the block succeeds, and else leaves nothing."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if not name.endswith(suffix):
+        raise ValueError(f"The output must end in '{suffix}'. Received: {path!r}")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"The output must be a file, and there is a folder of that name. Received: {path!r}")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"The folder {folder!r} does not exist; create it first. Received: {path!r}")
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as temporary:
+        yield os.path.join(temporary, name)
+        os.replace(os.path.join(temporary, name), path)
+
+
+def _print(result):
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a table's lines, on a stream that has no such characters
+    if sys.stdout.isatty() and not isinstance(result, str):
+        from rich.console import Console
+
+        Console(highlight=False).print(result)
+    else:
+        print(result)
+    sys.stdout.flush()
+
+
+def _one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__

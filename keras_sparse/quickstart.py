@@ -1,0 +1,302 @@
+"""The quickstart is the whole path on real data: a small CNN, trained dense and pruned, exported and compared.
+
+It writes `model.keras` (the pruned model), `model_dense.tflite`, `model_sparse.tflite`, `plot.png` and `report.html`.
+"""
+
+import base64
+import contextlib
+import io
+import os
+import tempfile
+import time
+
+import keras
+import numpy as np
+
+from keras_sparse import callbacks, reports, tflite
+
+__all__ = ["DATASETS", "run"]
+
+FILES = ("model.keras", "model_dense.tflite", "model_sparse.tflite", "plot.png", "report.html")
+
+# Dataset: epochs. As many as 90 % of zeros need to cost less than a point of accuracy (digits) or so that the run ends
+# in about ten minutes on two cores (the others).
+DATASETS = {"digits": 30, "mnist": 3, "fashion_mnist": 4, "cifar10": 6}
+
+_BATCH = 64
+_LEARNING_RATE = 3e-3  # decays to 0; pruning at 1e-3 leaves the weights that remain too little time to adapt
+
+
+def run(dataset="digits", sparsity=0.9, epochs=None, output="quickstart", seed=0, console=None):
+    """Train a small CNN dense and pruned, export both to .tflite, and compare them.
+
+    Both trainings start from the same weights and see the same batches for the same number of epochs. The callback
+    `ks.callbacks.Pruning` is the only difference.
+
+    Args:
+        dataset: `"digits"` (scikit-learn's, 8x8 pixels, needs no network), `"mnist"`, `"fashion_mnist"` or `"cifar10"`
+            (`keras.datasets`, which downloads them once).
+        sparsity: The share of weights to prune, in [0, 1).
+        epochs: Epochs of each training. `None`: as many as suit the dataset.
+        output: The folder to write to; made if it does not exist. The files of an earlier run are replaced once all
+            new ones are there.
+        seed: Of the initial weights and the order of the batches.
+        console: A `rich.console.Console` for the progress bar. `None`: no progress bar.
+
+    Returns:
+        A `Report` with the rows `dense` and `sparse`. Columns: `model`, `accuracy` (on test data), `sparsity`, `bytes`
+        and `gzip_bytes` of the .tflite file, `parity` (largest absolute difference between the outputs of file and
+        Keras model), `latency_ms` (median, batch size 1). Totals: `dataset`, `epochs`, `parameters`, `times_smaller`
+        (bytes dense over bytes sparse), `accuracy_lost` (dense - sparse), `seconds`.
+
+    Raises:
+        ValueError: If an argument is out of range, or an export failed.
+        ImportError: If scikit-learn or matplotlib is not installed.
+        OSError: If the folder cannot be written, or a dataset not be downloaded.
+
+    Example:
+
+    >>> from keras_sparse import quickstart
+    >>> quickstart.run("digits", sparsity=90)
+    Traceback (most recent call last):
+    ...
+    ValueError: A sparsity must be at least 0 and below 1: ... Received: 90. Did you mean 0.9?
+    """
+    start = time.perf_counter()
+    if dataset not in DATASETS:
+        raise ValueError(f"`dataset` must be one of {', '.join(DATASETS)}. Received: dataset={dataset!r}")
+    if epochs is None:
+        epochs = DATASETS[dataset]
+    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+        raise ValueError(f"`epochs` must be a whole number, at least 1. Received: epochs={epochs!r}")
+    pruning = callbacks.Pruning(sparsity, allocation="global", end=0.5)
+    _figure_class()  # tell what is missing before training, not after it
+
+    with _staged(output) as folder, _progress(console) as progress:
+        data = _load(dataset)
+        steps = epochs * -(-len(data[0]) // _BATCH)
+        bars = [progress(f"{name} training", steps) for name in ("dense", "pruned")] + [progress("export", 3)]
+        histories, models, rows = [], [], []
+        for callback, bar in zip(([], [pruning]), bars, strict=False):
+            model, history = _train(data, epochs, seed, [*callback, _Advance(bar)])
+            models.append(model)
+            histories.append(history)
+        bar = bars[-1]
+        models[1].save(os.path.join(folder, "model.keras"))
+        exports = []
+        for name, model in zip(("dense", "sparse"), models, strict=True):
+            path = os.path.join(folder, f"model_{name}.tflite")
+            exported = tflite.export(model, path, sparse=name == "sparse", representative_data=data[2][:256])
+            exported.title = f"Export to {os.path.basename(path)}"
+            exports.append(exported)
+            bar()
+        timing = tflite.benchmark(exports[1].path, baseline=exports[0].path)
+        bar()
+        for name, model, exported, latency in zip(("dense", "sparse"), models, exports, timing.rows, strict=True):
+            rows.append(_row(name, model, data, exported, latency))
+        report = _report(dataset, epochs, models[1], rows, exports[1], output, time.perf_counter() - start)
+        figure = _plot(report, histories)
+        figure.savefig(os.path.join(folder, "plot.png"), dpi=120)
+        _write_page(os.path.join(folder, "report.html"), [report, reports.report(models[1]), exports[1]], figure)
+    return report
+
+
+def _load(dataset):
+    """Return `(x_train, y_train, x_test, y_test)`: images as float32 in [0, 1] with a channel axis, integer labels."""
+    if dataset == "digits":
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError as error:
+            raise ImportError(
+                "The digits come with scikit-learn, which is not installed: `pip install scikit-learn`, or "
+                "`--dataset mnist`, which is downloaded."
+            ) from error
+        digits = load_digits()
+        images = (digits.images / 16).astype("float32")[..., None]
+        # The same split for every seed: 1347 images to train on, 450 to test.
+        x, x_test, y, y_test = train_test_split(
+            images, digits.target, test_size=0.25, stratify=digits.target, random_state=0
+        )
+        return x, y, x_test, y_test
+    try:
+        (x, y), (x_test, y_test) = getattr(keras.datasets, dataset).load_data()
+    except Exception as error:
+        raise OSError(f"The dataset {dataset!r} cannot be downloaded or read: {error}") from error
+    x, x_test = ((images / 255).astype("float32").reshape(*images.shape[:3], -1) for images in (x, x_test))
+    return x, y.reshape(-1), x_test, y_test.reshape(-1)
+
+
+def _build(shape, classes):
+    """A plain CNN of 160,000 (digits) to 360,000 parameters (CIFAR-10)."""
+    layers = [keras.Input(shape)]
+    for number, filters in enumerate((32, 64, 128)):
+        layers.append(keras.layers.Conv2D(filters, 3, padding="same", activation="relu", name=f"conv_{number + 1}"))
+        if number or shape[0] > 8:
+            layers.append(keras.layers.MaxPooling2D())
+    layers += [keras.layers.Flatten(), keras.layers.Dropout(0.3)]
+    layers.append(keras.layers.Dense(128, activation="relu", name="dense"))
+    layers.append(keras.layers.Dense(classes, activation="softmax", name="classes"))
+    return keras.Sequential(layers, name="quickstart")
+
+
+def _train(data, epochs, seed, extra):
+    x, y, x_test, y_test = data
+    keras.utils.set_random_seed(seed)
+    model = _build(x.shape[1:], int(y.max()) + 1)
+    rate = keras.optimizers.schedules.CosineDecay(_LEARNING_RATE, epochs * -(-len(x) // _BATCH))
+    model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    history = model.fit(
+        x, y, batch_size=_BATCH, epochs=epochs, validation_data=(x_test, y_test), callbacks=extra, verbose=0
+    )
+    return model, history.history
+
+
+class _Advance(keras.callbacks.Callback):
+    """Moves a progress bar by one for each batch, and shows the accuracy of each epoch."""
+
+    def __init__(self, advance):
+        super().__init__()
+        self._advance = advance
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._advance()
+
+    def on_epoch_end(self, epoch, logs=None):
+        text = f"epoch {epoch + 1}/{self.params['epochs']}, accuracy {logs['val_accuracy']:.1%}"
+        self._advance(0, text + (f", sparsity {logs['sparsity']:.1%}" if "sparsity" in logs else ""))
+
+
+@contextlib.contextmanager
+def _progress(console):
+    """Yield a function that adds a bar, `add(title, total) -> advance(steps=1, text="")`."""
+    if console is None:
+        yield lambda title, total: lambda steps=1, text="": None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description:<15}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+
+        def add(title, total):
+            task = progress.add_task(title, total=total, start=False, text="")
+
+            def advance(steps=1, text=""):
+                progress.start_task(task)  # a no-op but for the first time: the clock runs when the work does
+                progress.update(task, advance=steps, **({"text": text} if text else {}))
+
+            return advance
+
+        yield add
+
+
+@contextlib.contextmanager
+def _staged(output):
+    """Yield a folder whose files move to `output` if the block succeeds, all or none."""
+    made = not os.path.exists(output)
+    os.makedirs(output, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".quickstart-", dir=output) as folder:
+            yield folder
+            for name in FILES:
+                os.replace(os.path.join(folder, name), os.path.join(output, name))
+    except BaseException:
+        if made:
+            os.rmdir(output)
+        raise
+
+
+def _row(name, model, data, exported, latency):
+    correct = np.argmax(model.predict(data[2], batch_size=256, verbose=0), axis=-1) == data[3]
+    return {
+        "model": name,
+        "accuracy": float(np.mean(correct)),
+        "sparsity": reports.report(model).totals["sparsity"],
+        "bytes": exported.bytes_file,
+        "gzip_bytes": exported.bytes_gzip,
+        "parity": exported.parity,
+        "latency_ms": latency["median"],
+    }
+
+
+def _report(dataset, epochs, model, rows, exported, output, seconds):
+    dense, sparse = rows
+    totals = {
+        "dataset": dataset,
+        "epochs": epochs,
+        "parameters": model.count_params(),
+        "times_smaller": dense["bytes"] / sparse["bytes"],
+        "accuracy_lost": dense["accuracy"] - sparse["accuracy"],
+        "seconds": seconds,
+    }
+    notes = [
+        "Both trainings: same initial weights, batches and epochs; `ks.callbacks.Pruning` is the only difference.",
+        f"Parity: largest difference between .tflite file and Keras model, on {', '.join(exported.verified_on)}.",
+    ]
+    if not exported.runs_sparse:
+        notes.append(
+            "Latency: the zeros of this model make its file smaller, not its run faster; the weights are unpacked when "
+            "the file is loaded."
+        )
+    notes += exported.notes
+    notes.append("Written: " + ", ".join(os.path.join(output, name) for name in FILES))
+    formats = dict.fromkeys(("accuracy", "sparsity"), ".1%") | dict.fromkeys(
+        ("bytes", "gzip_bytes", "parameters"), ",d"
+    )
+    formats |= {"parity": ".1e", "latency_ms": ".3f", "times_smaller": ".1f", "accuracy_lost": ".1%", "seconds": ".0f"}
+    return reports.Report("Quickstart: dense against sparse", rows, totals, notes, formats)
+
+
+def _figure_class():
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            'The quickstart draws with matplotlib, which is not installed: `pip install "keras_sparse[quickstart]"`.'
+        ) from error
+    return Figure
+
+
+def _plot(report, histories):
+    """Draw accuracy and sparsity over the epochs, and the sizes of the files."""
+    figure = _figure_class()(figsize=(10, 3.6), layout="constrained")
+    curves, sizes = figure.subplots(1, 2)
+    epochs = range(1, len(histories[0]["val_accuracy"]) + 1)
+    for row, history, color in zip(report.rows, histories, ("tab:gray", "tab:blue"), strict=True):
+        curves.plot(epochs, history["val_accuracy"], color=color, label=f"accuracy, {row['model']}")
+    curves.plot(epochs, histories[1]["sparsity"], color="tab:orange", linestyle="--", label="sparsity")
+    curves.set(xlabel="epoch", ylabel="share", ylim=(0, 1.02), title="Test accuracy and sparsity")
+    curves.legend(loc="lower right", fontsize=8)
+    labels = [f"{row['model']}{suffix}" for suffix in ("", ", gzip") for row in report.rows]
+    values = [row[key] / 1e3 for key in ("bytes", "gzip_bytes") for row in report.rows]
+    bars = sizes.barh(labels, values, color=["tab:gray", "tab:blue"] * 2)
+    sizes.bar_label(bars, [f"{value:,.0f} kB" for value in values], padding=3, fontsize=8)
+    sizes.invert_yaxis()
+    sizes.set_xlim(0, 1.2 * max(values))
+    sizes.set(xlabel="kB", title="Size of the .tflite file")
+    return figure
+
+
+def _write_page(path, tables, figure):
+    """Write an HTML page that needs no other file."""
+    from rich.console import Console
+
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    console = Console(file=io.StringIO(), record=True, width=240, highlight=False)
+    for table in tables:
+        console.print(table)
+        console.print()
+    text = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(
+            '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>keras_sparse quickstart</title>'
+            "<style>body{font-family:sans-serif;margin:2em}pre{overflow-x:auto}img{max-width:100%}</style></head>\n<body>\n"
+            f'<img alt="Accuracy and size" src="data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}">\n'
+            f"{text}\n</body>\n</html>\n"
+        )

@@ -1,0 +1,57 @@
+"""The notebooks run from top to bottom without network, and show nothing but what they mean to show."""
+
+import pathlib
+import re
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+COLAB = "https://colab.research.google.com/github/keras-sparse/keras_sparse/blob/main/notebooks"
+
+
+def each_notebook(test):
+    return pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)(test)
+
+
+def test_the_notebooks_were_found():
+    assert NOTEBOOKS
+
+
+@each_notebook
+def test_colab_badge_comes_first(path):
+    first = nbformat.read(path, as_version=4).cells[0]
+    assert first.cell_type == "markdown"
+    assert first.source.splitlines()[0].endswith(f"({COLAB}/{path.name})")
+
+
+@each_notebook
+def test_committed_without_outputs(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert [cell.outputs for cell in cells if cell.cell_type == "code" and cell.outputs] == []
+
+
+@pytest.mark.slow
+@each_notebook
+def test_runs(path, tmp_path, monkeypatch):
+    # The package of this tree, wherever the kernel starts.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # As users run it: without what quiets TensorFlow in the other tests.
+    for name in ("CUDA_VISIBLE_DEVICES", "MPLBACKEND", "TF_CPP_MIN_LOG_LEVEL", "TF_ENABLE_ONEDNN_OPTS"):
+        monkeypatch.delenv(name, raising=False)
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert [output for output in outputs if output.output_type == "error"] == []
+    assert [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"] == []
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert not re.search(r"^[IWE]0000|TensorFlow Lite XNNPACK delegate|Saved artifact|oneDNN", printed, re.M)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert any("<table" in output.get("data", {}).get("text/html", "") for output in outputs)
