@@ -20,6 +20,7 @@ class _MaskCallback(keras.callbacks.Callback, Configurable):
     def __init__(self):
         super().__init__()
         self.running = False
+        self.history = None
         self._goals = None
 
     def _plan(self, model):
@@ -38,8 +39,10 @@ class _MaskCallback(keras.callbacks.Callback, Configurable):
         if not isinstance(model, keras.Model):
             selection.check_model(model)
         sparse = optimizers.wrap(model)
-        # All callbacks of a `fit` are set before any begins: one that is running was left behind by an interrupted fit.
-        sparse.users[:] = [user for user in sparse.users if not user.running and user is not self] + [self]
+        # Each `fit` makes a `History`: callbacks that came with another one were left behind by a fit that broke off.
+        self.history = getattr(model, "history", None)
+        others = [user for user in sparse.users if user.history is self.history and user is not self]
+        sparse.users[:] = [*others, self]
         self.running = False
         self._goals = None
         if model.built and model.weights:
@@ -55,7 +58,7 @@ class _MaskCallback(keras.callbacks.Callback, Configurable):
             self._goals = self._plan(self._model)
             created = self._goals is not None and self._goals.attach(sparse)
         except Exception:
-            self._leave()
+            self._abandon()
             raise
         sparse.apply_masks()
         if created:
@@ -74,6 +77,13 @@ class _MaskCallback(keras.callbacks.Callback, Configurable):
         elif sparse.built:
             sparse.stop_clock()
 
+    def _abandon(self):
+        """Leave, and the others with it: this fit will not start."""
+        sparse = optimizers.find(self._model)
+        if sparse is not None:
+            sparse.users.clear()
+        self._leave()
+
     def on_test_end(self, logs=None):
         if not self.running:
             self._leave()
@@ -86,21 +96,19 @@ class _MaskCallback(keras.callbacks.Callback, Configurable):
         self.running = True
         # `EarlyStopping` restores weights in its own `on_train_end`, which may come after ours. Keras puts `History`
         # behind all of a user's callbacks, so the last act hangs on it.
-        history = getattr(self._model, "history", None)
-        self._epochs_before = getattr(history, "epoch", None)
-        if history is not None:
-            previous = history.on_train_end
+        self._epochs_before = getattr(self.history, "epoch", None)
+        if self.history is not None:
+            previous = self.history.on_train_end
 
             def on_train_end(logs=None):
                 previous(logs)
                 self._finish()
-                vars(history).pop("on_train_end", None)
+                vars(self.history).pop("on_train_end", None)
 
-            history.on_train_end = on_train_end
+            self.history.on_train_end = on_train_end
 
     def on_train_end(self, logs=None):
-        history = getattr(self._model, "history", None)
-        if history is None or history.epoch is self._epochs_before:
+        if self.history is None or self.history.epoch is self._epochs_before:
             self._finish()  # There is no History in this fit, or it came before us.
 
     def _finish(self):
@@ -112,7 +120,6 @@ class _MaskCallback(keras.callbacks.Callback, Configurable):
             if self._goals is not None:
                 _warn_of_revived(sparse)
                 sparse.apply_masks()
-                reports.remember(self._model, self._goals.skipped)
         self._leave()
 
     def _complete(self, sparse):
@@ -241,23 +248,27 @@ class Pruning(_MaskCallback):
         return self._reached
 
     def _plan(self, model):
-        return pruning.Plan(model, self.target_sparsity, self.criterion, self.pattern, self.allocation, self.filters)
+        plan = pruning.Plan(model, self.target_sparsity, self.criterion, self.pattern, self.allocation, self.filters)
+        reports.remember(model, plan.skipped)
+        return plan
 
     # Batch hooks bound the step from above in Python, because touching `self.model` makes JAX copy its whole state.
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
         self._clock.restart()
+        self._reached = False
 
     def _start_epoch(self, epoch, late=False):
         sparse = optimizers.find(self.model)
         try:
             now = self._clock.start_epoch(sparse, epoch, self.params["epochs"], self.params.get("steps"), late)
         except ValueError:
-            self._leave()
+            self._abandon()
             raise
-        masks = [selection.as_array(sparse.mask_of(goal.weight.variable)) for goal in self._goals.goals]
-        self._reached = self._goals.reached(masks)
+        if not self._reached:  # A backup or a file that is resumed may be there already.
+            masks = [selection.as_array(sparse.mask_of(goal.weight.variable)) for goal in self._goals.goals]
+            self._reached = self._goals.reached(masks)
         self._update_if_due(sparse, now)
 
     def on_train_batch_end(self, batch, logs=None):

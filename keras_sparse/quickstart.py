@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_sparse import callbacks, reports, tflite
 
-__all__ = ["DATASETS", "run"]
+__all__ = ["DATASETS", "FILES", "build", "run"]
 
 FILES = ("model.keras", "model_dense.tflite", "model_sparse.tflite", "plot.png", "report.html")
 
@@ -72,32 +72,23 @@ def run(dataset="digits", sparsity=0.9, epochs=None, output="quickstart", seed=0
     pruning = callbacks.Pruning(sparsity, allocation="global", end=0.5)
     _figure_class()  # tell what is missing before training, not after it
 
-    with _staged(output) as folder, _progress(console) as progress:
+    with _staged(output) as folder, _progress(console) as add_bar:
         data = _load(dataset)
         steps = epochs * -(-len(data[0]) // _BATCH)
-        bars = [progress(f"{name} training", steps) for name in ("dense", "pruned")] + [progress("export", 3)]
-        histories, models, rows = [], [], []
-        for callback, bar in zip(([], [pruning]), bars, strict=False):
-            model, history = _train(data, epochs, seed, [*callback, _Advance(bar)])
-            models.append(model)
-            histories.append(history)
-        bar = bars[-1]
-        models[1].save(os.path.join(folder, "model.keras"))
-        exports = []
-        for name, model in zip(("dense", "sparse"), models, strict=True):
-            path = os.path.join(folder, f"model_{name}.tflite")
-            exported = tflite.export(model, path, sparse=name == "sparse", representative_data=data[2][:256])
-            exported.title = f"Export to {os.path.basename(path)}"
-            exports.append(exported)
-            bar()
-        timing = tflite.benchmark(exports[1].path, baseline=exports[0].path)
-        bar()
-        for name, model, exported, latency in zip(("dense", "sparse"), models, exports, timing.rows, strict=True):
-            rows.append(_row(name, model, data, exported, latency))
-        report = _report(dataset, epochs, models[1], rows, exports[1], output, time.perf_counter() - start)
-        figure = _plot(report, histories)
+        bars = [add_bar("dense training", steps), add_bar("pruned training", steps), add_bar("export", 3)]
+        dense, dense_history = _train(data, epochs, seed, [_Advance(bars[0])])
+        sparse, sparse_history = _train(data, epochs, seed, [pruning, _Advance(bars[1])])
+        exported, latencies = _export(dense, sparse, folder, data[2][:256], bars[2])
+        rows = [
+            _row(name, model, data, file, latency)
+            for name, model, file, latency in zip(
+                ("dense", "sparse"), (dense, sparse), exported, latencies, strict=True
+            )
+        ]
+        report = _report(dataset, epochs, sparse, rows, exported[1], output, time.perf_counter() - start)
+        figure = _plot(rows, dense_history, sparse_history)
         figure.savefig(os.path.join(folder, "plot.png"), dpi=120)
-        _write_page(os.path.join(folder, "report.html"), [report, reports.report(models[1]), exports[1]], figure)
+        _write_page(os.path.join(folder, "report.html"), [report, reports.report(sparse), exported[1]], figure)
     return report
 
 
@@ -127,8 +118,22 @@ def _load(dataset):
     return x, y.reshape(-1), x_test, y_test.reshape(-1)
 
 
-def _build(shape, classes):
-    """A plain CNN of 160,000 (digits) to 360,000 parameters (CIFAR-10)."""
+def build(shape, classes):
+    """Build the quickstart's model: a plain CNN of 160,000 (digits) to 360,000 parameters (CIFAR-10).
+
+    Args:
+        shape: Shape of an image, `(height, width, channels)`.
+        classes: Number of classes.
+
+    Returns:
+        A Keras model, not compiled, from images to probabilities.
+
+    Example:
+
+    >>> from keras_sparse import quickstart
+    >>> quickstart.build((8, 8, 1), 10).count_params()
+    159626
+    """
     layers = [keras.Input(shape)]
     for number, filters in enumerate((32, 64, 128)):
         layers.append(keras.layers.Conv2D(filters, 3, padding="same", activation="relu", name=f"conv_{number + 1}"))
@@ -143,7 +148,7 @@ def _build(shape, classes):
 def _train(data, epochs, seed, extra):
     x, y, x_test, y_test = data
     keras.utils.set_random_seed(seed)
-    model = _build(x.shape[1:], int(y.max()) + 1)
+    model = build(x.shape[1:], int(y.max()) + 1)
     rate = keras.optimizers.schedules.CosineDecay(_LEARNING_RATE, epochs * -(-len(x) // _BATCH))
     model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
     history = model.fit(
@@ -197,18 +202,32 @@ def _progress(console):
 
 @contextlib.contextmanager
 def _staged(output):
-    """Yield a folder whose files move to `output` if the block succeeds, all or none."""
-    made = not os.path.exists(output)
-    os.makedirs(output, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".quickstart-", dir=output) as folder:
-            yield folder
-            for name in FILES:
-                os.replace(os.path.join(folder, name), os.path.join(output, name))
-    except BaseException:
-        if made:
-            os.rmdir(output)
-        raise
+    """Yield a folder whose files move to `output` if the block succeeds; else nothing is left."""
+    existing = os.path.abspath(output)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        raise NotADirectoryError(f"`output` must be a folder, and {existing!r} is a file. Received: output={output!r}")
+    with tempfile.TemporaryDirectory(prefix=".quickstart-", dir=existing) as folder:
+        yield folder
+        os.makedirs(output, exist_ok=True)
+        for name in FILES:
+            os.replace(os.path.join(folder, name), os.path.join(output, name))
+
+
+def _export(dense, sparse, folder, x, advance):
+    """Write the three models; return the two `ExportReport`s and the two rows of their benchmark."""
+    sparse.save(os.path.join(folder, "model.keras"))
+    exported = []
+    for name, model in (("dense", dense), ("sparse", sparse)):
+        file = f"model_{name}.tflite"
+        path = os.path.join(folder, file)
+        exported.append(tflite.export(model, path, sparse=name == "sparse", representative_data=x))
+        exported[-1].title = f"Export to {file}"  # the folder is a temporary one
+        advance()
+    timing = tflite.benchmark(exported[1].path, baseline=exported[0].path)
+    advance()
+    return exported, timing.rows
 
 
 def _row(name, model, data, exported, latency):
@@ -262,18 +281,19 @@ def _figure_class():
     return Figure
 
 
-def _plot(report, histories):
-    """Draw accuracy and sparsity over the epochs, and the sizes of the files."""
+def _plot(rows, dense, sparse):
+    """Draw accuracy and sparsity over the epochs of both histories, and the sizes of the files."""
     figure = _figure_class()(figsize=(10, 3.6), layout="constrained")
     curves, sizes = figure.subplots(1, 2)
-    epochs = range(1, len(histories[0]["val_accuracy"]) + 1)
-    for row, history, color in zip(report.rows, histories, ("tab:gray", "tab:blue"), strict=True):
-        curves.plot(epochs, history["val_accuracy"], color=color, label=f"accuracy, {row['model']}")
-    curves.plot(epochs, histories[1]["sparsity"], color="tab:orange", linestyle="--", label="sparsity")
+    epochs = range(1, len(dense["val_accuracy"]) + 1)
+    marker = "o" if len(epochs) == 1 else None
+    curves.plot(epochs, dense["val_accuracy"], color="tab:gray", marker=marker, label="accuracy, dense")
+    curves.plot(epochs, sparse["val_accuracy"], color="tab:blue", marker=marker, label="accuracy, sparse")
+    curves.plot(epochs, sparse["sparsity"], color="tab:orange", marker=marker, linestyle="--", label="sparsity")
     curves.set(xlabel="epoch", ylabel="share", ylim=(0, 1.02), title="Test accuracy and sparsity")
     curves.legend(loc="lower right", fontsize=8)
-    labels = [f"{row['model']}{suffix}" for suffix in ("", ", gzip") for row in report.rows]
-    values = [row[key] / 1e3 for key in ("bytes", "gzip_bytes") for row in report.rows]
+    labels = [f"{row['model']}{suffix}" for suffix in ("", ", gzip") for row in rows]
+    values = [row[key] / 1e3 for key in ("bytes", "gzip_bytes") for row in rows]
     bars = sizes.barh(labels, values, color=["tab:gray", "tab:blue"] * 2)
     sizes.bar_label(bars, [f"{value:,.0f} kB" for value in values], padding=3, fontsize=8)
     sizes.invert_yaxis()

@@ -698,6 +698,38 @@ def test_errors_before_training_starts(arguments, message):
     assert "get_compile_config" not in vars(model)
 
 
+def test_a_fit_that_fails_at_its_start_leaves_nothing_to_the_next():
+    model = dense_model()
+    optimizer = model.optimizer
+    with pytest.raises(ValueError, match="matches no weight"):
+        fit(model, ks.callbacks.Pruning(0.5), ks.callbacks.Pruning(0.5, filters="nothing"))
+    assert model.optimizer is optimizer
+    with pytest.raises(ValueError, match="can never fire"):
+        fit(model, ks.callbacks.Pruning(0.5, filters="a/"), ks.callbacks.Pruning(0.5, begin=18, end=20, filters="b/"))
+    assert model.optimizer is optimizer
+
+    class Broken(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(model, Broken(), ks.callbacks.Pruning(0.5))
+    fit(model, ks.callbacks.Pruning(0.5))
+    assert model.optimizer is optimizer
+    assert zeros(model) == [60, 15]
+
+
+def test_evaluating_with_a_callback_in_the_middle_of_fit_keeps_the_masks():
+    model, record = dense_model(), ZerosAfterEachStep()
+    evaluate = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: model.evaluate(X, Y, verbose=0, callbacks=[ks.callbacks.KeepSparsity()])
+    )
+    fit(model, ks.callbacks.Pruning(0.5, begin=0, end=5), evaluate, record)
+    assert zeros(model) == [60, 15]
+    assert record.revived == 0
+    assert not isinstance(model.optimizer, ks.optimizers.SparseOptimizer)
+
+
 def test_uncompiled_model():
     model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(3)])
     with pytest.raises(ValueError, match="call `model.compile"):

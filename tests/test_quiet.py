@@ -58,6 +58,7 @@ def test_everything_is_put_back_after_an_error(capfd):
     assert not descriptors or len(os.listdir("/proc/self/fd")) == len(descriptors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
 def test_a_process_without_a_terminal(closed, tmp_path):
     done = tmp_path / "done"

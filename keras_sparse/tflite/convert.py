@@ -378,13 +378,17 @@ def _modules(path):
             pending.extend(item.values() if isinstance(item, dict) else item)
         if not isinstance(item, dict) or not isinstance(item.get("class_name"), str):
             continue
-        known = registered.get(item.get("registered_name"))
-        module = known.__module__ if known is not None else item.get("module")
+        name = item["config"] if item["class_name"] == "function" else item.get("registered_name")
+        known, module = registered.get(name), item.get("module")
+        if known is not None:
+            module = known.__module__
+        elif module is None and name is not None:
+            module = "__main__"  # Keras omits it for a class that is neither registered nor importable
         if module == "__main__":
             raise ExportError(
                 f"On the {keras.config.backend()} backend the model is converted in another Python process, and that "
                 f"cannot find a class which is defined in `__main__`, the script or notebook itself. Move it to a "
-                f"module and import it from there. Received: {item['class_name']!r}"
+                f"module and import it from there. Received: {name or item['class_name']!r}"
             )
         if module and module.split(".")[0] not in ("keras", "builtins"):
             modules.add(module)

@@ -45,7 +45,7 @@ def uses(model):
 
     >>> from keras_sparse.tflite.inspect import FlatModel
     >>> from keras_sparse.tflite.targets import uses
-    >>> uses(FlatModel(subgraphs=[], bytes=0, bytes_gzip=0))
+    >>> uses(FlatModel(subgraphs=[], content=b""))
     []
     """
     found = {}
@@ -86,7 +86,7 @@ def hazard(model):
 
     >>> from keras_sparse.tflite.inspect import FlatModel
     >>> from keras_sparse.tflite.targets import hazard
-    >>> hazard(FlatModel(subgraphs=[], bytes=0, bytes_gzip=0)) is None
+    >>> hazard(FlatModel(subgraphs=[], content=b"")) is None
     True
     """
     for subgraph in model.subgraphs:

@@ -1,0 +1,370 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+
+import keras_sparse as ks
+from keras_sparse.cli import main
+
+COMMANDS = ["quickstart", "prune", "report", "export", "inspect", "benchmark"]
+
+
+def small_model(compile=True):
+    model = keras.Sequential(
+        [
+            keras.Input((40,)),
+            keras.layers.Dense(100, activation="relu", name="first"),
+            keras.layers.Dense(50, activation="relu", name="second"),
+            keras.layers.Dense(5, name="third"),
+        ],
+        name="small",
+    )
+    if compile:
+        model.compile("adam", "mse")
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved dense model in an otherwise empty folder."""
+    path = tmp_path / "model.keras"
+    small_model().save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sparse_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "sparse.tflite"
+    model = small_model()
+    ks.prune(model, 0.9)
+    ks.tflite.export(model, path)
+    return path
+
+
+def run(arguments, capsys):
+    """Run the command line in this process: `(exit code, stdout, stderr)`."""
+    code = main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def run_ok(arguments, capsys):
+    code, out, err = run(arguments, capsys)
+    assert (code, err) == (0, "")
+    return out
+
+
+def run_json(arguments, capsys):
+    return json.loads(run_ok([*arguments, "--json"], capsys))
+
+
+def check_error(result, *parts):
+    """Exit code 1, nothing on stdout, one line on stderr that says what was wrong."""
+    code, out, err = result
+    assert (code, out) == (1, "")
+    assert err.startswith("keras-sparse: error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+
+
+# What the commands do.
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_prune(saved, tmp_path, capsys, allocation, criterion):
+    out = tmp_path / "sparse.keras"
+    arguments = ["prune", saved, "--sparsity", 0.8, "--allocation", allocation, "--criterion", criterion, "-o", out]
+    totals = run_json(arguments, capsys)["totals"]
+    kernels = [w.numpy() for w in keras.saving.load_model(out).trainable_variables if w.name == "kernel"]
+    zeros = [int(np.sum(kernel == 0)) for kernel in kernels]
+    assert totals["zeros"] == sum(zeros) == round(0.8 * totals["size"])
+    if allocation == "uniform":
+        assert zeros == [3200, 4000, 200]
+    assert sorted(os.listdir(tmp_path)) == ["model.keras", "sparse.keras"]
+
+
+def test_prune_with_filters(saved, tmp_path, capsys):
+    out = tmp_path / "sparse.keras"
+    arguments = ["prune", saved, "--sparsity", 0.5, "--filters", "first", "--filters", "third", "-o", out]
+    table = run_ok(arguments, capsys)
+    assert f"Written: {out}" in table
+    sparsity = {row["path"]: row["sparsity"] for row in ks.report(keras.saving.load_model(out)).rows}
+    assert (sparsity["first/kernel"], sparsity["second/kernel"], sparsity["third/kernel"]) == (0.5, 0.0, 0.5)
+
+
+def test_prune_may_replace_its_input_and_keeps_the_training_configuration(saved, tmp_path, capsys):
+    run_ok(["prune", saved, "--sparsity", 0.9, "-o", saved], capsys)
+    model = keras.saving.load_model(saved)
+    assert ks.report(model).totals["zeros"] == 3600 + 4500 + 225
+    assert isinstance(model.optimizer, keras.optimizers.Adam)
+    assert os.listdir(tmp_path) == ["model.keras"]
+
+
+def test_prune_without_the_training_configuration(tmp_path, capsys):
+    @keras.saving.register_keras_serializable("gone")
+    def loss(y_true, y_pred):
+        return keras.ops.mean(keras.ops.abs(y_true - y_pred))
+
+    model = small_model(compile=False)
+    model.compile("adam", loss)
+    model.save(tmp_path / "model.keras")
+    keras.saving.get_custom_objects().pop("gone>loss")
+    out = tmp_path / "sparse.keras"
+    notes = run_json(["prune", tmp_path / "model.keras", "--sparsity", 0.5, "-o", out], capsys)["notes"]
+    assert any(note.startswith("Optimizer and losses were left out") for note in notes)
+    assert ks.report(keras.saving.load_model(out)).totals["sparsity"] == 0.5
+
+
+def test_report(saved, tmp_path, capsys):
+    expected = ks.report(keras.saving.load_model(saved, compile=False))
+    assert run_json(["report", saved], capsys) == expected.to_dict()
+    html, plot = tmp_path / "report.html", tmp_path / "plot.png"
+    assert run_ok(["report", saved, "--html", html, "--plot", plot], capsys) == f"{expected}\n"
+    page = html.read_text(encoding="utf-8")
+    assert page.lstrip().startswith("<!DOCTYPE html>")
+    assert "second/kernel" in page
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(tmp_path)) == ["model.keras", "plot.png", "report.html"]
+
+
+@pytest.mark.parametrize(
+    ("options", "encoding", "dtype"),
+    [([], "sparse", "float32"), (["--dense"], "dense", "float32"), (["--quantize", "float16"], "sparse", "float16")],
+)
+def test_export_and_inspect(saved, tmp_path, capsys, options, encoding, dtype):
+    model = keras.saving.load_model(saved, compile=False)
+    ks.prune(model, 0.9)
+    model.save(saved)
+    file = tmp_path / "model.tflite"
+    file.write_bytes(b"an older file, to be replaced")
+    totals = run_json(["export", saved, file, *options], capsys)["totals"]
+    assert totals["encoding"] == encoding
+    assert totals["bytes_file"] == file.stat().st_size
+    assert totals["zeros_kept"] == totals["zeros_model"] == 8325
+    rows = run_json(["inspect", file], capsys)["rows"]
+    assert sum(row["zeros"] for row in rows if row["dtype"] == dtype and row["sparsity"] > 0.85) == 8325
+    assert any(row["encoding"].startswith("sparse") for row in rows) == (encoding == "sparse")
+    assert sorted(os.listdir(tmp_path)) == ["model.keras", "model.tflite"]
+
+
+def test_inspect_prints_the_table_of_the_library(sparse_file, capsys):
+    assert run_ok(["inspect", sparse_file], capsys) == f"{ks.tflite.inspect(sparse_file)}\n"
+
+
+def test_benchmark(sparse_file, capsys):
+    report = run_json(["benchmark", sparse_file, "--baseline", sparse_file, "--threads", 2], capsys)
+    assert report["totals"]["threads"] == 2
+    assert len(report["rows"]) == 2
+    assert report["rows"][0]["ratio"] == 1.0
+    assert report["rows"][1]["median"] > 0
+
+
+def test_import_finds_custom_classes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_layers_of_cli.py").write_text(
+        "import keras\n"
+        "@keras.saving.register_keras_serializable('mine')\n"
+        "class Twice(keras.layers.Layer):\n"
+        "    def call(self, x):\n"
+        "        return 2 * x\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    registered = dict(keras.saving.get_custom_objects())
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import my_layers_of_cli
+
+    model = keras.Sequential([keras.Input((3,)), my_layers_of_cli.Twice(), keras.layers.Dense(2)])
+    model.save("model.keras")
+    # As in a new process.
+    del sys.modules["my_layers_of_cli"]
+    for name in set(keras.saving.get_custom_objects()) - set(registered):
+        del keras.saving.get_custom_objects()[name]
+
+    check_error(run(["report", "model.keras"], capsys), "'model.keras'", "--import MODULE")
+    check_error(
+        run(["report", "model.keras", "--import", "no_such_module"], capsys), "`--import no_such_module` failed"
+    )
+    assert run_json(["report", "model.keras", "--import", "my_layers_of_cli"], capsys)["totals"]["parameters"] == 8
+    sys.modules.pop("my_layers_of_cli", None)
+
+
+# Wrong input: exit code 1 and one line.
+
+
+def damaged(kind, saved, tmp_path):
+    """Make a damaged model file and return its path."""
+    path = tmp_path / "damaged.keras"
+    content = saved.read_bytes()
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_bytes(b"this is no model\n" * 100)
+    elif kind == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "flipped":
+        middle = len(content) // 2
+        path.write_bytes(
+            content[:middle] + bytes(255 - b for b in content[middle : middle + 64]) + content[middle + 64 :]
+        )
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "other zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("config.json", "{}")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "flipped", "folder", "other zip"])
+@pytest.mark.parametrize("command", ["prune", "report", "export"])
+def test_damaged_model(command, kind, saved, tmp_path, capsys):
+    path = damaged(kind, saved, tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    more = {"prune": ["--sparsity", 0.5, "-o", tmp_path / "o.keras"], "report": [], "export": [tmp_path / "o.tflite"]}
+    check_error(run([command, path, *more[command]], capsys), "damaged.keras")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "folder"])
+@pytest.mark.parametrize("command", ["inspect", "benchmark"])
+def test_damaged_tflite(command, kind, sparse_file, tmp_path, capsys):
+    path = tmp_path / "damaged.tflite"
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        content = sparse_file.read_bytes()
+        path.write_bytes({"empty": b"", "text": b"no model" * 99, "truncated": content[: len(content) // 3]}[kind])
+    check_error(run([command, path], capsys), "damaged.tflite")
+
+
+@pytest.mark.parametrize("output", ["no_such_folder/o", "model.keras/o", "a_folder"])
+@pytest.mark.parametrize("command", ["prune", "export", "html", "plot"])
+def test_output_that_cannot_be_written(command, output, saved, tmp_path, capsys):
+    output += {"prune": ".keras", "export": ".tflite", "html": ".html", "plot": ".png"}[command]
+    if output.startswith("a_folder"):
+        (tmp_path / output).mkdir()
+    arguments = {
+        "prune": ["prune", saved, "--sparsity", 0.5, "-o", tmp_path / output],
+        "export": ["export", saved, tmp_path / output],
+        "html": ["report", saved, "--html", tmp_path / output],
+        "plot": ["report", saved, "--plot", tmp_path / output],
+    }[command]
+    before = sorted(os.listdir(tmp_path))
+    check_error(run(arguments, capsys), output)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("command", ["prune", "export"])
+def test_full_disk_leaves_the_old_file(command, saved, tmp_path, capsys):
+    resource = pytest.importorskip("resource")
+    out = tmp_path / {"prune": "o.keras", "export": "o.tflite"}[command]
+    out.write_bytes(b"old")
+    arguments = {"prune": ["prune", saved, "--sparsity", 0.5, "-o", out], "export": ["export", saved, out]}[command]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # files of more than 4 kB fail as on a full disk
+    try:
+        result = run(arguments, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    check_error(result)
+    assert out.read_bytes() == b"old"
+    assert sorted(os.listdir(tmp_path)) == sorted(["model.keras", out.name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "{model}", "--sparsity", "90", "-o", "{folder}/o.keras"], "Did you mean 0.9?"),
+        (["prune", "{model}", "--sparsity", "nan", "-o", "{folder}/o.keras"], "at least 0 and below 1"),
+        (["prune", "{model}", "--sparsity", "0.5", "-o", "{folder}/o.h5"], "must end in '.keras'"),
+        (["prune", "{model}", "--sparsity", "0.5", "--filters", "nothing", "-o", "{folder}/o.keras"], "'nothing'"),
+        (["prune", "{model}", "--sparsity", "0.5", "--filters", "(", "-o", "{folder}/o.keras"], "regular expression"),
+        (["export", "{model}", "{folder}/o.bin"], "must end in '.tflite'"),
+        (["report", "{folder}"], "Expected the path of a .keras file"),
+        (["report", "{model}", "--plot", "{folder}/plot.xyz"], "xyz"),
+        (["benchmark", "{tflite}", "--threads", "0"], "positive integer"),
+        (["quickstart", "--epochs", "0"], "at least 1"),
+        (["quickstart", "--sparsity", "1"], "below 1"),
+        (["quickstart", "--output", "{model}"], "model.keras"),
+    ],
+)
+def test_wrong_values(arguments, message, saved, sparse_file, tmp_path, capsys):
+    arguments = [a.format(model=saved, folder=tmp_path, tflite=sparse_file) for a in arguments]
+    check_error(run(arguments, capsys), message)
+    assert os.listdir(tmp_path) == ["model.keras"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["prune", "m.keras"], ["quickstart", "--dataset", "x"]])
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: keras-sparse")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_each_command_has_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0
+    example = capsys.readouterr().out.split("example:\n  ")[1].splitlines()[0]
+    words = example.split()
+    assert words[:2] == ["keras-sparse", command]
+    if command != "quickstart":  # the files of the example do not exist, which is found out after parsing
+        check_error(run(words[1:], capsys), "There is no such file")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"keras-sparse {ks.__version__}\n"
+
+
+def test_interrupted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "module_of_someone_impatient.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    result = run(["report", "m.keras", "--import", "module_of_someone_impatient"], capsys)
+    assert result == (130, "", "keras-sparse: interrupted\n")
+
+
+# A process of its own, as a user starts it.
+
+
+def process(arguments, **options):
+    # Nothing of the test run's own silencing.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TF_", "CUDA_", "PYTHONWARN"))}
+    command = [sys.executable, "-m", "keras_sparse", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
+
+
+def test_nothing_but_the_report_reaches_the_terminal(saved, tmp_path):
+    run = process(["export", saved, tmp_path / "model.tflite", "--json"])
+    assert run.stderr == ""
+    assert run.returncode == 0
+    assert json.loads(run.stdout)["totals"]["bytes_file"] == (tmp_path / "model.tflite").stat().st_size
+
+
+@pytest.mark.slow
+def test_error_in_a_process(tmp_path):
+    run = process(["inspect", tmp_path / "missing.tflite"])
+    check_error((run.returncode, run.stdout, run.stderr), "missing.tflite")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+def test_reader_that_has_seen_enough(sparse_file):
+    command = [sys.executable, "-m", "keras_sparse", "inspect", str(sparse_file)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()
+    assert run.stderr.read() == b""
+    run.stderr.close()
+    assert run.wait() in (1, -signal.SIGPIPE)
