@@ -1,6 +1,14 @@
 """keras_sparse: sparsity for Keras 3 - pruning callbacks, reports, and verified sparse .tflite files."""
 
 import importlib
+import sys
+
+from keras_sparse.quiet import quiet
+
+if "keras" not in sys.modules:
+    # TensorFlow prints lines at import even with TF_CPP_MIN_LOG_LEVEL=3 (2.21), and the command line must be silent.
+    with quiet():
+        import keras  # noqa: F401
 
 from keras_sparse import callbacks, criteria, optimizers, patterns, pruning, reports, schedules, selection
 from keras_sparse.pruning import prune, update_masks

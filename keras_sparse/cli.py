@@ -7,7 +7,6 @@ interrupted. With `--json` stdout holds one JSON document and nothing else.
 import argparse
 import contextlib
 import importlib
-import io
 import os
 import sys
 import tempfile
@@ -158,12 +157,8 @@ def _report(options, stderr):
     """Tell what is sparse in a saved model, what is not, and why."""
     report = reports.report(_load(options.model))
     if options.html:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), record=True, width=240, highlight=False)
-        console.print(report)
-        with _replacing(options.html) as path:
-            console.save_html(path)
+        with _replacing(options.html) as path, open(path, "w", encoding="utf-8") as file:
+            file.write(reports.html_page(report.title, report))
     if options.plot:
         with _replacing(options.plot) as path:
             report.plot().savefig(path)

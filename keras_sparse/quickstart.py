@@ -303,20 +303,9 @@ def _plot(rows, dense, sparse):
 
 
 def _write_page(path, tables, figure):
-    """Write an HTML page that needs no other file."""
-    from rich.console import Console
-
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
-    console = Console(file=io.StringIO(), record=True, width=240, highlight=False)
-    for table in tables:
-        console.print(table)
-        console.print()
-    text = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+    source = base64.b64encode(image.getvalue()).decode()
+    picture = f'<img alt="Accuracy and size" src="data:image/png;base64,{source}">'
     with open(path, "w", encoding="utf-8") as file:
-        file.write(
-            '<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>keras_sparse quickstart</title>'
-            "<style>body{font-family:sans-serif;margin:2em}pre{overflow-x:auto}img{max-width:100%}</style></head>\n<body>\n"
-            f'<img alt="Accuracy and size" src="data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}">\n'
-            f"{text}\n</body>\n</html>\n"
-        )
+        file.write(reports.html_page("keras_sparse quickstart", picture, *tables))

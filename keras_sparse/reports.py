@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_sparse import optimizers, selection
 
-__all__ = ["Report", "report"]
+__all__ = ["Report", "html_page", "report"]
 
 # Why the last pruning of a model left weights dense: {model: {id(variable): reason}}.
 _SKIPPED = weakref.WeakKeyDictionary()
@@ -107,7 +107,9 @@ class Report:
         parts.extend(Text(f"- {note}") for note in self.notes)
         return Group(*parts)
 
-    def _repr_html_(self):
+    def to_html(self):
+        """The report as a fragment of HTML: a headline, tables and notes."""
+
         def cell(tag, text):
             return f'<{tag} style="text-align:left">{html.escape(text)}</{tag}>'
 
@@ -128,6 +130,8 @@ class Report:
         if self.notes:
             parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in self.notes) + "</ul>")
         return "".join(parts)
+
+    _repr_html_ = to_html  # what notebooks ask for
 
     def _format(self, name, value):
         how = self._formats.get(name)
@@ -150,6 +154,30 @@ def _figure_class():
             '`pip install "keras_sparse[plots]"`.'
         ) from error
     return Figure
+
+
+def html_page(title, *parts):
+    """Return a whole HTML page that needs no other file.
+
+    Args:
+        title: Title of the page.
+        parts: Reports, or strings of HTML.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.reports.html_page("Sizes", "<p>none</p>").startswith("<!DOCTYPE html>")
+    True
+    """
+    style = (
+        "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse;margin:1em 0}img{max-width:100%}"
+        "td,th{padding:.2em .8em;border-bottom:1px solid #ddd}"
+    )
+    body = "\n".join(part if isinstance(part, str) else part.to_html() for part in parts)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{style}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
 
 
 def remember(model, skipped):

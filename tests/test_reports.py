@@ -68,13 +68,14 @@ def test_forms(model):
     console = Console(width=200, file=io.StringIO())
     console.print(report)
     assert "35.0%" in console.file.getvalue()
-    html = report._repr_html_()
+    html = report.to_html()
     assert html.count("<tr>") >= 9 and "35.0%" in html
+    assert report._repr_html_() == html
 
 
 def test_html_is_escaped():
     report = Report("<script>", [{"path": "<b>", "sparsity": 0.5}], {"a": "<i>"}, ["<u>"])
-    html = report._repr_html_()
+    html = report.to_html()
     assert not any(tag in html for tag in ("<script>", "<b>", "<i>", "<u>"))
     assert "&lt;script&gt;" in html
 

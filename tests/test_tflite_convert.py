@@ -1,47 +1,13 @@
-"""Conversion: how a model is called, and silence."""
+"""Conversion: both encodings, and silence."""
 
 import os
 import sys
 
-import keras
 import pytest
-from keras import layers
-from tflite_models import attention, dict_of_inputs, mlp, nested, several, subclassed, two_arguments
+from tflite_models import mlp
 
-from keras_sparse.tflite.convert import convert, output_names, quiet, signature
-
-
-@pytest.mark.parametrize(
-    ("build", "inputs"),
-    [
-        (mlp, [("pixels", (None, 64), "float32")]),
-        (attention, [("tokens", (None, 12), "int32")]),
-        (several, [("age", (None, 1), "float32"), ("image", (None, 8, 8, 1), "float32")]),
-        (nested, [("a", (None, 16), "float32"), ("b", (None, 16), "float32"), ("c", (None, 16), "float32")]),
-        (subclassed, [("inputs", (None, 32), "float32")]),
-        (dict_of_inputs, [("offset", (None, 1, 48), "float32"), ("tokens", (None, 6), "float32")]),
-        (two_arguments, [("offset", (None, 1, 48), "float32"), ("tokens", (None, 6), "float32")]),
-    ],
-)
-def test_signature(build, inputs):
-    called = signature(build())
-    assert [(leaf.name, leaf.shape, leaf.dtype) for leaf in called.inputs] == inputs
-    assert called.typed == (build not in (subclassed, dict_of_inputs, two_arguments))
-
-
-def test_names_are_identifiers_and_differ():
-    a, b = keras.Input((3,), name="left-hand.side"), keras.Input((3,), name="left_hand_side")
-    names = [leaf.name for leaf in signature(keras.Model([a, b], layers.Dense(2)(a + b))).inputs]
-    assert names == ["left_hand_side", "left_hand_side_1"]
-    assert output_names({"a.b": 1, "a_b": 2}) == ["output_0", "output_1"]
-    assert output_names({"b": [1, 2]}) == ["output_0", "output_1"]
-
-
-def test_dtypes_become_those_of_phones():
-    called = signature(subclassed())
-    assert called.with_dtypes(["int64"]).inputs[0].dtype == "int32"
-    assert called.with_dtypes(["float64"]).inputs[0].dtype == "float32"
-    assert called.with_dtypes(["float16"]).inputs[0].dtype == "float32"
+from keras_sparse.tflite.convert import convert, quiet
+from keras_sparse.tflite.signatures import signature
 
 
 def test_both_encodings_are_models():

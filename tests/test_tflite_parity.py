@@ -6,8 +6,9 @@ import pytest
 from keras import layers
 from tflite_models import attention, dict_of_inputs, mlp, nested, several, token_floats
 
-from keras_sparse.tflite.convert import ExportError, convert, signature
+from keras_sparse.tflite.convert import ExportError, convert
 from keras_sparse.tflite.parity import Reference, no_avx_runtime, one_by_one, random_batches, representative_batches
+from keras_sparse.tflite.signatures import signature
 
 IMAGE, AGE = np.ones((5, 8, 8, 1)), np.zeros((5, 1))
 

@@ -10,9 +10,10 @@ from keras import layers
 from tflite_models import image_model, mlp, sparsify, stem
 
 import keras_sparse as ks
-from keras_sparse.tflite.convert import convert, signature
-from keras_sparse.tflite.inspect import read
+from keras_sparse.tflite.convert import convert
+from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.parity import Reference, no_avx_runtime, random_batches
+from keras_sparse.tflite.signatures import signature
 from keras_sparse.tflite.targets import hazard, uses
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")

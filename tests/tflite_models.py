@@ -4,6 +4,9 @@ import keras
 import numpy as np
 from keras import layers
 
+from keras_sparse.tflite.convert import convert
+from keras_sparse.tflite.signatures import signature
+
 
 def sparsify(model, sparsity, blocks=False):
     """Set the smallest weights of each kernel to zero, one by one or in blocks of one output by four inputs."""
@@ -160,6 +163,20 @@ def image_model(body):
             values = keras.ops.convert_to_numpy(weight)
             weight.assign(values * (np.abs(values) > np.quantile(np.abs(values), 0.9)))
     return model
+
+
+def encodings():
+    """Dense and sparse encodings of models at 80 % zeros: `encodings()[kind, blocks, quantize][encoding]`."""
+    keras.utils.set_random_seed(0)
+    made = {}
+    for build, blocks, quantize in [
+        (mlp, False, None), (mlp, True, None), (cnn, False, None), (lstm, False, None),
+        (mlp, True, "float16"), (cnn, False, "float16"),
+    ]:  # fmt: skip
+        model = sparsify(build(), 0.8, blocks)
+        files = convert(model, signature(model), ["dense", "sparse"], quantize).files
+        made[build.__name__, blocks, quantize] = files
+    return made
 
 
 MODELS = {

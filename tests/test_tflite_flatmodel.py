@@ -1,0 +1,57 @@
+"""Reading .tflite files: decoding, with the dense file as the oracle."""
+
+import numpy as np
+import pytest
+from tflite_models import encodings
+
+from keras_sparse.tflite.flatmodel import read
+
+
+@pytest.fixture(scope="module")
+def files():
+    return encodings()
+
+
+def tensors(content):
+    return [t for graph in read(content).subgraphs for t in graph.tensors if t.stored is not None]
+
+
+def test_decoding_equals_the_dense_file(files):
+    seen = 0
+    for key, made in files.items():
+        dense = [t.values() for t in tensors(made["dense"])]
+        for tensor in tensors(made["sparse"]):
+            if tensor.levels is None:
+                continue
+            seen += 1
+            values = tensor.values()
+            same = [v for v in dense if v.dtype == values.dtype and np.array_equal(v, values)]
+            assert len(same) == 1, (key, tensor.name)
+            assert tensor.zeros == np.sum(values == 0) and 0.79 < tensor.zeros / tensor.size < 0.81
+            assert tensor.bytes < values.nbytes
+    assert seen > 15
+
+
+def test_encodings_and_blocks(files):
+    def kinds(*key):
+        return {(t.encoding, t.block) for t in tensors(files[key]["sparse"]) if t.levels is not None}
+
+    assert kinds("mlp", False, None) == {("sparse-csr", (1, 1))}
+    assert kinds("mlp", True, None) == {("sparse-block-csr", (1, 4))}
+    assert kinds("mlp", True, "float16") == {("sparse-block-csr", (1, 4))}
+    assert ("sparse-csr", (1, 1, 1, 1)) in kinds("cnn", False, None)
+    assert all(t.encoding == "dense" for t in tensors(files["cnn", False, None]["dense"]))
+
+
+def test_tensors_of_all_subgraphs(files):
+    path_free = read(files["lstm", False, None]["sparse"])
+    assert len(path_free.subgraphs) > 1
+    inner = [t for graph in path_free.subgraphs[1:] for t in graph.tensors if t.levels is not None]
+    assert len(inner) == 4  # kernel and recurrent kernel of both directions
+
+
+def test_content_is_checked():
+    with pytest.raises(ValueError, match="content of 4 bytes without the mark"):
+        read(b"none")
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        read(b"\x1c\x00\x00\x00TFL3")
