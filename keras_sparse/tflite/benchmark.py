@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_sparse.reports import Report
 from keras_sparse.tflite.convert import quiet
-from keras_sparse.tflite.inspect import read
+from keras_sparse.tflite.flatmodel import read
 
 __all__ = ["benchmark"]
 

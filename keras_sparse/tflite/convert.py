@@ -7,7 +7,6 @@ from the model saved as a temporary .keras file: `python -m keras_sparse.tflite.
 import contextlib
 import errno
 import importlib
-import inspect
 import io
 import json
 import logging
@@ -24,9 +23,10 @@ from dataclasses import astuple, dataclass, replace
 
 import keras
 
-__all__ = ["Conversion", "ExportError", "Signature", "convert", "first_line", "output_names", "quiet", "signature"]
+from keras_sparse.tflite.signatures import HALF, Input, output_names, signature
 
-_HALF = dict.fromkeys(("float16", "bfloat16", "mixed_float16", "mixed_bfloat16"), "float32")
+__all__ = ["Conversion", "ExportError", "convert", "first_line", "quiet"]
+
 _REDIRECTION = threading.RLock()
 
 
@@ -41,43 +41,6 @@ class ExportError(ValueError):
     """
 
 
-@dataclass(frozen=True)
-class Input:
-    """One input of the exported file: its name in the file's signature, shape (`None`: any) and dtype."""
-
-    name: str
-    shape: tuple
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Signature:
-    """How a model is called.
-
-    Attributes:
-        inputs: A list of `Input`, in the order in which `keras.tree` flattens the structure.
-        structure: The nested structure that the model takes, one leaf for each input.
-        keywords: Whether the structure is a dict of keyword arguments (a subclassed model with several arguments).
-        typed: Whether the model records the types of its inputs; a subclassed one does not.
-    """
-
-    inputs: list
-    structure: object
-    keywords: bool
-    typed: bool
-
-    def call(self, model, flat):
-        """Run the model for inference on a flat list of arrays or tensors."""
-        inputs = keras.tree.pack_sequence_as(self.structure, list(flat))
-        return model(**inputs, training=False) if self.keywords else model(inputs, training=False)
-
-    def with_dtypes(self, dtypes):
-        """The same signature with other input types; 64-bit numbers, NumPy's default, become 32-bit ones."""
-        dtypes = [str(dtype).replace("64", "32") for dtype in dtypes]
-        inputs = [replace(leaf, dtype=_HALF.get(dtype, dtype)) for leaf, dtype in zip(self.inputs, dtypes, strict=True)]
-        return replace(self, inputs=inputs)
-
-
 @dataclass
 class Conversion:
     """What a conversion made.
@@ -85,81 +48,15 @@ class Conversion:
     Attributes:
         files: The file's bytes for each encoding; an encoding that could not be made, other than the first, is absent.
         fixed_batch: Whether the file takes a batch of 1 only, though the model takes any.
+
+    Example:
+
+    >>> Conversion({"dense": b""}, fixed_batch=False).fixed_batch
+    False
     """
 
     files: dict
     fixed_batch: bool
-
-
-def signature(model):
-    """Read from a built model how it is called.
-
-    Args:
-        model: A built Keras model.
-
-    Returns:
-        A `Signature`. The names are those of the model's `keras.Input`s, else of its `call` arguments. Half-precision
-        inputs are taken as float32, and so are all inputs of a subclassed model, which does not record their types.
-
-    Example:
-
-    >>> import keras
-    >>> from keras_sparse.tflite.convert import signature
-    >>> signature(keras.Sequential([keras.Input((4,), name="x"), keras.layers.Dense(3)])).inputs
-    [Input(name='x', shape=(None, 4), dtype='float32')]
-    """
-    typed, keywords = bool(getattr(model, "inputs", None)), False
-    if typed:
-        structure = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
-    else:
-        config = model.get_build_config() or {}
-        shapes = config.get("input_shape", config.get("shapes_dict"))
-        if shapes is None:
-            raise ExportError(
-                f"The model {model.name!r} has not recorded the shape of its input. Call it once on a batch of data, "
-                "then export it."
-            )
-        keywords = "shapes_dict" in config
-        arguments = [p.name for p in inspect.signature(model.call).parameters.values() if p.default is p.empty]
-        if not keywords and len(arguments) > 1:
-            raise ExportError(
-                f"Keras has not recorded the shapes of all arguments of {type(model).__name__}.call. Give the model "
-                "one argument, a list or dict of tensors, or a method `build` that takes a shape for each argument. "
-                f"Received: arguments {arguments}, shape {shapes}"
-            )
-        if keywords:
-            shapes = {name.removesuffix("_shape"): shape for name, shape in shapes.items()}
-        structure = _inputs_of_shapes(shapes, "inputs")
-    taken, inputs = set(), []
-    for leaf in keras.tree.flatten(structure):
-        name = re.sub(r"\W", "_", leaf.name)
-        while name in taken:
-            name += "_1"
-        taken.add(name)
-        inputs.append(Input(name, tuple(leaf.shape), _HALF.get(leaf.dtype, leaf.dtype)))
-    return Signature(inputs, structure, keywords, typed)
-
-
-def _inputs_of_shapes(shapes, name):
-    if isinstance(shapes, dict):
-        return {key: _inputs_of_shapes(value, str(key)) for key, value in shapes.items()}
-    if all(n is None or isinstance(n, int) for n in shapes):
-        return Input(name, (None, *shapes[1:]), "float32")
-    return [_inputs_of_shapes(value, f"{name}_{i}") for i, value in enumerate(shapes)]
-
-
-def output_names(outputs):
-    """Names of a model's flattened outputs in the file: the keys of a dict, else `output_0`, `output_1`, ...
-
-    Example:
-
-    >>> output_names({"b": 1, "a": 2}), output_names([1, 2])
-    (['a', 'b'], ['output_0', 'output_1'])
-    """
-    flat = keras.tree.flatten(outputs)
-    keys = sorted(outputs) if isinstance(outputs, dict) and all(isinstance(key, str) for key in outputs) else []
-    names = [re.sub(r"\W", "_", key) for key in keys]
-    return names if len(set(names)) == len(flat) else [f"output_{i}" for i in range(len(flat))]
 
 
 def convert(model, called, encodings, quantize=None):
@@ -181,7 +78,8 @@ def convert(model, called, encodings, quantize=None):
     Example:
 
     >>> import keras
-    >>> from keras_sparse.tflite.convert import convert, signature
+    >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.signatures import signature
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> convert(model, signature(model), ["dense"]).files["dense"][4:8]
     b'TFL3'
@@ -282,7 +180,7 @@ def _files(model, called, encodings, quantize, batch):
 
 
 def _computes_in_half(layer):
-    return layer.compute_dtype in _HALF or any(_computes_in_half(inner) for inner in getattr(layer, "layers", ()))
+    return layer.compute_dtype in HALF or any(_computes_in_half(inner) for inner in getattr(layer, "layers", ()))
 
 
 def _in_float32(model):
@@ -318,10 +216,10 @@ def _float32_config(config):
         return config
     config = {key: _float32_config(value) for key, value in config.items()}
     if isinstance(config.get("dtype"), str):
-        config["dtype"] = _HALF.get(config["dtype"], config["dtype"])
+        config["dtype"] = HALF.get(config["dtype"], config["dtype"])
     if config.get("class_name") == "DTypePolicy":
         name = config["config"]["name"]
-        config["config"] = {"name": _HALF.get(name, name)}
+        config["config"] = {"name": HALF.get(name, name)}
     return config
 
 
@@ -442,7 +340,7 @@ def first_line(error):
 
     Example:
 
-    >>> first_line(ValueError("no room\\n  at the inn"))
+    >>> first_line(ValueError("no room" + chr(10) + "at the inn"))
     'ValueError: no room'
     """
     text = re.sub(r"loc\(.*?\)+: ?|<unknown>:0: |error: |\x1b\[\d*m", "", str(error))

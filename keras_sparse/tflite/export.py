@@ -9,9 +9,10 @@ import numpy as np
 
 from keras_sparse import selection
 from keras_sparse.reports import Report
-from keras_sparse.tflite.convert import ExportError, convert, signature
-from keras_sparse.tflite.inspect import gzip_size, read
+from keras_sparse.tflite.convert import ExportError, convert
+from keras_sparse.tflite.flatmodel import gzip_size, read
 from keras_sparse.tflite.parity import Reference, one_by_one, random_batches, representative_batches
+from keras_sparse.tflite.signatures import signature
 from keras_sparse.tflite.targets import hazard, uses
 
 __all__ = ["ExportError", "ExportReport", "export"]

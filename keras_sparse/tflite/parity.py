@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from keras_sparse.tflite.convert import ExportError, first_line, output_names, quiet
+from keras_sparse.tflite.convert import ExportError, first_line, quiet
+from keras_sparse.tflite.signatures import output_names
 
 __all__ = ["Parity", "Reference", "no_avx_runtime", "one_by_one", "random_batches", "representative_batches"]
 
@@ -36,6 +37,11 @@ class Parity:
         absolute: Largest absolute difference over all outputs and inputs tried.
         relative: Largest difference of an output divided by that output's largest magnitude.
         worst: Name of the output with the largest relative difference.
+
+    Example:
+
+    >>> Parity(absolute=1e-7, relative=1e-6, worst="output_0").worst
+    'output_0'
     """
 
     absolute: float
@@ -57,8 +63,9 @@ class Reference:
     Example:
 
     >>> import keras
-    >>> from keras_sparse.tflite.convert import convert, signature
+    >>> from keras_sparse.tflite.convert import convert
     >>> from keras_sparse.tflite.parity import Reference, random_batches
+    >>> from keras_sparse.tflite.signatures import signature
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> called = signature(model)
     >>> reference = Reference(model, called, random_batches(model, called))
@@ -183,7 +190,7 @@ def random_batches(model, signature, seed=0):
     Example:
 
     >>> import keras
-    >>> from keras_sparse.tflite.convert import signature
+    >>> from keras_sparse.tflite.signatures import signature
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> [batch[0].shape for batch in random_batches(model, signature(model))]
     [(1, 4), (2, 4), (3, 4)]
@@ -236,7 +243,7 @@ def representative_batches(data, signature):
     Example:
 
     >>> import keras, numpy as np
-    >>> from keras_sparse.tflite.convert import signature
+    >>> from keras_sparse.tflite.signatures import signature
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> [len(batch[0]) for batch in representative_batches(np.ones((200, 4)), signature(model))]
     [128]

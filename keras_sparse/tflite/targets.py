@@ -27,6 +27,11 @@ class Use:
         operator: The operator that multiplies it, such as `"CONV_2D"`.
         sparse: Whether the multiplication itself skips zeros on some runtime.
         where: In words: which runtime skips zeros, or that none does.
+
+    Example:
+
+    >>> Use(None, "CONV_2D", sparse=False, where="stored compressed").operator
+    'CONV_2D'
     """
 
     tensor: object
@@ -43,7 +48,7 @@ def uses(model):
 
     Example:
 
-    >>> from keras_sparse.tflite.inspect import FlatModel
+    >>> from keras_sparse.tflite.flatmodel import FlatModel
     >>> from keras_sparse.tflite.targets import uses
     >>> uses(FlatModel(subgraphs=[], content=b""))
     []
@@ -84,7 +89,7 @@ def hazard(model):
 
     Example:
 
-    >>> from keras_sparse.tflite.inspect import FlatModel
+    >>> from keras_sparse.tflite.flatmodel import FlatModel
     >>> from keras_sparse.tflite.targets import hazard
     >>> hazard(FlatModel(subgraphs=[], content=b"")) is None
     True
