@@ -31,7 +31,7 @@ def mnist(validate):
     (x, y), test = keras.datasets.mnist.load_data()
     if validate:
         x, y, test = x[:50_000], y[:50_000], (x[50_000:], y[50_000:])
-    return *(a.reshape(len(a), -1).astype("float32") / 255 if a.ndim > 1 else a for a in (x, y, *test)),
+    return (*(a.reshape(len(a), -1).astype("float32") / 255 if a.ndim > 1 else a for a in (x, y, *test)),)
 
 
 def build(framework, rate, steps):

@@ -206,7 +206,15 @@ def main():
     result.show(
         f"Training step, {args.backend} backend, batch {BATCH}, {args.launches} launches x {args.rounds} rounds of "
         f"{args.steps} steps",
-        ["model", "way", "step, median", "ratio to dense, median", "95 % interval", "median of each launch", "CPU time, ratio"],
+        [
+            "model",
+            "way",
+            "step, median",
+            "ratio to dense, median",
+            "95 % interval",
+            "median of each launch",
+            "CPU time, ratio",
+        ],
         rows,
         [
             "Bar for `Pruning` on TensorFlow: median at most 1.03, upper end of the interval at most 1.06.",

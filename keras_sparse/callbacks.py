@@ -125,8 +125,6 @@ class _MaskCallback(keras.callbacks.Callback, Configurable):
     def _complete(self, sparse):
         """What is left to do when training ended."""
 
-    # Training
-
     def on_epoch_begin(self, epoch, logs=None):
         self._epochs_done = epoch
         if self._goals is not None:
@@ -140,7 +138,7 @@ class _MaskCallback(keras.callbacks.Callback, Configurable):
             logs["sparsity"] = zeros / size
 
     def _start_epoch(self, epoch):
-        """Called at the start of each epoch, once there are masks."""
+        """What is to do at the start of each epoch, once there are masks."""
 
 
 @serializable
@@ -225,10 +223,7 @@ class Pruning(_MaskCallback):
                 for regex, value in target.items()
             }
         if callable(self.filters):
-            raise ValueError(
-                "A `Pruning` whose `filters` is a function has no config; use regular expressions instead. "
-                f"Received: filters={self.filters!r}"
-            )
+            raise ValueError(f"`filters` that are a function have no config: use regexes. Received: {self.filters!r}")
         return {
             "target_sparsity": target,
             "criterion": keras.saving.serialize_keras_object(self.criterion),

@@ -207,7 +207,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         >>> optimizer.build(model.trainable_variables)
         >>> kernel = model.layers[0].kernel
         >>> _ = optimizer.add_masks([kernel])
-        >>> optimizer.mask_of(kernel).assign(np.zeros((8, 4), bool))
+        >>> _ = optimizer.mask_of(kernel).assign(np.zeros((8, 4), bool))
         >>> optimizer.apply_masks()
         >>> float(abs(kernel.numpy()).sum())
         0.0

@@ -47,10 +47,10 @@ class Registry:
 
     Example:
 
-    >>> from keras_sparse.registry import Registry
+    >>> from keras_sparse.registry import Configurable, Registry
     >>> shapes = Registry("shape")
     >>> @shapes.register("square")
-    ... class Square:
+    ... class Square(Configurable):
     ...     pass
     >>> type(shapes.get("square", Square)).__name__
     'Square'

@@ -162,8 +162,8 @@ def select(model, filters=None, frozen=False):
 
     >>> import keras, keras_sparse as ks
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(3, name="b")])
-    >>> [w.path for w in ks.selection.select(model, filters="^a/|/a/") if w.skipped is None]
-    ['a/kernel']
+    >>> [w.path for w in ks.selection.select(model, filters="a/") if w.skipped is None]
+    ['sequential/a/kernel']
     """
     everything = weights(model)
     matches = _matcher(filters, everything)

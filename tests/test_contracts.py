@@ -81,7 +81,7 @@ def test_abstract_classes_say_what_is_missing():
 
 
 def test_a_function_as_filter_has_no_config():
-    with pytest.raises(ValueError, match="use regular expressions"):
+    with pytest.raises(ValueError, match="use regexes"):
         ks.callbacks.Pruning(0.5, filters=lambda variable: True).get_config()
 
 

@@ -293,7 +293,6 @@ def test_tf_keras_objects():
         (["kernel", "nothing"], ValueError, "'nothing' matches no weight"),
         (lambda variable: False, ValueError, "nothing to prune"),
     ],
-    ids=str,
 )
 def test_bad_filters(filters, error, message):
     with pytest.raises(error, match=message):

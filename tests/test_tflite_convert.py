@@ -6,7 +6,8 @@ import sys
 import pytest
 from tflite_models import mlp
 
-from keras_sparse.tflite.convert import convert, quiet
+from keras_sparse.quiet import quiet
+from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.signatures import signature
 
 

@@ -18,7 +18,7 @@ from keras import layers
 from tflite_models import MODELS, cnn, dict_of_inputs, lstm, mlp, several, sparsify, subclassed, transposed
 
 import keras_sparse as ks
-from keras_sparse.tflite.convert import quiet
+from keras_sparse.quiet import quiet
 
 # Elsewhere each export starts a process of its own (several seconds); test_other_backends covers those.
 tensorflow_only = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="slow on other backends")

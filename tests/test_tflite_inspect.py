@@ -41,7 +41,7 @@ def test_quantised_zeros(tmp_path):
         pytest.skip("needs TensorFlow's converter in this process")
     import tensorflow as tf
 
-    from keras_sparse.tflite.convert import quiet
+    from keras_sparse.quiet import quiet
 
     model = sparsify(mlp(), 0.9)
     with quiet():

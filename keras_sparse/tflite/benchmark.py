@@ -5,8 +5,8 @@ import time
 
 import numpy as np
 
+from keras_sparse.quiet import quiet
 from keras_sparse.reports import Report
-from keras_sparse.tflite.convert import quiet
 from keras_sparse.tflite.flatmodel import read
 
 __all__ = ["benchmark"]

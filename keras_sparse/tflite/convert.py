@@ -4,30 +4,24 @@ On the TensorFlow backend it runs in this process. On the others it runs in a fr
 from the model saved as a temporary .keras file: `python -m keras_sparse.tflite.convert FOLDER`.
 """
 
-import contextlib
 import errno
 import importlib
-import io
 import json
-import logging
 import os
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
-import threading
-import warnings
 import zipfile
 from dataclasses import astuple, dataclass, replace
 
 import keras
 
+from keras_sparse.quiet import quiet
 from keras_sparse.tflite.signatures import HALF, Input, output_names, signature
 
-__all__ = ["Conversion", "ExportError", "convert", "first_line", "quiet"]
-
-_REDIRECTION = threading.RLock()
+__all__ = ["Conversion", "ExportError", "convert", "first_line"]
 
 
 class ExportError(ValueError):
@@ -79,7 +73,8 @@ def convert(model, called, encodings, quantize=None):
 
     >>> import keras
     >>> from keras_sparse.tflite.convert import convert
-    >>> from keras_sparse.tflite.signatures import signature
+    >>> from keras_sparse.quiet import quiet
+    from keras_sparse.tflite.signatures import signature
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> convert(model, signature(model), ["dense"]).files["dense"][4:8]
     b'TFL3'
@@ -88,42 +83,6 @@ def convert(model, called, encodings, quantize=None):
         with quiet():
             return _convert_here(model, called, encodings, quantize)
     return _convert_elsewhere(model, called, encodings, quantize)
-
-
-@contextlib.contextmanager
-def quiet():
-    """Keep what TensorFlow and TFLite print, from C++ too, off the terminal; Python's own streams included.
-
-    Example:
-
-    >>> import os
-    >>> from keras_sparse.tflite.convert import quiet
-    >>> with quiet():
-    ...     _ = os.write(2, b"from C++")
-    """
-    with _REDIRECTION, contextlib.ExitStack() as stack:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, OSError, ValueError):  # None, or closed
-                stream.flush()  # what was printed before belongs to the terminal
-        with open(os.devnull, "w") as void:
-            for descriptor in (1, 2):
-                with contextlib.suppress(OSError):  # a process without a terminal may have closed them
-                    stack.callback(_restore, descriptor, os.dup(descriptor))
-                    os.dup2(void.fileno(), descriptor)
-        for name in ("tensorflow", "absl"):
-            logger = logging.getLogger(name)
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.CRITICAL)
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _restore(descriptor, saved):
-    os.dup2(saved, descriptor)
-    os.close(saved)
 
 
 def _convert_here(model, called, encodings, quantize):

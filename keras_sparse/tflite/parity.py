@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from keras_sparse.tflite.convert import ExportError, first_line, quiet
+from keras_sparse.quiet import quiet
+from keras_sparse.tflite.convert import ExportError, first_line
 from keras_sparse.tflite.signatures import output_names
 
 __all__ = ["Parity", "Reference", "no_avx_runtime", "one_by_one", "random_batches", "representative_batches"]
