@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 
-# The oneDNN and XLA banners of TensorFlow are not part of a result. To be set before TensorFlow is imported.
+# TensorFlow's banners are not part of a result, and the machine is its CPU. To be set before TensorFlow is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 

@@ -73,8 +73,7 @@ def convert(model, called, encodings, quantize=None):
 
     >>> import keras
     >>> from keras_sparse.tflite.convert import convert
-    >>> from keras_sparse.quiet import quiet
-    from keras_sparse.tflite.signatures import signature
+    >>> from keras_sparse.tflite.signatures import signature
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> convert(model, signature(model), ["dense"]).files["dense"][4:8]
     b'TFL3'
