@@ -25,7 +25,6 @@ from tensorflow_model_optimization.sparsity import keras as tfmot
 
 import keras_sparse as ks
 
-
 TFMOT = "tfmot `conditional_mask_update`"
 
 

@@ -1,6 +1,6 @@
 """Step time: what `ks.callbacks.Pruning` adds to a training step inside `model.fit`, next to tfmot.
 
-Each way of training is one long `model.fit` in a process of its own. An epoch is a block of steps; before it begins, the
+Each way of training is one long `model.fit` in its own process. An epoch is a block of steps; before it begins, the
 process waits for its turn, so that blocks of all ways alternate and only one process computes at a time. A round gives
 each way one block, in random order, and yields one ratio to the dense block of the same framework. Epoch hooks are
 inside the block: mask updates every 100 steps, logging, tfmot's masking. Ways:

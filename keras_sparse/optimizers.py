@@ -228,7 +228,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         def update(strategy, pairs):
             for variable, mask in pairs:
                 strategy.extended.update(
-                    variable, lambda v, m: v.assign(tf.where(m, v, tf.zeros_like(v))), args=(mask,), group=False
+                    variable, lambda v, m: v.assign(tf.where(m, v, tf.zeros((), v.dtype))), args=(mask,), group=False
                 )
 
         tf.__internal__.distribute.interim.maybe_merge_call(

@@ -53,7 +53,7 @@ def keep_highest(scores, count):
 def _lowest(flat, count):
     """The `count`-th lowest score, NaN being the highest."""
     # What is masked already is -inf and often most of the scores: to partition only the rest is up to ten times faster.
-    ranked = flat[flat != -np.inf]
+    ranked = flat[np.flatnonzero(flat != -np.inf)]
     infinite = flat.size - ranked.size
     # NumPy orders NaN after every number.
     return np.partition(ranked, count - infinite - 1)[count - infinite - 1] if count > infinite else -np.inf

@@ -156,6 +156,10 @@ def _figure_class():
     return Figure
 
 
+# The share of zeros up to which a weight counts as dense if it is not known to have been pruned.
+_FEW = 0.01
+
+
 def html_page(title, *parts):
     """Return a whole HTML page that needs no other file.
 
@@ -212,10 +216,16 @@ def report(model, notes=()):
     0.0
     """
     selection.check_model(model)
-    reasons = _SKIPPED.get(model, {})
+    known = _SKIPPED.get(model)
     sparse = optimizers.find(model)
     weights = selection.weights(model)
-    rows = [_row(weight, reasons.get(id(weight.variable), weight.skipped), sparse) for weight in weights]
+    rows = []
+    for weight in weights:
+        key = id(weight.variable)
+        selected = (known is not None and key not in known) or (
+            sparse is not None and sparse.mask_of(weight.variable) is not None
+        )
+        rows.append(_row(weight, (known or {}).get(key, weight.skipped), selected))
     kernels = [row for row, weight in zip(rows, weights, strict=True) if weight.kernel]
     size, zeros = sum(row["size"] for row in kernels), sum(row["zeros"] for row in kernels)
     totals = {
@@ -231,11 +241,11 @@ def report(model, notes=()):
     return Report(f"Sparsity of {model.name}", rows, totals, notes, formats)
 
 
-def _row(weight, skipped, sparse):
+def _row(weight, skipped, selected):
     value = selection.as_array(weight.variable)
     zeros = int(value.size - np.count_nonzero(value))
-    masked = sparse is not None and sparse.mask_of(weight.variable) is not None
-    if weight.kernel and (masked or 0 < zeros < value.size):
+    # Initializers draw an exact zero now and then: in a weight that nobody is known to have pruned, few do not count.
+    if weight.kernel and zeros and (selected or _FEW * value.size < zeros < value.size):
         status, reason = "pruned", ""
     elif skipped:
         status, reason = "skipped", skipped

@@ -59,6 +59,18 @@ def test_all_zero_weights_count_as_zero_initialised(model):
     assert "zero-initialised" in row["reason"]
 
 
+def test_a_zero_by_chance_is_no_pruning():
+    # Uniform initializers draw an exact 0.0 about once in eight million float32 numbers: NASNetMobile has some.
+    model = keras.Sequential([keras.Input((8, 8, 40)), keras.layers.DepthwiseConv2D(3), keras.layers.Conv2D(9, 1)])
+    kernel = np.ones((3, 3, 40, 1), "float32")
+    kernel[1, 1, 7] = 0
+    model.layers[0].kernel.assign(kernel)
+    row = ks.report(model).rows[0]
+    assert (row["zeros"], row["status"]) == (1, "skipped")
+    assert "depthwise" in row["reason"]
+    assert ks.prune(model, 0.001, filters=".").rows[0]["status"] == "pruned"
+
+
 def test_forms(model):
     report = ks.report(model)
     assert json.loads(report.to_json()) == report.to_dict()
@@ -103,3 +115,4 @@ def test_masked_weights_are_pruned_weights_while_training(model):
     model.compile(ks.optimizers.SparseOptimizer("adam"), "mse")
     report = ks.update_masks(model, 0.0, filters="a/")
     assert report.rows[0]["status"] == "pruned"
+    assert report.rows[4]["reason"] == "not matched by `filters`"
