@@ -190,9 +190,9 @@ def main():
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], choices=["mlp", "cnn"])
     parser.add_argument("--parts", action="store_true", help="also time what the overhead is made of")
     parser.add_argument("--launches", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=10, help="rounds per launch")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds per launch")
     parser.add_argument("--warmup", type=int, default=2, help="rounds per launch that do not count")
-    parser.add_argument("--steps", type=int, default=200, help="steps per block")
+    parser.add_argument("--steps", type=int, default=100, help="steps per block")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.environ["KERAS_BACKEND"] = args.backend
