@@ -59,6 +59,20 @@ def architecture(name, layers):
     ]
 
 
+def batches(shape, count, seed):
+    """Return an endless dataset of `count` random batches.
+
+    Endless, so that all epochs share one iterator: for a finite dataset Keras makes a new one at the start of each
+    epoch, which now and then waits for seconds until the old one's threads have ended (seen with TensorFlow 2.21).
+    """
+    import tensorflow as tf
+
+    rng = np.random.default_rng(seed)
+    x = rng.random((count, BATCH, *shape), "float32")
+    y = rng.integers(0, 10, (count, BATCH)).astype("int32")
+    return tf.data.Dataset.from_tensor_slices((x, y)).repeat().prefetch(2)
+
+
 def clocks(framework, connection):
     """Return a callback to put first, which waits for the turn, and one to put last, which reports the block's time."""
 
@@ -122,11 +136,14 @@ def work(way, model_name, blocks, steps, seed, connection):
         framework.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    rng = np.random.default_rng(seed)
-    x = rng.random((steps * BATCH, *shape), "float32")
-    y = rng.integers(0, 10, steps * BATCH).astype("int32")
     first, last = clocks(framework, connection)
-    model.fit(x, y, batch_size=BATCH, epochs=blocks, verbose=0, callbacks=[first, *callbacks, last])
+    model.fit(
+        batches(shape, steps, seed),
+        steps_per_epoch=steps,
+        epochs=blocks,
+        verbose=0,
+        callbacks=[first, *callbacks, last],
+    )
     connection.close()
 
 
