@@ -29,6 +29,18 @@ class Goal:
     sparsity: float
     pattern: patterns.Pattern
 
+    def pool(self, scores):
+        """One score for each group of the pattern, from scores of the weight's shape."""
+        return self.pattern.pool(patterns.to_matrix(scores, self.weight.output_axes) if self.pattern.matrix else scores)
+
+    def expand(self, groups):
+        """A boolean for each weight, from one for each group."""
+        shape, axes = tuple(self.weight.variable.shape), self.weight.output_axes
+        if not self.pattern.matrix:
+            return self.pattern.expand(groups, shape)
+        rows = int(np.prod([shape[axis] for axis in axes]))
+        return patterns.from_matrix(self.pattern.expand(groups, (rows, self.weight.size // rows)), shape, axes)
+
 
 class Plan:
     """Which weights of a model become how sparse.
@@ -99,7 +111,7 @@ class Plan:
     def reached(self, masks):
         """Whether `masks` are at the goals, by the counts that `masks` promises."""
         # A group is dropped if none of its weights is kept.
-        groups = [goal.pattern.pool(mask.astype("float32")) for goal, mask in zip(self.goals, masks, strict=True)]
+        groups = [goal.pool(mask.astype("float32")) for goal, mask in zip(self.goals, masks, strict=True)]
         dropped = [int(np.sum(group == 0)) for group in groups]
         if self.allocation == "global":
             return sum(dropped) >= round(self.goals[0].sparsity * sum(group.size for group in groups))
@@ -142,18 +154,19 @@ class Plan:
 
 
 def _uniform(goals, scores, fraction):
-    return [goal.pattern.mask(s, fraction * goal.sparsity) for goal, s in zip(goals, scores, strict=True)]
+    pooled = [goal.pool(s) for goal, s in zip(goals, scores, strict=True)]
+    return [
+        goal.expand(patterns.keep_highest(groups, goal.pattern.count(fraction * goal.sparsity, groups.size)))
+        for goal, groups in zip(goals, pooled, strict=True)
+    ]
 
 
 def _global(goals, scores, fraction):
-    pooled = [goal.pattern.pool(s) for goal, s in zip(goals, scores, strict=True)]
+    pooled = [goal.pool(s) for goal, s in zip(goals, scores, strict=True)]
     ranked = np.concatenate([groups.reshape(-1) for groups in pooled])
     kept = patterns.keep_highest(ranked, round(fraction * goals[0].sparsity * ranked.size))
     parts = np.split(kept, np.cumsum([groups.size for groups in pooled])[:-1])
-    return [
-        goal.pattern.expand(part.reshape(groups.shape), s.shape)
-        for goal, part, groups, s in zip(goals, parts, pooled, scores, strict=True)
-    ]
+    return [goal.expand(part.reshape(groups.shape)) for goal, part, groups in zip(goals, parts, pooled, strict=True)]
 
 
 _ALLOCATIONS = {"uniform": _uniform, "global": _global}

@@ -16,6 +16,8 @@ OBJECTS = {
     "Exponential": ks.schedules.Exponential(rate=3),
     "OneShot": ks.schedules.OneShot(),
     "Unstructured": ks.patterns.Unstructured(),
+    "Channel": ks.patterns.Channel(),
+    "Block": ks.patterns.Block(2, 8),
     "Magnitude": ks.criteria.Magnitude(),
     "Random": ks.criteria.Random(seed=4),
     "Pruning": ks.callbacks.Pruning(

@@ -64,3 +64,59 @@ def test_everything_can_be_dropped_and_nothing():
     assert ks.patterns.keep_highest(scores, 3).sum() == 0
     assert ks.patterns.keep_highest(scores, 0).sum() == 3
     np.testing.assert_array_equal(ks.patterns.keep_highest(scores, 2), [True, False, False])
+
+
+@pytest.mark.parametrize(
+    ("shape", "output_axes"),
+    [
+        ((5, 7), (-1,)),
+        ((3, 3, 4, 6), (-1,)),
+        ((3, 3, 6, 4), (-2,)),
+        ((3, 3, 4, 2), (2, 3)),
+        ((4, 2, 3), (1, 2)),
+        ((9,), (0,)),
+    ],
+)
+def test_matrix_view(shape, output_axes):
+    kernel = np.random.default_rng(0).normal(size=shape)
+    matrix = ks.patterns.to_matrix(kernel, output_axes)
+    axes = sorted(axis % len(shape) for axis in output_axes)
+    others = [axis for axis in range(len(shape)) if axis not in axes]
+    for row, output in enumerate(np.ndindex(*(shape[axis] for axis in axes))):
+        for column, inputs in enumerate(np.ndindex(*(shape[axis] for axis in others))):
+            index = dict(zip([*axes, *others], [*output, *inputs], strict=True))
+            assert matrix[row, column] == kernel[tuple(index[axis] for axis in range(len(shape)))]
+    np.testing.assert_array_equal(ks.patterns.from_matrix(matrix, shape, output_axes), kernel)
+
+
+def slow_blocks(rows, cols, shape):
+    """Which block each element of a matrix is in: the blocks in order, those over the edge smaller."""
+    across = -(-shape[1] // cols)
+    return np.array([[(i // rows) * across + j // cols for j in range(shape[1])] for i in range(shape[0])])
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("kind", ["block", "channel"])
+def test_blocks_and_channels_are_the_slow_ranking_of_means(seed, kind):
+    rng = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in rng.integers(1, 13, size=2))
+    rows, cols = (int(n) for n in rng.integers(1, 6, size=2))
+    pattern = ks.patterns.Block(rows, cols) if kind == "block" else ks.patterns.Channel()
+    ids = slow_blocks(rows, cols, shape) if kind == "block" else slow_blocks(1, shape[1], shape)
+    scores = rng.random(shape).astype("float32")
+    means = np.array([scores[ids == group].mean() for group in range(ids.max() + 1)])
+    sparsity = float(rng.random())
+    kept = slow_mask(means, round(sparsity * means.size))
+    mask = pattern.mask(scores, sparsity)
+    np.testing.assert_array_equal(mask, kept[ids])
+    np.testing.assert_array_equal(pattern.mask(np.where(mask, scores, -np.inf), sparsity), mask)
+    np.testing.assert_array_equal(pattern.groups(shape[::-1]), ids.T)
+
+
+def test_strings_that_say_a_size():
+    assert ks.patterns.get("block_2x8").get_config() == {"rows": 2, "cols": 8}
+    assert ks.patterns.get("block").get_config() == {"rows": 1, "cols": 4}
+    with pytest.raises(ValueError, match="`cols` must be a whole number"):
+        ks.patterns.get("block_1x0")
+    with pytest.raises(ValueError, match="Unknown pattern"):
+        ks.patterns.get("block_1by4")

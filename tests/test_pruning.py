@@ -226,3 +226,26 @@ def test_masks_equal_the_real_tfmots(tmp_path):
         model.layers[0].kernel.assign(weight)
         ks.prune(model, float(name.split("_")[1]))
         np.testing.assert_array_equal(kernels(model)[0] != 0, masks[name], err_msg=name)
+
+
+@pytest.mark.parametrize("pattern", ["channel", "block_2x3"])
+def test_patterns_see_the_matrix_that_the_runtime_multiplies(pattern):
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Conv2D(4, 3),
+            keras.layers.Conv2DTranspose(6, 2),
+            keras.layers.Flatten(),
+            keras.layers.Dense(8),
+        ]
+    )
+    before = [layer.kernel.numpy() for layer in model.layers if layer.name != "flatten"]
+    ks.prune(model, 0.5, pattern=pattern)
+    views = [(3, 0, 1, 2), (2, 0, 1, 3), (1, 0)]
+    for layer, old, view in zip([model.layers[0], model.layers[1], model.layers[3]], before, views, strict=True):
+        matrix = old.transpose(view).reshape(old.shape[view[0]], -1)
+        mask = ks.patterns.get(pattern).mask(np.abs(matrix), 0.5)
+        now = layer.kernel.numpy().transpose(view).reshape(matrix.shape)
+        np.testing.assert_array_equal(now, np.where(mask, matrix, 0))
+        if pattern == "channel":
+            assert (now == 0).all(axis=1).sum() == len(matrix) // 2

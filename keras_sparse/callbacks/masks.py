@@ -1,0 +1,175 @@
+"""A mask callback holds masks in the optimizer of a model while `model.fit` trains it."""
+
+import warnings
+
+import keras
+import numpy as np
+
+from keras_sparse import optimizers, selection
+from keras_sparse.registry import Configurable
+
+__all__ = ["MaskCallback", "count_zeros"]
+
+
+class MaskCallback(keras.callbacks.Callback, Configurable):
+    """Base of the callbacks that hold masks in the model's optimizer. Subclasses say which, in `_plan`.
+
+    Several may train one model: they register with one `SparseOptimizer`, and the last to leave takes it off.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> isinstance(ks.callbacks.Pruning(0.9), ks.callbacks.masks.MaskCallback)
+    True
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.running = False
+        self.history = None
+        self._goals = None
+
+    def _plan(self, model):
+        """Return the `Plan` for a built model, or `None` if there is nothing to mask."""
+        raise TypeError(f"`{type(self).__name__}` must implement `_plan`.")
+
+    @property
+    def reached(self):
+        """Whether the model is as sparse as this callback wants it to be."""
+        return True
+
+    # Joining and leaving. `set_model` runs for `fit`, `evaluate` and `predict`; only `fit` goes on to `on_train_begin`.
+
+    def set_model(self, model):
+        super().set_model(model)
+        if not isinstance(model, keras.Model):
+            selection.check_model(model)
+        sparse = optimizers.wrap(model)
+        # Each `fit` makes a `History`: callbacks that came with another one were left behind by a fit that broke off.
+        self.history = getattr(model, "history", None)
+        others = [user for user in sparse.users if user.history is self.history and user is not self]
+        sparse.users[:] = [*others, self]
+        self.running = False
+        self._goals = None
+        if model.built and model.weights:
+            self._attach()
+            sparse.start_clock()
+
+    def _attach(self):
+        """Create the masks, in a built model."""
+        sparse = optimizers.find(self._model)
+        try:
+            if not sparse.built:
+                sparse.build(self._model.trainable_variables)
+            self._goals = self._plan(self._model)
+            created = self._goals is not None and self._goals.attach(sparse)
+        except Exception:
+            self._abandon()
+            raise
+        sparse.apply_masks()
+        if created:
+            optimizers.drop_functions(self._model)
+
+    def _leave(self):
+        self.running = False
+        sparse = optimizers.find(self._model)
+        if sparse is None:
+            return
+        sparse.users[:] = [user for user in sparse.users if user is not self]
+        if sparse.users:
+            return
+        if sparse.temporary:
+            optimizers.unwrap(self._model)
+        elif sparse.built:
+            sparse.stop_clock()
+
+    def _abandon(self):
+        """Leave, and the others with it: this fit will not start."""
+        sparse = optimizers.find(self._model)
+        if sparse is not None:
+            sparse.users.clear()
+        self._leave()
+
+    def on_test_end(self, logs=None):
+        if not self.running:
+            self._leave()
+
+    def on_predict_end(self, logs=None):
+        if not self.running:
+            self._leave()
+
+    def on_train_begin(self, logs=None):
+        self.running = True
+        # `EarlyStopping` restores weights in its own `on_train_end`, which may come after ours. Keras puts `History`
+        # behind all of a user's callbacks, so the last act hangs on it.
+        self._epochs_before = getattr(self.history, "epoch", None)
+        if self.history is not None:
+            previous = self.history.on_train_end
+
+            def on_train_end(logs=None):
+                previous(logs)
+                self._finish()
+                vars(self.history).pop("on_train_end", None)
+
+            self.history.on_train_end = on_train_end
+
+    def on_train_end(self, logs=None):
+        if self.history is None or self.history.epoch is self._epochs_before:
+            self._finish()  # There is no History in this fit, or it came before us.
+
+    def _finish(self):
+        if not self.running:
+            return
+        sparse = optimizers.find(self.model)
+        if sparse is not None and sparse.built:
+            self._complete(sparse)
+            if self._goals is not None:
+                _warn_of_revived(sparse)
+                sparse.apply_masks()
+        self._leave()
+
+    def _complete(self, sparse):
+        """What is left to do when training ended."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epochs_done = epoch
+        if self._goals is not None:
+            self._start_epoch(epoch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._epochs_done = epoch + 1
+        sparse = optimizers.find(self.model)
+        if logs is not None and sparse is not None and sparse.masks:
+            zeros, size = count_zeros(sparse)
+            logs["sparsity"] = zeros / size
+
+    def _start_epoch(self, epoch):
+        """What is to do at the start of each epoch, once there are masks."""
+
+
+def count_zeros(sparse):
+    """Return how many weights that have masks are zero, and how many there are.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.callbacks.masks.count_zeros(ks.optimizers.SparseOptimizer("adam"))
+    (0, 0)
+    """
+    values = [selection.as_array(variable) for variable, _ in sparse.masks]
+    size = sum(value.size for value in values)
+    return size - sum(int(np.count_nonzero(value)) for value in values), size
+
+
+def _warn_of_revived(sparse):
+    revived = sum(
+        int(np.count_nonzero(selection.as_array(variable)[~selection.as_array(mask)]))
+        for variable, mask in sparse.masks
+    )
+    if revived:
+        warnings.warn(
+            f"{revived} pruned weights were not zero when training ended, because another callback (EarlyStopping with "
+            "restore_best_weights?) put back the weights of an earlier, denser epoch. The masks were applied again, "
+            "and the accuracy may be lower than the one that callback saw. Wrap it in `ks.callbacks.AtTargetSparsity`.",
+            stacklevel=2,
+        )
