@@ -10,15 +10,30 @@ if "keras" not in sys.modules:
     with quiet():
         import keras  # noqa: F401
 
-from keras_sparse import callbacks, criteria, optimizers, patterns, pruning, reports, schedules, selection
+from keras_sparse import (
+    batches,
+    callbacks,
+    criteria,
+    neurons,
+    optimizers,
+    patterns,
+    pruning,
+    reports,
+    schedules,
+    selection,
+)
+from keras_sparse.neurons import neuron_sparsity
 from keras_sparse.pruning import prune, update_masks
 from keras_sparse.reports import report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "batches",
     "callbacks",
     "criteria",
+    "neuron_sparsity",
+    "neurons",
     "optimizers",
     "patterns",
     "prune",
