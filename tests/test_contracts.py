@@ -39,6 +39,11 @@ OBJECTS = {
         keras.optimizers.SGD(0.1, momentum=0.5), masked=[0, 2], statistics={"taylor": [0]}
     ),
 }
+# What cannot be written down says so, instead of coming back as something else.
+NO_CONFIG = {
+    "data": (lambda: ks.callbacks.NeuronSparsity(np.ones((2, 3))), "has no config, because its data have none"),
+    "function as filter": (lambda: ks.callbacks.Pruning(0.5, filters=lambda variable: True), "use regexes"),
+}
 ABSTRACT = {ks.schedules.Schedule, ks.patterns.Pattern, ks.criteria.Criterion}
 
 
@@ -73,7 +78,7 @@ def test_every_public_class_has_a_row():
         for name in module.__all__
     }
     classes = {thing for thing in public if inspect.isclass(thing)} - ABSTRACT
-    assert classes == {type(thing) for thing in OBJECTS.values()}
+    assert classes == {type(thing) for thing in OBJECTS.values()} | {type(make()) for make, _ in NO_CONFIG.values()}
 
 
 def test_abstract_classes_say_what_is_missing():
@@ -87,9 +92,14 @@ def test_abstract_classes_say_what_is_missing():
         ks.criteria.Criterion().scores(np.ones(3))
 
 
-def test_a_function_as_filter_has_no_config():
-    with pytest.raises(ValueError, match="use regexes"):
-        ks.callbacks.Pruning(0.5, filters=lambda variable: True).get_config()
+@pytest.mark.parametrize("name", NO_CONFIG)
+def test_what_has_no_config_says_so(name):
+    make, message = NO_CONFIG[name]
+    with pytest.raises(ValueError, match=message):
+        make().get_config()
+    with pytest.raises(ValueError, match=message):
+        keras.saving.serialize_keras_object(make())
+    assert keras.saving.get_registered_name(type(make())) == f"keras_sparse>{type(make()).__name__}"
 
 
 SIGNATURES = {
@@ -102,6 +112,8 @@ SIGNATURES = {
         ks.prune,
         "(model, sparsity, criterion='magnitude', pattern=None, allocation='uniform', filters=None)",
     ),
+    "neuron_sparsity": (ks.neuron_sparsity, "(model, data, batch_size=32)"),
+    "NeuronSparsity": (ks.callbacks.NeuronSparsity, "(data, batch_size=32)"),
 }
 
 
