@@ -3,6 +3,7 @@
 from keras_sparse.callbacks.dynamic import DynamicSparseTraining
 from keras_sparse.callbacks.fine_tuning import AtTargetSparsity, KeepSparsity
 from keras_sparse.callbacks.neurons import NeuronSparsity
+from keras_sparse.callbacks.proximal import ProximalL1
 from keras_sparse.callbacks.pruning import Pruning
 
-__all__ = ["AtTargetSparsity", "DynamicSparseTraining", "KeepSparsity", "NeuronSparsity", "Pruning"]
+__all__ = ["AtTargetSparsity", "DynamicSparseTraining", "KeepSparsity", "NeuronSparsity", "ProximalL1", "Pruning"]
