@@ -9,6 +9,7 @@ import contextlib
 import keras
 from keras import ops
 
+from keras_sparse.optimizers.slots import slots
 from keras_sparse.optimizers.statistics import Statistic, dense_gradients
 from keras_sparse.registry import serializable
 
@@ -330,7 +331,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def _masked_state(self):
         pairs = self.masks
         if self.use_ema and pairs:
-            averages = dict(_averages(self.inner_optimizer, self._trainable_variables))
+            states = slots(self.inner_optimizer, self._trainable_variables)
+            averages = {index: state for index, kind, state in states if kind == "average"}
             pairs += [(averages[index], mask) for index, mask in zip(self._masked, self._masks, strict=True)]
         return pairs
 
@@ -402,17 +404,3 @@ def masked_value(variable, mask):
     """
     value = ops.convert_to_tensor(variable)
     return ops.where(ops.convert_to_tensor(mask), value, ops.zeros_like(value))
-
-
-def _averages(optimizer, variables):
-    """Yield `(index, moving average)` for each of `variables`, found by the name that Keras gives it.
-
-    Variables of repeated names follow each other in the order of `variables`.
-    """
-    found = {}
-    for state in optimizer.variables:
-        found.setdefault(state.name, []).append(state)
-    for index, variable in enumerate(variables):
-        candidates = found.get(f"{variable.path.replace('/', '_')}_average")
-        if candidates:
-            yield index, candidates.pop(0)
