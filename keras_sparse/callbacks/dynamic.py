@@ -161,11 +161,11 @@ class DynamicSparseTraining(ScheduledMasks):
         if self._prepared:
             return
         self._prepared = True
-        span = self._clock.span
-        if self._moves and span is not None and span <= self._clock.every:
+        last = self._clock.last
+        if self._moves and last is not None and last <= self._clock.every:
             raise ValueError(
                 f"Nothing would ever grow: updates are due every {self._clock.every} steps, and the last one at step "
-                f"{span}. Lower `frequency`, or train for longer. "
+                f"{last}. Lower `frequency`, or train for longer. "
                 f"Received: frequency={self.frequency!r}, end={self.end!r}"
             )
         self._move(sparse, [self._first_mask(*found) for found in self._present(sparse, now)])
