@@ -93,7 +93,7 @@ class Plan:
             if id(w.variable) not in chosen
         }
 
-    def masks(self, masks, fraction=1.0):
+    def masks(self, masks, fraction=1.0, statistics=None):
         """Return the masks at `fraction` of the way to the goals.
 
         Weights that are masked stay so: the new masks are subsets of `masks`.
@@ -101,12 +101,14 @@ class Plan:
         Args:
             masks: The present masks, a boolean array for each goal.
             fraction: In [0, 1].
+            statistics: What the criterion's `statistic` says, an array for each goal.
 
         Returns:
             List of boolean arrays. `round(fraction * sparsity * groups)` groups of each weight are masked (of all
             weights together for `"global"`), or what was masked before if that is more.
         """
-        scores = [self._scores(goal, mask) for goal, mask in zip(self.goals, masks, strict=True)]
+        statistics = [None] * len(masks) if statistics is None else statistics
+        scores = [self._scores(*arguments) for arguments in zip(self.goals, masks, statistics, strict=True)]
         new = _ALLOCATIONS[self.allocation](self.goals, scores, fraction)
         return [mask & old for mask, old in zip(new, masks, strict=True)]
 
@@ -125,30 +127,48 @@ class Plan:
         return [_nonzero(goal.weight.numpy()) for goal in self.goals]
 
     def attach(self, optimizer):
-        """Give each goal's weight a mask in `optimizer` that keeps the zeros it has. Returns whether masks were new."""
+        """Give each goal's weight a mask in `optimizer` that keeps the zeros it has, and the statistic it needs.
+
+        Returns whether any of that was new.
+        """
         new = [goal.weight for goal in self.goals if optimizer.mask_of(goal.weight.variable) is None]
         created = optimizer.add_masks([weight.variable for weight in new])
         for weight in new:
             optimizer.mask_of(weight.variable).assign(_nonzero(weight.numpy()))
+        kind = self.criterion.statistic
+        if kind is not None:
+            created |= optimizer.add_statistics(kind, [goal.weight.variable for goal in self.goals])
         return created
 
     def update(self, optimizer, fraction=1.0):
         """Move the masks in `optimizer` to `fraction` of the way, zero what they mask, and return them as arrays."""
         variables = [optimizer.mask_of(goal.weight.variable) for goal in self.goals]
-        masks = self.masks([selection.as_array(mask) for mask in variables], fraction)
+        masks = self.masks([selection.as_array(mask) for mask in variables], fraction, self._read(optimizer, fraction))
         for variable, mask in zip(variables, masks, strict=True):
             variable.assign(mask)
         optimizer.apply_masks()
         return masks
 
-    def _scores(self, goal, mask):
-        value = goal.weight.numpy()
-        scores = np.asarray(self.criterion.scores(value))
-        if scores.shape != value.shape or scores.dtype.kind != "f":
+    def _read(self, optimizer, fraction):
+        """The statistics that `optimizer` has kept for the criterion, as arrays."""
+        kind = self.criterion.statistic
+        if kind is None:
+            return None
+        if fraction * max(goal.sparsity for goal in self.goals) > 0 and not selection.as_array(
+            optimizer.count_of(kind)
+        ):
             raise ValueError(
-                f"`{type(self.criterion).__name__}.scores` must return floating-point scores of the weight's shape "
-                f"{value.shape} for {goal.weight.path}. Received: shape {scores.shape}, dtype {scores.dtype}"
+                f"`{type(self.criterion).__name__}` ranks weights by gradients, and no training step has been taken "
+                "yet. Let pruning begin later (`begin=1` is after the first step), or prune in one shot with "
+                "`ks.prune(model, sparsity, criterion, data=(x, y))`."
             )
+        return [selection.as_array(optimizer.statistic_of(goal.weight.variable, kind)) for goal in self.goals]
+
+    def _scores(self, goal, mask, statistic):
+        try:
+            scores = self.criterion(goal.weight.numpy(), statistic)
+        except ValueError as error:
+            raise ValueError(f"{goal.weight.path}: {error}") from error
         # Below every live score, -inf included. (By index: a boolean mask takes three times as long.)
         scores = np.maximum(scores, np.finfo(scores.dtype).min)
         np.put(scores, np.flatnonzero(~mask), -np.inf)

@@ -80,8 +80,8 @@ class MaskCallback(keras.callbacks.Callback, Configurable):
             return
         if sparse.temporary:
             optimizers.unwrap(self._model)
-        elif sparse.built:
-            sparse.stop_clock()
+        elif sparse.built and sparse.stop_clock():
+            optimizers.drop_functions(self._model)
 
     def _abandon(self):
         """Leave, and the others with it: this fit will not start."""
