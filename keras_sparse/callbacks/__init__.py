@@ -2,6 +2,7 @@
 
 from keras_sparse.callbacks.dynamic import DynamicSparseTraining
 from keras_sparse.callbacks.fine_tuning import AtTargetSparsity, KeepSparsity
+from keras_sparse.callbacks.lottery import LotteryTicket
 from keras_sparse.callbacks.pruning import Pruning
 
-__all__ = ["AtTargetSparsity", "DynamicSparseTraining", "KeepSparsity", "Pruning"]
+__all__ = ["AtTargetSparsity", "DynamicSparseTraining", "KeepSparsity", "LotteryTicket", "Pruning"]

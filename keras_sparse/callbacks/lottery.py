@@ -20,17 +20,17 @@ class LotteryTicket(ScheduledMasks):
     One `fit` holds all rounds: its epochs are divided among them. Every round trains the weights that are left. After
     every round but the last, the share `rate` of them with the smallest magnitude is pruned, the others go back to the
     values that they had at `rewind_to` in the first round, and the optimizer starts anew: its slots, its iterations and
-    with them a learning-rate schedule. The last round trains the ticket. Its sparsity is `1 - (1 - rate) ** (rounds - 1)`:
-    for a sparsity s give `rate=1 - (1 - s) ** (1 / (rounds - 1))`.
+    with them a learning-rate schedule. The last round trains the ticket. Its sparsity is
+    `1 - (1 - rate) ** (rounds - 1)`: for a sparsity s give `rate=1 - (1 - s) ** (1 / (rounds - 1))`.
 
     `rewind_to=0` is Frankle & Carbin, "The lottery ticket hypothesis" (2019), strategy 1 of appendix B; a few hundred
     steps or more are the late rewinding of Frankle et al., "Linear mode connectivity and the lottery ticket hypothesis"
     (2020), which large networks need. (There a learning-rate schedule goes on from that step; here each round has the
     whole schedule.)
 
-    It is a callback and not a function that calls `fit` in a loop, because then everything that belongs to a `fit` works
-    over all of the rounds: `History`, loggers, and `BackupAndRestore`, which resumes within any round. The copy of the
-    weights to go back to is part of the optimizer's state, as the masks are. Let a learning-rate schedule
+    It is a callback and not a function that calls `fit` in a loop, because then everything that belongs to a `fit`
+    works over all of the rounds: `History`, loggers, and `BackupAndRestore`, which resumes within any round. The copy
+    of the weights to go back to is part of the optimizer's state, as the masks are. Let a learning-rate schedule
     (`keras.optimizers.schedules`) span one round; callbacks that count epochs, such as `LearningRateScheduler`, do not
     start anew. Statistics of BatchNorm are not rewound: they forget by themselves. Hold `EarlyStopping` and
     `ModelCheckpoint(save_best_only=True)` back until the last round with `AtTargetSparsity`.
@@ -141,17 +141,14 @@ class LotteryTicket(ScheduledMasks):
 
     def _rewind(self, sparse):
         if clock.number(sparse.updated) < 0:
-            raise ValueError(
-                f"The first round is over before `rewind_to` came. Received: rewind_to={self.rewind_to!r}"
-            )
+            raise ValueError(f"The first round is over before `rewind_to` came. Received: rewind_to={self.rewind_to!r}")
         sparse.rewind()
-        optimizers.restart(self.model, clock.number(sparse.start))
         if self.verbose:
             print(f"\nRound {self._round + 1} of {self.rounds} trains at sparsity {self._sparsity(self._round):.4f}")
 
     def _update(self, sparse, now, progress):
         if clock.number(sparse.updated) < 0:
-            sparse.keep_origin()
+            sparse.origin.keep()
 
     def _complete(self, sparse):
         if self._goals is not None and not self.reached:
