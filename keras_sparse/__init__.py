@@ -10,15 +10,33 @@ if "keras" not in sys.modules:
     with quiet():
         import keras  # noqa: F401
 
-from keras_sparse import callbacks, criteria, optimizers, patterns, pruning, reports, schedules, selection
+from keras_sparse import (
+    baking,
+    callbacks,
+    criteria,
+    gates,
+    layers,
+    optimizers,
+    patterns,
+    pruning,
+    reports,
+    schedules,
+    selection,
+)
+from keras_sparse.baking import add_l0, bake
 from keras_sparse.pruning import prune, update_masks
 from keras_sparse.reports import report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "add_l0",
+    "bake",
+    "baking",
     "callbacks",
     "criteria",
+    "gates",
+    "layers",
     "optimizers",
     "patterns",
     "prune",

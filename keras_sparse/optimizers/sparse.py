@@ -304,7 +304,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         }
         found = dense_gradients(found, self.loss_scale_factor)
         for statistic in self._statistics.values():
-            statistic.update(found, self._trainable_variables, self.iterations)
+            statistic.update(found, self._trainable_variables, self.iterations, bool(self.gradient_accumulation_steps))
 
     def finalize_variable_values(self, var_list):
         self.inner_optimizer.finalize_variable_values(var_list)
