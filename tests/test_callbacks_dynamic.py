@@ -1,9 +1,5 @@
 """Dynamic sparse training (RigL, SET, static masks) in real `fit` calls."""
 
-import os
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -11,7 +7,6 @@ from test_callbacks import X, Y, dense_model, fit, interrupt_at, kernels, zeros
 
 import keras_sparse as ks
 
-TENSORFLOW = keras.backend.backend() == "tensorflow"
 GROW = ["gradient", "random", "static"]
 
 
@@ -218,23 +213,16 @@ def test_compile_options(grow, arguments):
     assert all(a >= b for a, b in zip(zeros(model), (92, 13), strict=True))
 
 
-@pytest.mark.skipif(not TENSORFLOW, reason="tf.distribute")
 @pytest.mark.parametrize("grow", ["gradient", "random"])
-def test_mirrored_strategy(grow):
-    import tensorflow as tf
-
-    devices = tf.config.list_logical_devices("CPU")
-    if len(devices) < 2:
-        pytest.skip("needs two logical CPU devices, which conftest.py sets up")
-    strategy = tf.distribute.MirroredStrategy([device.name for device in devices[:2]])
-    with strategy.scope():
+def test_mirrored_strategy(grow, two_replicas):
+    with two_replicas.scope():
         model = dense_model(jit_compile=False)
     record, alone = Masks(), Masks()
     fit(model, dynamic(grow=grow), record)
     fit(dense_model(jit_compile=False), dynamic(grow=grow), alone)
     assert record.live == [[28, 17]] * 18
     for layer in model.layers:
-        replicas = strategy.experimental_local_results(layer.kernel.value)
+        replicas = two_replicas.experimental_local_results(layer.kernel.value)
         np.testing.assert_array_equal(replicas[0].numpy(), replicas[1].numpy())
     # The gradients that count are the reduced ones: two replicas move what one would.
     for a, b in zip(record.masks, alone.masks, strict=True):
@@ -248,7 +236,7 @@ def test_unbuilt_model_and_second_fit():
         record = Masks()
         fit(model, dynamic(0.7), record)
         assert record.live[1:] == [[28, 17]] * 17
-        assert record.moved == [3, 6, 9, 12]
+        assert record.moved == [3, 6, 9]
 
 
 def test_evaluate_leaves_the_model_as_it_was():
@@ -280,57 +268,6 @@ def test_checkpoint_from_the_middle_of_fit_goes_on(tmp_path, grow):
     assert resumed.moved == [3]
     for a, b in zip(whole.masks[12:], resumed.masks, strict=True):
         assert all((x == y).all() for x, y in zip(a, b, strict=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("callback", ["rigl", "set", "lottery"])
-@pytest.mark.parametrize("order", ["backup first", "backup last"])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, order, callback):
-    def run(folder, kill):
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", RESUME, str(folder), order, str(kill), callback]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ).returncode
-
-    assert run(tmp_path / "whole", 0) == 0
-    assert run(tmp_path / "cut", 15) == -9
-    assert run(tmp_path / "cut", 0) == 0
-    whole, cut = np.load(tmp_path / "whole/end.npz"), np.load(tmp_path / "cut/end.npz")
-    assert (whole["arr_0"] == 0).sum() > 50
-    for name in whole.files:
-        np.testing.assert_array_equal(whole[name], cut[name])
-
-
-RESUME = """
-import os, signal, sys
-import keras, numpy as np
-import keras_sparse as ks
-if keras.backend.backend() == "tensorflow":
-    import tensorflow as tf
-    tf.config.experimental.enable_op_determinism()
-keras.utils.set_random_seed(0)
-folder, order, kill, callback = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
-x = np.random.default_rng(0).normal(size=(96, 12)).astype("float32")
-y = np.random.default_rng(1).integers(0, 3, 96)
-model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(10, activation="relu"), keras.layers.Dense(3)])
-model.compile(keras.optimizers.Adam(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-
-class Kill(keras.callbacks.Callback):
-    steps = 0
-    def on_train_batch_end(self, batch, logs=None):
-        self.steps += 1
-        if self.steps == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-ours = {
-    "rigl": lambda: ks.callbacks.DynamicSparseTraining(0.7, frequency=2),
-    "set": lambda: ks.callbacks.DynamicSparseTraining(0.7, grow="random", frequency=2),
-    "lottery": lambda: ks.callbacks.LotteryTicket(2, 0.7, rewind_to=3),
-}[callback]()
-backup = [keras.callbacks.BackupAndRestore(os.path.join(folder, "backup"), save_freq="epoch")]
-callbacks = [*backup, ours, Kill()] if order == "backup first" else [ours, Kill(), *backup]
-model.fit(x, y, epochs=4, batch_size=16, shuffle=False, verbose=0, callbacks=callbacks)
-np.savez(os.path.join(folder, "end.npz"), *model.get_weights())
-"""
 
 
 def test_verbose_tells_each_update(capsys):

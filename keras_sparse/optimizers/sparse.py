@@ -188,7 +188,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """Make room for a copy of the trainable variables, unless there is. Returns as `add_masks` does."""
         if self.origin:
             return False
-        self.origin = Origin(self._trainable_variables, self.add_variable_from_reference)
+        with self._scope():
+            self.origin = Origin(self._trainable_variables, self.add_variable_from_reference)
         return True
 
     def rewind(self):
