@@ -5,7 +5,10 @@ Two networks, each with one recipe for all methods:
 * `lenet5`: LeNet-5 (6-16-120-84) as Evci et al. 2022, "Gradient flow in sparse neural networks and how lottery tickets
   win" (https://arxiv.org/abs/2010.03533), train it: SGD with momentum 0.9 from 0.05, L2 penalty 0.0005, batch 128, 25
   epochs; magnitude pruning, uniform, between steps 3000 and 7000; RigL and SET move masks every 100 steps. Here the
-  learning rate decays with a cosine, and the lottery ticket has 5 rounds of 10 epochs.
+  learning rate decays with a cosine, and the lottery ticket has 5 rounds of 10 epochs. `--rescale` multiplies the
+  initial weights of networks that start sparse by 1 / sqrt(density of the kernel), as Liu et al. 2019, "Rethinking the
+  value of network pruning" (https://arxiv.org/abs/1810.05270), do; without it many of them never begin to learn, as in
+  Evci et al.
 * `lenet300`: LeNet-300-100, Adam at 0.01 with a cosine decay to 0, batch 128, 30 epochs.
 
 The accuracy is that of the last epoch, never of the best. `--validate` trains on the first 50,000 training images and
@@ -73,6 +76,12 @@ def build(network, rate, steps):
     return model
 
 
+def rescale(model, sparsity, allocation):
+    """Make up for the inputs that units of a sparse network lack."""
+    for goal in ks.pruning.Plan(model, sparsity, allocation=allocation).goals:
+        goal.weight.variable.assign(goal.weight.numpy() / np.sqrt(1 - goal.sparsity))
+
+
 def train(method, args, seed, data):
     """Train one model and return `(error in percent, sparsity by mask)`."""
     x, y, x_test, y_test = data
@@ -90,6 +99,8 @@ def train(method, args, seed, data):
         rate = 1 - (1 - args.sparsity) ** (1 / (ROUNDS - 1))
         callbacks = [ks.callbacks.LotteryTicket(ROUNDS, rate, args.rewind_to, allocation=args.pruning_allocation)]
     elif method in DYNAMIC:
+        if args.rescale:
+            rescale(model, args.sparsity, args.allocation)
         callbacks = [
             ks.callbacks.DynamicSparseTraining(
                 args.sparsity, args.allocation, DYNAMIC[method], args.drop_fraction, end=args.end, seed=seed
@@ -115,6 +126,7 @@ def main():
     parser.add_argument("--learning-rate", type=float, help="default: 0.05 for lenet5, 0.01 for lenet300")
     parser.add_argument("--allocation", default="erk", choices=["erk", "uniform"], help="of rigl, set and static")
     parser.add_argument("--pruning-allocation", default="uniform", help="of magnitude and lottery")
+    parser.add_argument("--rescale", action="store_true", help="larger initial weights for rigl, set and static")
     parser.add_argument("--drop-fraction", type=float, default=0.3)
     parser.add_argument("--end", type=float, default=0.75, help="fraction of training that moves masks")
     parser.add_argument("--rewind-to", type=int, default=0)

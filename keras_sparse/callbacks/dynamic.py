@@ -70,7 +70,7 @@ class DynamicSparseTraining(ScheduledMasks):
     >>> model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10)])
     >>> model.compile("adam", "mse")
     >>> x, y = np.random.normal(size=(64, 20)), np.ones((64, 10))
-    >>> rigl = ks.callbacks.DynamicSparseTraining(0.9, frequency=2)
+    >>> rigl = ks.callbacks.DynamicSparseTraining(0.9, frequency=3)
     >>> history = model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[rigl])
     >>> history.history["sparsity"]
     [0.9, 0.9]
