@@ -99,30 +99,33 @@ def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_steepest(step):
         np.testing.assert_allclose(np.delete(momentum, changed), np.delete(moved.reshape(-1), changed), rtol=1e-4)
 
 
+class Constant(ks.schedules.Schedule):
+    def fraction(self, progress):
+        return 0.0
+
+
 def test_set_grows_uniformly():
-    # 40 of 100 positions are dead; each seed lets 12 of them grow.
-    grown, dead = np.zeros(100), np.zeros(100)
-    model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(10, use_bias=False)])
+    # 4,000 of 10,000 positions are dead; the first update, after step 3, lets 1,200 of them grow.
+    model = keras.Sequential([keras.Input((100,)), keras.layers.Dense(100, use_bias=False)])
     model.compile(keras.optimizers.SGD(0.0), "mse")
-    start = np.random.default_rng(5).normal(size=(10, 10))
-    start.reshape(-1)[:40] = 0
-    for seed in range(150):
+    start = np.random.default_rng(5).normal(size=(100, 100))
+    start.reshape(-1)[:4000] = 0
+    grown = np.zeros(4000)
+    for seed in range(4):
         model.layers[0].kernel.assign(start)
-        callback = dynamic(0.4, grow="random", drop_fraction=0.2, schedule="one_shot", seed=seed, end=10)
-        callback.schedule = lambda progress: 0.0
         record = Masks()
-        fit(model, callback, record, epochs=1, x=X[:, :10], y=X[:, :10], batch_size=32)
+        callback = dynamic(0.4, grow="random", drop_fraction=0.2, schedule=Constant(), seed=seed, end=6)
+        fit(model, callback, record, epochs=1, x=np.ones((8, 100)), y=np.ones((8, 100)), batch_size=2)
         old, new = record.masks[1][0].reshape(-1), record.masks[2][0].reshape(-1)
-        np.testing.assert_array_equal(np.flatnonzero(~old), np.arange(40))
-        grown += new & ~old
-        dead += ~old
-        assert int((new & ~old).sum()) == 12
-    expected = 150 * 12 / 40
-    # Each seed's twelve exclude each other, which shrinks the variance of a count by 1 - 12 / 40.
-    statistic = ((grown[:40] - expected) ** 2 / expected).sum() / (1 - 12 / 40)
-    # 39 degrees of freedom: between the 0.1 % and the 99.9 % quantile.
-    assert 17.3 < statistic < 72.1
-    assert grown[40:].sum() == 0
+        np.testing.assert_array_equal(np.flatnonzero(~old), np.arange(4000))
+        assert int((new & ~old).sum()) == 1200
+        grown += new[:4000]
+    assert len(np.unique(grown)) == 5  # From never to each time: the seeds differ.
+    for cells in (grown.reshape(40, 100), grown.reshape(100, 40).T):
+        # Those of one update exclude each other, which shrinks the variance of a count by 1 - 1200 / 4000.
+        statistic = ((cells.sum(axis=1) - 120) ** 2 / 120).sum() / (1 - 1200 / 4000)
+        # 39 degrees of freedom: between the 0.1 % and the 99.9 % quantile.
+        assert 17.3 < statistic < 72.1
 
 
 @pytest.mark.parametrize("grow", GROW)
