@@ -9,7 +9,8 @@ import contextlib
 import keras
 from keras import ops
 
-from keras_sparse.optimizers.slots import slots
+from keras_sparse.optimizers.origin import Origin
+from keras_sparse.optimizers.slots import restart, slots
 from keras_sparse.optimizers.statistics import Statistic, dense_gradients
 from keras_sparse.registry import serializable
 
@@ -32,6 +33,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         masked: Indices into the variables that `build` receives: those with a mask. Masks are added by `add_masks`
             otherwise; this is how a saved optimizer finds them again.
         statistics: Dict from a kind of gradient statistic to such indices, likewise; see `add_statistics`.
+        origin: Whether it holds a copy of the weights to go back to, an `Origin`.
         temporary: Whether the last callback that uses the wrapper takes it off.
         shrinkage: A `Shrinkage`, or `None`: what is shrunk after each step, by `strength`.
 
@@ -48,7 +50,16 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     24
     """
 
-    def __init__(self, inner_optimizer, name=None, masked=(), statistics=None, temporary=False, shrinkage=None):
+    def __init__(
+        self,
+        inner_optimizer,
+        name=None,
+        masked=(),
+        statistics=None,
+        origin=False,
+        temporary=False,
+        shrinkage=None,
+    ):
         inner_optimizer = keras.optimizers.get(inner_optimizer)
         if isinstance(inner_optimizer, (SparseOptimizer, keras.optimizers.LossScaleOptimizer)):
             raise ValueError(
@@ -67,6 +78,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._masked = list(masked)
         self._masks = []
         self._statistics = {kind: list(indices) for kind, indices in (statistics or {}).items()}
+        self.origin = origin
 
     # State
 
@@ -93,6 +105,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.strength = self.add_variable((), "zeros", "float32", aggregation="only_first_replica", name="strength")
         masked, self._masked = self._masked, []
         statistics, self._statistics = dict(self._statistics), {}
+        origin, self.origin = self.origin, None
         for name, indices in {"masked": masked, **statistics}.items():
             if any(not 0 <= index < len(variables) for index in indices):
                 raise ValueError(
@@ -103,6 +116,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self._add_mask(index)
         for kind, indices in statistics.items():
             self.add_statistics(kind, [variables[index] for index in indices])
+        if origin:
+            self.add_origin()
 
     def add_variable(self, *args, **kwargs):
         # In the strategy's scope even if a callback adds it later: each replica updates its own copy.
@@ -182,6 +197,22 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._statistics[kind] = statistic
         return bool(new)
 
+    def add_origin(self):
+        """Make room for a copy of the trainable variables, unless there is. Returns as `add_masks` does."""
+        if self.origin:
+            return False
+        with self._scope():
+            self.origin = Origin(self._trainable_variables, self.add_variable_from_reference)
+        return True
+
+    def rewind(self):
+        """Take the variables back to the origin, masked ones at zero, and the inner optimizer to the clock's start."""
+        self.origin.put_back()
+        self.apply_masks()
+        with self._scope():
+            start = int(ops.convert_to_numpy(ops.convert_to_tensor(self.start)))
+            restart(self.inner_optimizer, self._trainable_variables, start)
+
     def _indices(self, variables):
         indices = {id(v): i for i, v in enumerate(self._trainable_variables)}
         unknown = [v.path for v in variables if id(v) not in indices]
@@ -198,14 +229,15 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self.start.assign(ops.convert_to_numpy(ops.convert_to_tensor(self.iterations)))
 
     def stop_clock(self):
-        """Make the next `start_clock` start anew, and keep no statistics. Returns whether there were any."""
+        """Make the next `start_clock` start anew; keep no statistics, no origin. Returns whether there were any."""
         self.length.assign(0)
         self.updated.assign(-1)
-        statistics, self._statistics = self._statistics, {}
-        for statistic in statistics.values():
-            for variable in statistic.variables:
-                self._untrack_variable(variable)
-        return bool(statistics)
+        dropped = [variable for statistic in self._statistics.values() for variable in statistic.variables]
+        dropped += self.origin.variables if self.origin else []
+        self._statistics, self.origin = {}, None
+        for variable in dropped:
+            self._untrack_variable(variable)
+        return bool(dropped)
 
     @property
     def masks(self):
@@ -366,6 +398,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 kind: list(statistic.indices if self.built else statistic)
                 for kind, statistic in sorted(self._statistics.items())
             },
+            "origin": bool(self.origin),
             "temporary": self.temporary,
             "shrinkage": self.shrinkage and keras.saving.serialize_keras_object(self.shrinkage),
         }
