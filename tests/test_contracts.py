@@ -46,6 +46,8 @@ OBJECTS = {
         verbose=1,
     ),
     "LotteryTicket": ks.callbacks.LotteryTicket(3, 0.5, 0.1, allocation="uniform", filters="a/", verbose=1),
+    "ProximalL1": ks.callbacks.ProximalL1(target_sparsity=0.5, group="block_1x4", end=0.5, frequency=3, filters="a/"),
+    "Shrinkage": ks.optimizers.Shrinkage([0, 2], ks.patterns.Channel(), [(-1,), (-2,)]),
     "KeepSparsity": ks.callbacks.KeepSparsity(),
     "AtTargetSparsity": ks.callbacks.AtTargetSparsity(ks.callbacks.KeepSparsity()),
     "SparseOptimizer": ks.optimizers.SparseOptimizer(
