@@ -4,5 +4,6 @@ from keras_sparse.callbacks.dynamic import DynamicSparseTraining
 from keras_sparse.callbacks.fine_tuning import AtTargetSparsity, KeepSparsity
 from keras_sparse.callbacks.neurons import NeuronSparsity
 from keras_sparse.callbacks.pruning import Pruning
+from keras_sparse.callbacks.strength import StrengthSchedule
 
-__all__ = ["AtTargetSparsity", "DynamicSparseTraining", "KeepSparsity", "NeuronSparsity", "Pruning"]
+__all__ = ["AtTargetSparsity", "DynamicSparseTraining", "KeepSparsity", "NeuronSparsity", "Pruning", "StrengthSchedule"]
