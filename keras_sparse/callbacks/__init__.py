@@ -2,8 +2,19 @@
 
 from keras_sparse.callbacks.dynamic import DynamicSparseTraining
 from keras_sparse.callbacks.fine_tuning import AtTargetSparsity, KeepSparsity
+from keras_sparse.callbacks.lottery import LotteryTicket
 from keras_sparse.callbacks.neurons import NeuronSparsity
+from keras_sparse.callbacks.proximal import ProximalL1
 from keras_sparse.callbacks.pruning import Pruning
 from keras_sparse.callbacks.strength import StrengthSchedule
 
-__all__ = ["AtTargetSparsity", "DynamicSparseTraining", "KeepSparsity", "NeuronSparsity", "Pruning", "StrengthSchedule"]
+__all__ = [
+    "AtTargetSparsity",
+    "DynamicSparseTraining",
+    "KeepSparsity",
+    "LotteryTicket",
+    "NeuronSparsity",
+    "ProximalL1",
+    "Pruning",
+    "StrengthSchedule",
+]
