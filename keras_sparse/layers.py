@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import numbers
 
 import keras
 import numpy as np
@@ -10,7 +9,7 @@ from keras import ops
 
 from keras_sparse import selection
 from keras_sparse.gates import HardConcrete
-from keras_sparse.registry import serializable
+from keras_sparse.registry import check_penalty, is_real, serializable
 
 __all__ = ["L0", "HardConcrete"]
 
@@ -78,7 +77,7 @@ class L0(keras.layers.Wrapper):
         _check_layer(layer)
         if granularity not in ("weight", "unit"):
             raise ValueError(f"`granularity` must be 'weight' or 'unit'. Received: granularity={granularity!r}")
-        if not _is_real(open_probability) or not 0 < open_probability < 1:
+        if not is_real(open_probability) or not 0 < open_probability < 1:
             raise ValueError(
                 f"`open_probability` must be between 0 and 1. Received: open_probability={open_probability!r}"
             )
@@ -243,18 +242,6 @@ class _HeldSeed(keras.random.SeedGenerator):
 
     def advance(self):
         super().next()
-
-
-def check_penalty(name, value):
-    """Raise unless `value` is a number of at least 0."""
-    if not _is_real(value):
-        raise TypeError(f"`{name}` must be a number. Received: {name}={value!r} of type {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"`{name}` must be at least 0 and finite. Received: {name}={value!r}")
-
-
-def _is_real(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_layer(layer):

@@ -50,6 +50,9 @@ OBJECTS = {
     "Shrinkage": ks.optimizers.Shrinkage([0, 2], ks.patterns.Channel(), [(-1,), (-2,)]),
     "KeepSparsity": ks.callbacks.KeepSparsity(),
     "AtTargetSparsity": ks.callbacks.AtTargetSparsity(ks.callbacks.KeepSparsity()),
+    "StrengthSchedule": ks.callbacks.StrengthSchedule("cosine", begin=1, end=4),
+    "L1": ks.regularizers.L1(0.01),
+    "GroupLasso": ks.regularizers.GroupLasso(0.01, ks.patterns.Block(2, 8), (0, -1)),
     "SparseOptimizer": ks.optimizers.SparseOptimizer(
         keras.optimizers.SGD(0.1, momentum=0.5), masked=[0, 2], statistics={"taylor": [0]}
     ),
@@ -89,7 +92,7 @@ def test_config_holds_every_argument(name):
 def test_every_public_class_has_a_row():
     public = {
         getattr(module, name)
-        for module in (ks.schedules, ks.patterns, ks.criteria, ks.callbacks, ks.optimizers)
+        for module in (ks.schedules, ks.patterns, ks.criteria, ks.callbacks, ks.optimizers, ks.regularizers)
         for name in module.__all__
     }
     classes = {thing for thing in public if inspect.isclass(thing)} - ABSTRACT

@@ -6,6 +6,7 @@ from keras_sparse.callbacks.lottery import LotteryTicket
 from keras_sparse.callbacks.neurons import NeuronSparsity
 from keras_sparse.callbacks.proximal import ProximalL1
 from keras_sparse.callbacks.pruning import Pruning
+from keras_sparse.callbacks.strength import StrengthSchedule
 
 __all__ = [
     "AtTargetSparsity",
@@ -15,4 +16,5 @@ __all__ = [
     "NeuronSparsity",
     "ProximalL1",
     "Pruning",
+    "StrengthSchedule",
 ]
