@@ -59,7 +59,7 @@ def add_l0(model, penalty, granularity="weight", filters=None, **arguments):
         wrapped.update(id(v) for v in weights)
         return L0(copy, price, granularity, **arguments)
 
-    gated = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    gated = keras.models.clone_model(model, _inputs(model), clone_function=clone, recursive=True)
     missed = [w.path for w in selection.weights(model) if id(w.variable) in prices.keys() - wrapped]
     if missed:
         raise ValueError(f"These weights are in no layer that could be wrapped; exclude them. Received: {missed}")
@@ -123,6 +123,16 @@ def bake(model):
     reports.remember(plain, {id(w.variable): w.skipped or "had no gates" for w in others})
     _copy_compilation(model, plain)
     return plain
+
+
+def _inputs(model):
+    """New inputs of the same names for a copy; Keras names them after tensors, not layers (3.15)."""
+    if isinstance(model, keras.Sequential):
+        return None
+    names = {id(layer.output): layer.name for layer in model.layers if isinstance(layer, keras.layers.InputLayer)}
+    return keras.tree.map_structure(
+        lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, sparse=x.sparse, name=names[id(x)]), model.input
+    )
 
 
 def _prices(model, penalty, filters):

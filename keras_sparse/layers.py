@@ -212,7 +212,7 @@ class L0(keras.layers.Wrapper):
     def get_initial_state(self):
         return self.layer.get_initial_state
 
-    # Keras does not save the states of seeds. With it, an interrupted training goes on with the gates it would have had.
+    # Keras does not save the states of seeds. With it, a training that resumes has the gates it would have had.
 
     def save_own_variables(self, store):
         super().save_own_variables(store)

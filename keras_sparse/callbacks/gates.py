@@ -13,9 +13,10 @@ from keras_sparse.registry import Configurable, serializable
 
 __all__ = ["L0Penalty"]
 
-# The controller, in logarithms of the penalty for each update: how much a sparsity that is off by 1 adds, and how much
-# a change of that error by 1 adds. Gates take a while to close, so patience (the first) is worth more than haste.
-_INTEGRAL, _PROPORTIONAL = 0.3, 4.0
+# The controller, in logarithms of the penalty for each update: how much a sparsity that is too low by 1 adds, how much
+# one that is too high by 1 takes off, and how much a change of that error by 1 adds. Gates take a while to close, so
+# the last one has to see it coming, and few that have closed open again.
+_RAISE, _LOWER, _PROPORTIONAL = 0.3, 1.5, 10.0
 _LARGEST_CHANGE, _LARGEST_FACTOR = math.log(2), math.log(1e4)
 
 
@@ -147,7 +148,7 @@ class L0Penalty(keras.callbacks.Callback, Configurable):
         closing = self._measure(_way)
         sparsity = progress * closed + (1 - progress) * closing
         error = self.target_sparsity * progress - sparsity
-        change = _INTEGRAL * error
+        change = (_RAISE if error > 0 else _LOWER) * error
         if self._error is not None:
             change += _PROPORTIONAL * (error - self._error)
         self._error = error
