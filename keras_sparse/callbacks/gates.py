@@ -108,7 +108,7 @@ class L0Penalty(keras.callbacks.Callback, Configurable):
             values = {"start": now - before, "length": 0, "updated": -1}
             self._time = SimpleNamespace(
                 gradient_accumulation_steps=optimizer.gradient_accumulation_steps,
-                **{name: keras.Variable(value, dtype="int32") for name, value in values.items()},
+                **{name: keras.Variable(value, trainable=False, dtype="int32") for name, value in values.items()},
             )
         self._time.iterations = optimizer.iterations
         now = self._clock.start_epoch(self._time, epoch, self.params["epochs"], steps)
