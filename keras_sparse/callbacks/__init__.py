@@ -2,6 +2,7 @@
 
 from keras_sparse.callbacks.dynamic import DynamicSparseTraining
 from keras_sparse.callbacks.fine_tuning import AtTargetSparsity, KeepSparsity
+from keras_sparse.callbacks.gates import L0Penalty
 from keras_sparse.callbacks.lottery import LotteryTicket
 from keras_sparse.callbacks.neurons import NeuronSparsity
 from keras_sparse.callbacks.proximal import ProximalL1
@@ -12,6 +13,7 @@ __all__ = [
     "AtTargetSparsity",
     "DynamicSparseTraining",
     "KeepSparsity",
+    "L0Penalty",
     "LotteryTicket",
     "NeuronSparsity",
     "ProximalL1",
