@@ -39,8 +39,8 @@ def group_soft_threshold(value, threshold, groups):
 
     >>> import keras, numpy as np, keras_sparse as ks
     >>> value = ks.optimizers.group_soft_threshold([3.0, 4.0, 0.1, 0.1], 1.0, np.array([0, 0, 1, 1]))
-    >>> np.round(keras.ops.convert_to_numpy(value), 2).tolist()
-    [2.15, 2.87, 0.0, 0.0]
+    >>> np.round(keras.ops.convert_to_numpy(value), 2)
+    array([2.15, 2.87, 0.  , 0.  ], dtype=float32)
     """
     value = ops.convert_to_tensor(value)
     index, sizes = groups.reshape(-1), np.bincount(groups.reshape(-1)).astype("float32")
