@@ -16,7 +16,7 @@ __all__ = ["L0Penalty"]
 # The controller, in logarithms of the penalty for each update: how much a sparsity that is too low by 1 adds, how much
 # one that is too high by 1 takes off, and how much a change of that error by 1 adds. Gates take a while to close, so
 # the last one has to see it coming, and few that have closed open again.
-_RAISE, _LOWER, _PROPORTIONAL = 0.3, 1.5, 10.0
+_RAISE, _LOWER, _PROPORTIONAL = 0.3, 3.0, 10.0
 _LARGEST_CHANGE, _LARGEST_FACTOR = math.log(2), math.log(1e4)
 
 
