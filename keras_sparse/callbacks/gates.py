@@ -16,7 +16,7 @@ __all__ = ["L0Penalty"]
 # The controller, in logarithms of the penalty for each update: how much a sparsity that is too low by 1 adds, how much
 # one that is too high by 1 takes off, and how much a change of that error by 1 adds. Gates take a while to close, so
 # the last one has to see it coming, and few that have closed open again.
-_RAISE, _LOWER, _PROPORTIONAL = 0.3, 1.5, 10.0
+_RAISE, _LOWER, _PROPORTIONAL = 0.3, 3.0, 10.0
 _LARGEST_CHANGE, _LARGEST_FACTOR = math.log(2), math.log(1e4)
 
 
@@ -100,7 +100,8 @@ class L0Penalty(keras.callbacks.Callback, Configurable):
         if self.schedule is None and self.target_sparsity is None:
             return
         optimizer, steps = self.model.optimizer, self.params.get("steps")
-        if self._time is None:
+        first = self._time is None
+        if first:
             now = clock.number(optimizer.iterations)
             before = epoch * steps // (optimizer.gradient_accumulation_steps or 1) if steps else now if epoch else 0
             # All that a clock asks of a `SparseOptimizer`. Nothing here has to be saved: what is due follows from the
@@ -113,7 +114,12 @@ class L0Penalty(keras.callbacks.Callback, Configurable):
         self._time.iterations = optimizer.iterations
         now = self._clock.start_epoch(self._time, epoch, self.params["epochs"], steps)
         self._base = now
-        self._update(now)
+        if first and self.target_sparsity is not None:
+            # An interrupted training goes on as if the last update had been now: its integral is in the penalties.
+            self._due = self._next(now)
+            self._error = self._miss(self._clock.progress(now) or 0.0)
+        elif first or now >= self._due:
+            self._update(now)
 
     def on_train_batch_end(self, batch, logs=None):
         # An upper bound of the step, because touching `self.model` makes JAX copy its whole state.
@@ -131,8 +137,7 @@ class L0Penalty(keras.callbacks.Callback, Configurable):
             logs["sparsity"] = self._measure(lambda layer, gate, log_alpha: gate == 0)
 
     def _update(self, now):
-        every = self._clock.every
-        self._due = now + every - self._clock.elapsed(now) % every
+        self._due = self._next(now)
         progress = self._clock.progress(now)
         if self.schedule is not None:
             fraction = 0.0 if progress is None else self.schedule(progress)
@@ -143,14 +148,8 @@ class L0Penalty(keras.callbacks.Callback, Configurable):
 
     def _control(self, progress):
         """A proportional-integral controller of the logarithm of the penalty; the penalty itself is the integral."""
-        # A gate that is on its way counts in part, as long as the target rises: closed ones alone come too late.
-        closed = self._measure(lambda layer, gate, log_alpha: gate == 0)
-        closing = self._measure(_way)
-        sparsity = progress * closed + (1 - progress) * closing
-        error = self.target_sparsity * progress - sparsity
-        change = (_RAISE if error > 0 else _LOWER) * error
-        if self._error is not None:
-            change += _PROPORTIONAL * (error - self._error)
+        error = self._miss(progress)
+        change = (_RAISE if error > 0 else _LOWER) * error + _PROPORTIONAL * (error - self._error)
         self._error = error
         first = next(layer for layer in self._layers if layer.penalty_start)
         factor = math.log(float(selection.as_array(first.penalty)) / first.penalty_start)
@@ -158,6 +157,16 @@ class L0Penalty(keras.callbacks.Callback, Configurable):
         factor = math.exp(np.clip(factor + change, -_LARGEST_FACTOR, _LARGEST_FACTOR))
         for layer in self._layers:
             layer.penalty.assign(layer.penalty_start * factor)
+
+    def _miss(self, progress):
+        """How much sparsity is missing."""
+        # A gate that is on its way counts in part, as long as the target rises: closed ones alone come too late.
+        closed = self._measure(lambda layer, gate, log_alpha: gate == 0)
+        closing = self._measure(_way)
+        return self.target_sparsity * progress - (progress * closed + (1 - progress) * closing)
+
+    def _next(self, now):
+        return now + self._clock.every - self._clock.elapsed(now) % self._clock.every
 
     def _measure(self, value):
         """The mean of `value(layer, gate, log_alpha)` over the gated weights."""
