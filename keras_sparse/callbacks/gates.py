@@ -134,7 +134,7 @@ class L0Penalty(keras.callbacks.Callback, Configurable):
     def on_epoch_end(self, epoch, logs=None):
         if logs is not None and self.model is not None:
             logs["expected_l0"] = sum(layer.expected_l0() for layer in self._layers)
-            logs["sparsity"] = self._measure(lambda layer, gate, log_alpha: gate == 0)
+            logs["sparsity"] = float(self._measure(lambda layer, gate, log_alpha: gate == 0))
 
     def _update(self, now):
         self._due = self._next(now)
