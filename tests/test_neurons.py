@@ -263,14 +263,16 @@ KINDS = {
 @pytest.mark.parametrize("make", KINDS)
 def test_kinds_of_layers(make):
     model = make()
-    report = ks.neuron_sparsity(model, normal(6, *model.input_shape[1:]))
+    probe = ks.neurons.Probe(model)
+    x = normal(4, *model.input_shape[1:])
+    report = probe.measure(x)
     assert [row["units"] for row in report.rows] == [units for _, units in KINDS[make]]
     for row, (name, _) in zip(report.rows, KINDS[make], strict=True):
         assert row["layer"].endswith(name) and row["dead_units"] == 0
     # Units whose weights and biases are all zero are dead, and inactive where zero is mapped to zero.
     for variable in model.weights:
         variable.assign(np.zeros(variable.shape))
-    report = ks.neuron_sparsity(model, normal(6, *model.input_shape[1:]))
+    report = probe.measure(x)
     assert all(row["dead_units"] == row["units"] for row in report.rows)
     assert all(row["inactive"] == row["never_active"] == 1 for row in report.rows)
 
