@@ -11,9 +11,12 @@ if "keras" not in sys.modules:
         import keras  # noqa: F401
 
 from keras_sparse import (
+    baking,
     batches,
     callbacks,
     criteria,
+    gates,
+    layers,
     neurons,
     optimizers,
     patterns,
@@ -22,6 +25,7 @@ from keras_sparse import (
     schedules,
     selection,
 )
+from keras_sparse.baking import add_l0, bake
 from keras_sparse.neurons import neuron_sparsity
 from keras_sparse.pruning import prune, update_masks
 from keras_sparse.reports import report
@@ -29,9 +33,14 @@ from keras_sparse.reports import report
 __version__ = "0.1.0"
 
 __all__ = [
+    "add_l0",
+    "bake",
+    "baking",
     "batches",
     "callbacks",
     "criteria",
+    "gates",
+    "layers",
     "neuron_sparsity",
     "neurons",
     "optimizers",

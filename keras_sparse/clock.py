@@ -104,6 +104,11 @@ class Clock:
         """Steps since the clock started."""
         return now - self._start
 
+    @property
+    def span(self):
+        """Steps from `begin` to `end`, or `None` as long as that is not known."""
+        return None if self._begin is None or self._end is None else self._end - self._begin
+
     def _measure(self, sparse, epoch, epochs, steps, done):
         """The optimizer steps of this fit, of which `done` lie before `epoch`; 0 if that cannot be known yet."""
         remaining = epochs - epoch
@@ -131,7 +136,7 @@ class Clock:
                 f"Received: begin={self.begin!r}, end={self.end!r}"
             )
         span = (self._end or 0) - (self._begin or 0)
-        self._every = self.frequency or max(1, span // 50)
+        self.every = self.frequency or max(1, span // 50)
 
     def _steps(self, value):
         if isinstance(value, int):
@@ -149,7 +154,7 @@ class Clock:
             return self._begin
         if self._end is None or updated >= self._end:
             return float("inf")
-        return min(self._end, self._begin + ((updated - self._begin) // self._every + 1) * self._every)
+        return min(self._end, self._begin + ((updated - self._begin) // self.every + 1) * self.every)
 
 
 def number(variable):

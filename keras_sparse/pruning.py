@@ -2,14 +2,14 @@
 
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 import numpy as np
 
 from keras_sparse import criteria, optimizers, patterns, reports, selection
 
-__all__ = ["Goal", "Plan", "prune", "update_masks"]
+__all__ = ["Goal", "Plan", "erk_counts", "prune", "update_masks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Plan:
         criterion: A `Criterion` or its name.
         pattern: A `Pattern`, its name, or `None`.
         allocation: `"uniform"`: every weight gets the target; `"global"`: one ranking over all weights, so that the
-            whole gets it.
+            whole gets it; `"erk"`: each weight gets its share of the target by its shape, see `erk_counts`.
         filters: As in `ks.selection.select`.
         frozen: Whether kernels that are not trainable take part.
 
@@ -84,6 +84,8 @@ class Plan:
         self.goals = [
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
         ]
+        if allocation == "erk":
+            self.goals = _erk_goals(self.goals)
         chosen = {id(goal.weight.variable) for goal in self.goals}
         self.skipped = {
             id(w.variable): w.skipped or "no key of `target_sparsity` matches"
@@ -91,7 +93,7 @@ class Plan:
             if id(w.variable) not in chosen
         }
 
-    def masks(self, masks, fraction=1.0):
+    def masks(self, masks, fraction=1.0, statistics=None):
         """Return the masks at `fraction` of the way to the goals.
 
         Weights that are masked stay so: the new masks are subsets of `masks`.
@@ -99,12 +101,14 @@ class Plan:
         Args:
             masks: The present masks, a boolean array for each goal.
             fraction: In [0, 1].
+            statistics: What the criterion's `statistic` says, an array for each goal.
 
         Returns:
             List of boolean arrays. `round(fraction * sparsity * groups)` groups of each weight are masked (of all
             weights together for `"global"`), or what was masked before if that is more.
         """
-        scores = [self._scores(goal, mask) for goal, mask in zip(self.goals, masks, strict=True)]
+        statistics = [None] * len(masks) if statistics is None else statistics
+        scores = [self._scores(*arguments) for arguments in zip(self.goals, masks, statistics, strict=True)]
         new = _ALLOCATIONS[self.allocation](self.goals, scores, fraction)
         return [mask & old for mask, old in zip(new, masks, strict=True)]
 
@@ -123,30 +127,48 @@ class Plan:
         return [_nonzero(goal.weight.numpy()) for goal in self.goals]
 
     def attach(self, optimizer):
-        """Give each goal's weight a mask in `optimizer` that keeps the zeros it has. Returns whether masks were new."""
+        """Give each goal's weight a mask in `optimizer` that keeps the zeros it has, and the statistic it needs.
+
+        Returns whether any of that was new.
+        """
         new = [goal.weight for goal in self.goals if optimizer.mask_of(goal.weight.variable) is None]
         created = optimizer.add_masks([weight.variable for weight in new])
         for weight in new:
             optimizer.mask_of(weight.variable).assign(_nonzero(weight.numpy()))
+        kind = self.criterion.statistic
+        if kind is not None:
+            created |= optimizer.add_statistics(kind, [goal.weight.variable for goal in self.goals])
         return created
 
     def update(self, optimizer, fraction=1.0):
         """Move the masks in `optimizer` to `fraction` of the way, zero what they mask, and return them as arrays."""
         variables = [optimizer.mask_of(goal.weight.variable) for goal in self.goals]
-        masks = self.masks([selection.as_array(mask) for mask in variables], fraction)
+        masks = self.masks([selection.as_array(mask) for mask in variables], fraction, self._read(optimizer, fraction))
         for variable, mask in zip(variables, masks, strict=True):
             variable.assign(mask)
         optimizer.apply_masks()
         return masks
 
-    def _scores(self, goal, mask):
-        value = goal.weight.numpy()
-        scores = np.asarray(self.criterion.scores(value))
-        if scores.shape != value.shape or scores.dtype.kind != "f":
+    def _read(self, optimizer, fraction):
+        """The statistics that `optimizer` has kept for the criterion, as arrays."""
+        kind = self.criterion.statistic
+        if kind is None:
+            return None
+        if fraction * max(goal.sparsity for goal in self.goals) > 0 and not selection.as_array(
+            optimizer.count_of(kind)
+        ):
             raise ValueError(
-                f"`{type(self.criterion).__name__}.scores` must return floating-point scores of the weight's shape "
-                f"{value.shape} for {goal.weight.path}. Received: shape {scores.shape}, dtype {scores.dtype}"
+                f"`{type(self.criterion).__name__}` ranks weights by gradients, and no training step has been taken "
+                "yet. Let pruning begin later (`begin=1` is after the first step), or prune in one shot with "
+                "`ks.prune(model, sparsity, criterion, data=(x, y))`."
             )
+        return [selection.as_array(optimizer.statistic_of(goal.weight.variable, kind)) for goal in self.goals]
+
+    def _scores(self, goal, mask, statistic):
+        try:
+            scores = self.criterion(goal.weight.numpy(), statistic)
+        except ValueError as error:
+            raise ValueError(f"{goal.weight.path}: {error}") from error
         # Below every live score, -inf included. (By index: a boolean mask takes three times as long.)
         scores = np.maximum(scores, np.finfo(scores.dtype).min)
         np.put(scores, np.flatnonzero(~mask), -np.inf)
@@ -169,7 +191,56 @@ def _global(goals, scores, fraction):
     return [goal.expand(part.reshape(groups.shape)) for goal, part, groups in zip(goals, parts, pooled, strict=True)]
 
 
-_ALLOCATIONS = {"uniform": _uniform, "global": _global}
+# ERK differs from uniform in the goals that a plan sets for each weight, not in how they are met.
+_ALLOCATIONS = {"uniform": _uniform, "global": _global, "erk": _uniform}
+
+
+def erk_counts(shapes, sizes, sparsity):
+    """Share a budget of zeros among weights by their shapes: the Erdos-Renyi-Kernel rule.
+
+    The density (share of weights that stay) of a kernel is proportional to the sum of its dimensions over their
+    product. Kernels whose density would exceed 1 stay dense, and the others share the rest. For dense layers this is
+    the random graph of Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
+    connectivity" (2018), equation 3; with the spatial dimensions it is the rule of Evci et al., "Rigging the lottery"
+    (2020), section 3.
+
+    Args:
+        shapes: The kernels' shapes.
+        sizes: How many groups of weights leave together in each: the kernels' sizes, for unstructured zeros.
+        sparsity: Float in [0, 1).
+
+    Returns:
+        List of ints: how many groups leave each kernel, `round(sparsity * sum(sizes))` in all. Fractions are rounded
+        down and what is left goes to the largest fractions, the first of equal ones first.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.pruning.erk_counts([(784, 300), (300, 100), (100, 10)], [235200, 30000, 1000], 0.98)
+    [232105, 28857, 309]
+    """
+    kept = sum(sizes) - round(sparsity * sum(sizes))
+    raw = [sum(shape) / math.prod(shape) for shape in shapes]
+    dense = set()
+    while True:
+        rest = [i for i in range(len(sizes)) if i not in dense]
+        scale = (kept - sum(sizes[i] for i in dense)) / max(sum(raw[i] * sizes[i] for i in rest), 1e-30)
+        above = {i for i in rest if scale * raw[i] > 1}
+        if not above:
+            break
+        dense |= above
+    live = [float(size) if i in dense else scale * raw[i] * size for i, size in enumerate(sizes)]
+    counts = [math.floor(value) for value in live]
+    by_fraction = sorted(range(len(sizes)), key=lambda i: counts[i] - live[i])
+    for i in by_fraction[: kept - sum(counts)]:
+        counts[i] += 1
+    return [size - count for size, count in zip(sizes, counts, strict=True)]
+
+
+def _erk_goals(goals):
+    sizes = [goal.pool(np.zeros(goal.weight.variable.shape, "float32")).size for goal in goals]
+    counts = erk_counts([goal.weight.variable.shape for goal in goals], sizes, goals[0].sparsity)
+    return [replace(goal, sparsity=count / size) for goal, count, size in zip(goals, counts, sizes, strict=True)]
 
 
 def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="uniform", filters=None):
@@ -180,7 +251,7 @@ def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="unif
         sparsity: The target: a float in [0, 1), or a dict as in `ks.callbacks.Pruning`.
         criterion: `"magnitude"`, `"random"` or a `Criterion`.
         pattern: `None`, a name, or a `Pattern`.
-        allocation: `"uniform"` or `"global"`.
+        allocation: `"uniform"`, `"global"` or `"erk"`.
         filters: A regex, a list of them, or a callable on the variable; see `ks.selection.select`.
 
     Returns:
@@ -273,9 +344,9 @@ def check_target(target_sparsity, allocation="uniform"):
         return
     if not target_sparsity:
         raise ValueError("A dict of target sparsities must have at least one key. Received: {}")
-    if allocation == "global":
+    if allocation != "uniform":
         raise ValueError(
-            "A dict of target sparsities says itself how the budget is shared: leave `allocation` at 'uniform'. "
+            "A dict of target sparsities says itself how the budget is shared: it goes with allocation='uniform'. "
             f"Received: allocation={allocation!r}, target={target_sparsity!r}"
         )
     for value in target_sparsity.values():

@@ -273,7 +273,7 @@ def _weight(variable, layer, trainable):
     depthwise = isinstance(layer, _DEPTHWISE) or name == "depthwise_kernel"
     kernel = name in _KERNELS or depthwise or embedding or (not own and rank >= 2)
     skipped = None
-    if not kernel or name in _NEVER or rank < 1:
+    if not kernel or name in _NEVER or name.endswith("log_alpha") or rank < 1:
         kernel, skipped = False, f"{of}: not a kernel"
     elif "float" not in variable.dtype:
         kernel, skipped = False, f"{of}: {variable.dtype}, not floating point"

@@ -33,3 +33,11 @@ def _fixed_seed():
     # Not `free_memory`: a garbage collection takes half a second, and there are hundreds of tests.
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(scope="session")
+def two_replicas():
+    """The one `MirroredStrategy` of this process: the keys of TensorFlow's collectives collide between two (2.21)."""
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("tf.distribute")
+    return tf.distribute.MirroredStrategy([device.name for device in tf.config.list_logical_devices("CPU")[:2]])

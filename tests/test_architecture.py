@@ -28,9 +28,10 @@ MODULES = {
 ROWS = (
     {"registry", "quiet"},
     {"schedules", "patterns", "criteria"},
-    {"selection", "optimizers"},
+    {"selection", "optimizers", "gates"},
     {"reports", "clock", "batches"},
     {"neurons", "pruning", "channels", "regularizers", "layers"},
+    {"baking"},
     {"callbacks", "tflite", "compat"},
     {"search", "quickstart"},
     {"cli"},

@@ -608,16 +608,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, order):
         np.testing.assert_array_equal(whole[name], cut[name])
 
 
-@pytest.mark.skipif(not TENSORFLOW, reason="tf.distribute")
 @pytest.mark.parametrize("arguments", [{}, {"use_ema": True}, {"policy": "mixed_float16"}], ids=str)
-def test_mirrored_strategy(arguments):
-    import tensorflow as tf
-
-    devices = tf.config.list_logical_devices("CPU")
-    if len(devices) < 2:
-        pytest.skip("needs two logical CPU devices, which conftest.py sets up")
-    arguments = dict(arguments)
-    strategy = tf.distribute.MirroredStrategy([device.name for device in devices[:2]])
+def test_mirrored_strategy(arguments, two_replicas):
+    arguments, strategy = dict(arguments), two_replicas
     keras.config.set_dtype_policy(arguments.pop("policy", "float32"))
     try:
         with strategy.scope():

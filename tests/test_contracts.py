@@ -20,6 +20,9 @@ OBJECTS = {
     "Block": ks.patterns.Block(2, 8),
     "Magnitude": ks.criteria.Magnitude(),
     "Random": ks.criteria.Random(seed=4),
+    "Gradient": ks.criteria.Gradient(),
+    "Taylor": ks.criteria.Taylor(),
+    "Movement": ks.criteria.Movement(),
     "Pruning": ks.callbacks.Pruning(
         {"a/": 0.8, "b/": (0.5, "unstructured")},
         criterion=ks.criteria.Random(2),
@@ -32,7 +35,9 @@ OBJECTS = {
     ),
     "KeepSparsity": ks.callbacks.KeepSparsity(),
     "AtTargetSparsity": ks.callbacks.AtTargetSparsity(ks.callbacks.KeepSparsity()),
-    "SparseOptimizer": ks.optimizers.SparseOptimizer(keras.optimizers.SGD(0.1, momentum=0.5), masked=[0, 2]),
+    "SparseOptimizer": ks.optimizers.SparseOptimizer(
+        keras.optimizers.SGD(0.1, momentum=0.5), masked=[0, 2], statistics={"taylor": [0]}
+    ),
 }
 # What cannot be written down says so, instead of coming back as something else.
 NO_CONFIG = {
@@ -133,6 +138,9 @@ TRAINING = {
     [
         lambda: ks.callbacks.Pruning(0.75),
         lambda: ks.callbacks.Pruning(0.75, criterion="random"),
+        lambda: ks.callbacks.Pruning(0.75, criterion="gradient"),
+        lambda: ks.callbacks.Pruning(0.75, criterion="taylor"),
+        lambda: ks.callbacks.Pruning(0.75, criterion="movement"),
         lambda: ks.callbacks.Pruning(0.75, schedule="cosine"),
         lambda: ks.callbacks.Pruning(0.75, schedule="exponential"),
         lambda: ks.callbacks.Pruning(0.75, allocation="global"),

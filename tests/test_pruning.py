@@ -146,13 +146,70 @@ def test_quantized_kernels_are_skipped_with_the_reason():
     assert [(w.numpy() == 0).sum() for w in ks.selection.select(model, frozen=True) if not w.skipped] == [32]
 
 
+def erk_densities(shapes, kept):
+    """The rule itself, slowly: the scale at which min(1, scale * sum / product) keeps `kept` weights, by bisection."""
+    sizes = np.array([np.prod(shape) for shape in shapes], float)
+    raw = np.array([sum(shape) for shape in shapes]) / sizes
+    low, high = 0.0, 1 / raw.min()
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (np.minimum(1, middle * raw) * sizes).sum() < kept else (low, middle)
+    return np.minimum(1, high * raw)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_erk_counts(seed):
+    rng = np.random.default_rng(seed)
+    shapes = [tuple(int(n) for n in rng.integers(1, 40, rng.integers(2, 5))) for _ in range(rng.integers(1, 7))]
+    sizes, sparsity = [int(np.prod(shape)) for shape in shapes], float(rng.random()) ** 0.3
+    counts = ks.pruning.erk_counts(shapes, sizes, sparsity)
+    assert sum(counts) == round(sparsity * sum(sizes))
+    densities = erk_densities(shapes, sum(sizes) - sum(counts))
+    for count, size, density in zip(counts, sizes, densities, strict=True):
+        assert abs(size - count - density * size) < 1 + 1e-6 * size
+        assert 0 <= count <= size
+
+
+def test_erk_of_lenet_5():
+    # By hand: sums over products times sizes are 17, 32, 520, 204 and 94, so eps = 3074 live / 867; all below 1.
+    shapes = [(5, 5, 1, 6), (5, 5, 6, 16), (400, 120), (120, 84), (84, 10)]
+    counts = ks.pruning.erk_counts(shapes, [150, 2400, 48000, 10080, 840], 0.95)
+    assert counts == [90, 2286, 46156, 9357, 507]
+    assert ks.pruning.erk_counts([(2, 3)], [6], 0.0) == [0]
+
+
+@pytest.mark.parametrize("pattern", [None, "channel"])
+def test_erk_in_one_shot_and_gradually(pattern):
+    once, gradual = make(30, 20, 10, 5), make(30, 20, 10, 5)
+    shapes, sizes = [(30, 20), (20, 10), (10, 5)], [600, 200, 50] if pattern is None else [20, 10, 5]
+    counts = ks.pruning.erk_counts(shapes, sizes, 0.8)
+    if pattern is not None:
+        counts = [count * size for count, size in zip(counts, (30, 20, 10), strict=True)]
+    ks.prune(once, 0.8, pattern=pattern, allocation="erk")
+    assert [int((k == 0).sum()) for k in kernels(once)] == counts
+    gradual.compile(ks.optimizers.SparseOptimizer("sgd"), "mse")
+    for sparsity in (0.3, 0.5, 0.8):
+        ks.update_masks(gradual, sparsity, pattern=pattern, allocation="erk")
+    for a, b in zip(kernels(once), kernels(gradual), strict=True):
+        np.testing.assert_array_equal(a, b)
+    plan = ks.pruning.Plan(make(30, 20, 10, 5), 0.8, pattern=pattern, allocation="erk")
+    masks, fewer = plan.present_masks(), [0, 0, 0]
+    for fraction in (0.2, 0.6, 1.0):
+        masks = plan.masks(masks, fraction)
+        now = [int((~mask).sum()) for mask in masks]
+        assert all(a <= b for a, b in zip(fewer, now, strict=True))
+        assert plan.reached(masks) == (fraction == 1.0)
+        fewer = now
+    assert fewer == counts
+
+
 BAD = [
     ((1.0,), {}, ValueError, "at least 0 and below 1.*Received: 1.0"),
     ((50,), {}, ValueError, "Did you mean 0.5"),
     ((-0.5,), {}, ValueError, "at least 0"),
     ((float("nan"),), {}, ValueError, "Received: nan"),
     ((None,), {}, TypeError, "of type NoneType"),
-    ((0.5,), {"allocation": "even"}, ValueError, r"one of \['global', 'uniform'\]"),
+    ((0.5,), {"allocation": "even"}, ValueError, r"one of \['erk', 'global', 'uniform'\]"),
     ((0.5,), {"criterion": "size"}, ValueError, "Unknown criterion"),
     ((0.5,), {"pattern": "random"}, ValueError, "Unknown pattern"),
     (({"nothing": 0.5},), {}, ValueError, "'nothing' matches no weight"),

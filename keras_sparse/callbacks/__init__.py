@@ -1,7 +1,8 @@
 """Callbacks that make a model sparse, or keep it so, while `model.fit` trains it."""
 
+from keras_sparse.callbacks.dynamic import DynamicSparseTraining
 from keras_sparse.callbacks.fine_tuning import AtTargetSparsity, KeepSparsity
 from keras_sparse.callbacks.neurons import NeuronSparsity
 from keras_sparse.callbacks.pruning import Pruning
 
-__all__ = ["AtTargetSparsity", "KeepSparsity", "NeuronSparsity", "Pruning"]
+__all__ = ["AtTargetSparsity", "DynamicSparseTraining", "KeepSparsity", "NeuronSparsity", "Pruning"]

@@ -5,10 +5,10 @@ import warnings
 import keras
 import numpy as np
 
-from keras_sparse import optimizers, selection
+from keras_sparse import clock, optimizers, selection
 from keras_sparse.registry import Configurable
 
-__all__ = ["MaskCallback", "count_zeros"]
+__all__ = ["MaskCallback", "ScheduledMasks", "count_zeros", "plain_filters"]
 
 
 class MaskCallback(keras.callbacks.Callback, Configurable):
@@ -80,8 +80,8 @@ class MaskCallback(keras.callbacks.Callback, Configurable):
             return
         if sparse.temporary:
             optimizers.unwrap(self._model)
-        elif sparse.built:
-            sparse.stop_clock()
+        elif sparse.built and sparse.stop_clock():
+            optimizers.drop_functions(self._model)
 
     def _abandon(self):
         """Leave, and the others with it: this fit will not start."""
@@ -147,6 +147,73 @@ class MaskCallback(keras.callbacks.Callback, Configurable):
         """What is to do at the start of each epoch, once there are masks."""
 
 
+class ScheduledMasks(MaskCallback):
+    """Base of the callbacks that act on masks at the due steps of a clock. Subclasses say how, in `_update`.
+
+    Args:
+        begin: When the first update is due, as in `ks.clock.Clock`.
+        end: When the last one is due.
+        frequency: Optimizer steps between updates.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> isinstance(ks.callbacks.Pruning(0.9), ks.callbacks.masks.ScheduledMasks)
+    True
+    """
+
+    def __init__(self, begin, end, frequency):
+        super().__init__()
+        self._clock = clock.Clock(begin, end, frequency)
+
+    def _prepare(self, sparse, now):
+        """What is to do at the start of each epoch, at step `now`, before an update that may be due."""
+
+    def _update(self, sparse, now, progress):
+        """Act at step `now`, at `progress` in [0, 1] between the clock's begin and end."""
+        raise TypeError(f"`{type(self).__name__}` must implement `_update`.")
+
+    # Batch hooks bound the step from above in Python, because touching `self.model` makes JAX copy its whole state.
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self._clock.restart()
+
+    def _start_epoch(self, epoch, late=False):
+        sparse = optimizers.find(self.model)
+        try:
+            now = self._clock.start_epoch(sparse, epoch, self.params["epochs"], self.params.get("steps"), late)
+            self._prepare(sparse, now)
+        except ValueError:
+            self._abandon()
+            raise
+        self._update_if_due(sparse, now)
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._goals is None:
+            # The first batch built the model: on TensorFlow, `fit` builds it inside of the compiled step.
+            self._attach()
+            self._start_epoch(self._epochs_done, late=True)
+            self._model.make_train_function(force=True)
+        elif not self._finished() and self._clock.may_be_due(batch):
+            sparse = optimizers.find(self.model)
+            self._update_if_due(sparse, self._clock.read(sparse, batch))
+
+    def _finished(self):
+        """Whether there is nothing left to do, whatever the clock says."""
+        return False
+
+    def _update_if_due(self, sparse, now):
+        progress = None if self._finished() else self._clock.progress(now)
+        if progress is not None:
+            self._update(sparse, now, progress)
+            self._clock.mark(sparse, now)
+
+    def _say(self, sparse, now):
+        zeros, size = count_zeros(sparse)
+        print(f"\nStep {self._clock.elapsed(now)}: sparsity {zeros / size:.4f}")
+
+
 def count_zeros(sparse):
     """Return how many weights that have masks are zero, and how many there are.
 
@@ -159,6 +226,20 @@ def count_zeros(sparse):
     values = [selection.as_array(variable) for variable, _ in sparse.masks]
     size = sum(value.size for value in values)
     return size - sum(int(np.count_nonzero(value)) for value in values), size
+
+
+def plain_filters(filters):
+    """Return `filters` for a config, or raise if they are a function.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.callbacks.masks.plain_filters(["kernel"])
+    ['kernel']
+    """
+    if callable(filters):
+        raise ValueError(f"`filters` that are a function have no config: use regexes. Received: {filters!r}")
+    return filters
 
 
 def _warn_of_revived(sparse):

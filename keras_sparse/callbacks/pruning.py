@@ -4,15 +4,15 @@ import warnings
 
 import keras
 
-from keras_sparse import clock, criteria, optimizers, patterns, pruning, reports, schedules, selection
-from keras_sparse.callbacks.masks import MaskCallback, count_zeros
+from keras_sparse import clock, criteria, patterns, pruning, reports, schedules, selection
+from keras_sparse.callbacks.masks import ScheduledMasks, count_zeros, plain_filters
 from keras_sparse.registry import serializable
 
 __all__ = ["Pruning"]
 
 
 @serializable
-class Pruning(MaskCallback):
+class Pruning(ScheduledMasks):
     """Prunes the model gradually while it trains.
 
     Add it to `model.fit` and get the same model with zeros: same layers, same names, same file format. Pruned weights
@@ -27,7 +27,8 @@ class Pruning(MaskCallback):
         pattern: Where zeros may stand: `None`, `"unstructured"` or a `ks.patterns.Pattern`.
         schedule: The way from 0 to the target: `"polynomial"` (Zhu & Gupta 2017), `"linear"`, `"cosine"`,
             `"exponential"`, `"one_shot"` (all at `begin`) or a `ks.schedules.Schedule`.
-        allocation: `"uniform"`: each weight gets the target; `"global"`: the smallest of all weights go first.
+        allocation: `"uniform"`: each weight gets the target; `"global"`: the smallest of all weights go first; `"erk"`:
+            small kernels stay denser, by the rule of `ks.pruning.erk_counts`.
         begin: When pruning starts. A float is a fraction of this `fit` (epochs x steps), an int counts optimizer steps
             from the start of this `fit`.
         end: When the target is reached, like `begin`. The last update lands exactly on the target.
@@ -64,7 +65,7 @@ class Pruning(MaskCallback):
         filters=None,
         verbose=0,
     ):
-        super().__init__()
+        super().__init__(begin, end, frequency)
         if target_sparsity is None:
             raise ValueError(
                 "`target_sparsity` is missing: the share of weights to set to zero, such as 0.9, or a dict "
@@ -76,7 +77,6 @@ class Pruning(MaskCallback):
         self.pattern = patterns.get(pattern)
         self.schedule = schedules.get(schedule)
         self.allocation = allocation
-        self._clock = clock.Clock(begin, end, frequency)
         self.begin, self.end, self.frequency = begin, end, frequency
         self.filters = filters
         self.verbose = verbose
@@ -92,8 +92,6 @@ class Pruning(MaskCallback):
                 else value
                 for regex, value in target.items()
             }
-        if callable(self.filters):
-            raise ValueError(f"`filters` that are a function have no config: use regexes. Received: {self.filters!r}")
         return {
             "target_sparsity": target,
             "criterion": keras.saving.serialize_keras_object(self.criterion),
@@ -103,7 +101,7 @@ class Pruning(MaskCallback):
             "begin": self.begin,
             "end": self.end,
             "frequency": self.frequency,
-            "filters": self.filters,
+            "filters": plain_filters(self.filters),
             "verbose": self.verbose,
         }
 
@@ -117,46 +115,22 @@ class Pruning(MaskCallback):
         reports.remember(model, plan.skipped)
         return plan
 
-    # Batch hooks bound the step from above in Python, because touching `self.model` makes JAX copy its whole state.
-
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
-        self._clock.restart()
         self._reached = False
 
-    def _start_epoch(self, epoch, late=False):
-        sparse = optimizers.find(self.model)
-        try:
-            now = self._clock.start_epoch(sparse, epoch, self.params["epochs"], self.params.get("steps"), late)
-        except ValueError:
-            self._abandon()
-            raise
+    def _prepare(self, sparse, now):
         if not self._reached:  # A backup or a file that is resumed may be there already.
             masks = [selection.as_array(sparse.mask_of(goal.weight.variable)) for goal in self._goals.goals]
             self._reached = self._goals.reached(masks)
-        self._update_if_due(sparse, now)
 
-    def on_train_batch_end(self, batch, logs=None):
-        if self._goals is None:
-            # The first batch built the model: on TensorFlow, `fit` builds it inside of the compiled step.
-            self._attach()
-            self._start_epoch(self._epochs_done, late=True)
-            self._model.make_train_function(force=True)
-        elif not self._reached and self._clock.may_be_due(batch):
-            sparse = optimizers.find(self.model)
-            self._update_if_due(sparse, self._clock.read(sparse, batch))
+    def _finished(self):
+        return self._reached
 
-    def _update_if_due(self, sparse, now):
-        progress = None if self._reached else self._clock.progress(now)
-        if progress is not None:
-            self._update(sparse, now, self.schedule(progress))
-
-    def _update(self, sparse, now, fraction):
-        self._reached = self._goals.reached(self._goals.update(sparse, fraction))
-        self._clock.mark(sparse, now)
+    def _update(self, sparse, now, progress):
+        self._reached = self._goals.reached(self._goals.update(sparse, self.schedule(progress)))
         if self.verbose:
-            zeros, size = count_zeros(sparse)
-            print(f"\nStep {self._clock.elapsed(now)}: sparsity {zeros / size:.4f}")
+            self._say(sparse, now)
 
     def _complete(self, sparse):
         if self._reached or self._goals is None:
@@ -170,7 +144,7 @@ class Pruning(MaskCallback):
             )
             return
         now = clock.number(sparse.iterations)
-        self._update(sparse, now, 1.0)
+        self._update(sparse, now, progress=1.0)
         warnings.warn(
             f"This fit ended before the schedule did, at a sparsity of {zeros / size:.1%}; the target was reached with "
             "a last update that no training followed. Lower `end`, or train for longer. "

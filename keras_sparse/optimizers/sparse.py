@@ -1,12 +1,16 @@
 """A sparse optimizer wraps a Keras optimizer and keeps masked weights at exactly zero after every step.
 
 The masks are variables of the optimizer, so they are checkpointed, sharded and compiled like any other state
-(`keras.optimizers.LossScaleOptimizer` is built the same way).
+(`keras.optimizers.LossScaleOptimizer` is built the same way). So are the statistics of gradients that criteria ask for.
 """
+
+import contextlib
 
 import keras
 from keras import ops
 
+from keras_sparse.optimizers.slots import slots
+from keras_sparse.optimizers.statistics import Statistic, dense_gradients
 from keras_sparse.registry import serializable
 
 __all__ = ["SparseOptimizer", "masked_value"]
@@ -27,6 +31,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         name: Optional name.
         masked: Indices into the variables that `build` receives: those with a mask. Masks are added by `add_masks`
             otherwise; this is how a saved optimizer finds them again.
+        statistics: Dict from a kind of gradient statistic to such indices, likewise; see `add_statistics`.
         temporary: Whether the last callback that uses the wrapper takes it off.
 
     Example:
@@ -42,7 +47,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     24
     """
 
-    def __init__(self, inner_optimizer, name=None, masked=(), temporary=False):
+    def __init__(self, inner_optimizer, name=None, masked=(), statistics=None, temporary=False):
         inner_optimizer = keras.optimizers.get(inner_optimizer)
         if isinstance(inner_optimizer, (SparseOptimizer, keras.optimizers.LossScaleOptimizer)):
             raise ValueError(
@@ -59,6 +64,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.users = []
         self._masked = list(masked)
         self._masks = []
+        self._statistics = {kind: list(indices) for kind, indices in (statistics or {}).items()}
 
     # State
 
@@ -82,12 +88,30 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.length = self._add_counter("length", 0)
         self.updated = self._add_counter("updated", -1)
         masked, self._masked = self._masked, []
-        if any(not 0 <= index < len(variables) for index in masked):
-            raise ValueError(
-                f"`masked` must hold indices into the {len(variables)} trainable variables. Received: masked={masked}"
-            )
+        statistics, self._statistics = dict(self._statistics), {}
+        for name, indices in {"masked": masked, **statistics}.items():
+            if any(not 0 <= index < len(variables) for index in indices):
+                raise ValueError(
+                    f"`{name}` must hold indices into the {len(variables)} trainable variables. "
+                    f"Received: {name}={indices}"
+                )
         for index in masked:
             self._add_mask(index)
+        for kind, indices in statistics.items():
+            self.add_statistics(kind, [variables[index] for index in indices])
+
+    def add_variable(self, *args, **kwargs):
+        # In the strategy's scope even if a callback adds it later: each replica updates its own copy.
+        with self._scope():
+            return super().add_variable(*args, **kwargs)
+
+    def _scope(self):
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            if not tf.distribute.has_strategy():
+                return self._distribution_strategy.scope()
+        return contextlib.nullcontext()
 
     def _add_counter(self, name, value):
         return self.add_variable(
@@ -118,6 +142,43 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         >>> optimizer.add_masks([model.layers[0].kernel])
         True
         """
+        new = [index for index in self._indices(variables) if index not in self._masked]
+        for index in new:
+            self._add_mask(index)
+        return bool(new)
+
+    def add_statistics(self, kind, variables):
+        """Keep a statistic of the gradients of each of `variables` from now on, unless that is done already.
+
+        Args:
+            kind: `"gradient"`, `"taylor"`, `"movement"` or `"last_gradient"`: what a criterion's `statistic` says. See
+                `ks.optimizers.statistics.Statistic`.
+            variables: As in `add_masks`.
+
+        Returns:
+            Whether any statistic was created. Compiled train functions must be made anew then.
+
+        Example:
+
+        >>> import keras, numpy as np, keras_sparse as ks
+        >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
+        >>> optimizer = ks.optimizers.SparseOptimizer(keras.optimizers.SGD(0.5))
+        >>> optimizer.build(model.trainable_variables)
+        >>> kernel = model.layers[0].kernel
+        >>> optimizer.add_statistics("movement", [kernel])
+        True
+        >>> optimizer.apply([keras.ops.convert_to_tensor([[3.0], [-1.0]]), keras.ops.zeros((1,))])
+        >>> keras.ops.convert_to_numpy(optimizer.statistic_of(kernel, "movement").value).tolist()
+        [[-3.0], [1.0]]
+        """
+        statistic = self._statistics.get(kind) or Statistic(kind, self.add_variable)
+        new = [index for index in self._indices(variables) if index not in statistic.indices]
+        for index in new:
+            statistic.add(index, self._trainable_variables[index])
+        self._statistics[kind] = statistic
+        return bool(new)
+
+    def _indices(self, variables):
         indices = {id(v): i for i, v in enumerate(self._trainable_variables)}
         unknown = [v.path for v in variables if id(v) not in indices]
         if unknown:
@@ -125,10 +186,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 "Only variables that the optimizer was built with can be masked; it was built with "
                 f"{len(self._trainable_variables)} trainable variables. Received: {unknown}"
             )
-        new = [indices[id(v)] for v in variables if indices[id(v)] not in self._masked]
-        for index in new:
-            self._add_mask(index)
-        return bool(new)
+        return [indices[id(v)] for v in variables]
 
     def start_clock(self):
         """Let the clock start at the present step, unless it is running: in an interrupted or resumed fit."""
@@ -136,9 +194,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self.start.assign(ops.convert_to_numpy(ops.convert_to_tensor(self.iterations)))
 
     def stop_clock(self):
-        """Make the next `start_clock` start anew."""
+        """Make the next `start_clock` start anew, and keep no statistics. Returns whether there were any."""
         self.length.assign(0)
         self.updated.assign(-1)
+        statistics, self._statistics = self._statistics, {}
+        for statistic in statistics.values():
+            for variable in statistic.variables:
+                self._untrack_variable(variable)
+        return bool(statistics)
 
     @property
     def masks(self):
@@ -149,23 +212,41 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """The mask of `variable`, or `None`."""
         return next((mask for masked, mask in self.masks if masked is variable), None)
 
+    def statistic_of(self, variable, kind):
+        """The statistic of `variable` as a variable of its shape, or `None`; see `add_statistics`."""
+        statistic = self._statistics.get(kind)
+        pairs = zip(statistic.indices, statistic.values, strict=True) if statistic else ()
+        return next((value for index, value in pairs if self._trainable_variables[index] is variable), None)
+
+    def count_of(self, kind):
+        """How many micro-steps the statistic has seen, as an integer variable."""
+        return self._statistics[kind].count
+
     @property
     def variables(self):
-        return self._variables + self.inner_optimizer.variables
+        return self._own_variables() + self.inner_optimizer.variables
+
+    def _own_variables(self):
+        # A saved optimizer makes all masks before all statistics, whenever they came to this one.
+        later = [*self._masks, *(v for _, statistic in sorted(self._statistics.items()) for v in statistic.variables)]
+        known = {id(v) for v in later}
+        return [v for v in self._variables if id(v) not in known] + later
 
     def save_own_variables(self, store):
         # Not `self.variables`: Keras saves the inner optimizer, a child, by itself.
-        for index, variable in enumerate(self._variables):
+        for index, variable in enumerate(self._own_variables()):
             store[str(index)] = ops.convert_to_numpy(ops.convert_to_tensor(variable))
 
     def load_own_variables(self, store):
-        if len(store.keys()) != len(self._variables):
+        own = self._own_variables()
+        if len(store.keys()) != len(own):
             raise ValueError(
-                f"The saved state of {self.name!r} has {len(store.keys())} variables, but {len(self._variables)} are "
-                "expected: the masks belong to another selection of weights. Train with the same `filters` and "
-                "`target_sparsity` as the run that saved it, or start from a fresh backup folder."
+                f"The saved state of {self.name!r} has {len(store.keys())} variables, but {len(own)} are expected: "
+                "the masks belong to another selection of weights, or to another criterion. Train with the same "
+                "`filters`, `target_sparsity` and `criterion` as the run that saved it, or start from a fresh backup "
+                "folder."
             )
-        for index, variable in enumerate(self._variables):
+        for index, variable in enumerate(own):
             variable.assign(store[str(index)])
 
     # The step
@@ -185,8 +266,23 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 )
             trainable_variables = list(trainable_variables)
             self.build(trainable_variables)
+        if self._statistics:
+            self._update_statistics(grads, trainable_variables)
         self.inner_optimizer.apply(grads, trainable_variables)
         self._mask_in_step()
+
+    def _update_statistics(self, grads, trainable_variables):
+        wanted = {index for statistic in self._statistics.values() for index in statistic.indices}
+        variables = self._trainable_variables if trainable_variables is None else trainable_variables
+        # `grads` goes on as it is: the inner optimizer unscales and reduces by itself.
+        found = {
+            index: gradient
+            for index, gradient in zip(map(self._get_variable_index, variables), grads, strict=True)
+            if index in wanted
+        }
+        found = dense_gradients(found, self.loss_scale_factor)
+        for statistic in self._statistics.values():
+            statistic.update(found, self._trainable_variables, self.iterations)
 
     def finalize_variable_values(self, var_list):
         self.inner_optimizer.finalize_variable_values(var_list)
@@ -229,13 +325,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 )
 
         tf.__internal__.distribute.interim.maybe_merge_call(
-            update, tf.distribute.get_strategy(), [(variable.value, mask.value) for variable, mask in pairs]
+            update, tf.distribute.get_strategy(), [(v.value, tf.convert_to_tensor(mask.value)) for v, mask in pairs]
         )
 
     def _masked_state(self):
         pairs = self.masks
         if self.use_ema and pairs:
-            averages = dict(_averages(self.inner_optimizer, self._trainable_variables))
+            states = slots(self.inner_optimizer, self._trainable_variables)
+            averages = {index: state for index, kind, state in states if kind == "average"}
             pairs += [(averages[index], mask) for index, mask in zip(self._masked, self._masks, strict=True)]
         return pairs
 
@@ -266,6 +363,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "name": self.name,
             "masked": list(self._masked),
+            "statistics": {
+                kind: list(statistic.indices if self.built else statistic)
+                for kind, statistic in sorted(self._statistics.items())
+            },
             "temporary": self.temporary,
         }
 
@@ -303,17 +404,3 @@ def masked_value(variable, mask):
     """
     value = ops.convert_to_tensor(variable)
     return ops.where(ops.convert_to_tensor(mask), value, ops.zeros_like(value))
-
-
-def _averages(optimizer, variables):
-    """Yield `(index, moving average)` for each of `variables`, found by the name that Keras gives it.
-
-    Variables of repeated names follow each other in the order of `variables`.
-    """
-    found = {}
-    for state in optimizer.variables:
-        found.setdefault(state.name, []).append(state)
-    for index, variable in enumerate(variables):
-        candidates = found.get(f"{variable.path.replace('/', '_')}_average")
-        if candidates:
-            yield index, candidates.pop(0)

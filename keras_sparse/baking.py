@@ -1,0 +1,286 @@
+"""Baking folds what only training needs into the weights, so that a plain Keras model is left."""
+
+import contextlib
+import re
+
+import keras
+import numpy as np
+
+from keras_sparse import selection
+from keras_sparse.layers import L0
+
+__all__ = ["add_l0", "bake"]
+
+
+def add_l0(model, penalty, granularity="weight", filters=None, **arguments):
+    """Return a copy of a model whose layers have hard-concrete gates; the weights are kept.
+
+    Args:
+        model: A built functional or Sequential model, nested ones included.
+        penalty: The price of one weight, or a dict `{regex: price}` that is searched in the paths of a layer's weights:
+            the first match wins, layers that no key matches get no gates.
+        granularity: `"weight"` or `"unit"`, see `ks.layers.L0`.
+        filters: Which layers: those that own a weight which `ks.selection.select(model, filters)` selects.
+        **arguments: Further arguments of `ks.layers.L0`, such as `open_probability` or `seed`.
+
+    Returns:
+        A new model of the same layer names. It is compiled like `model`, with an optimizer that starts anew, if that is
+        possible.
+
+    Raises:
+        ValueError: If the model is not built, is subclassed, has gates already, or nothing is selected; and as `L0`.
+        TypeError: If the model is not a Keras 3 model.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10, name="body"), keras.layers.Dense(2)])
+    >>> gated = ks.add_l0(model, penalty=1e-6, granularity="unit", filters="body")
+    >>> [type(layer).__name__ for layer in gated.layers]
+    ['L0', 'Dense']
+    """
+    selection.check_model(model)
+    if not getattr(model, "inputs", None):
+        raise ValueError(
+            "`add_l0` copies functional and Sequential models. In a subclassed model write "
+            "`ks.layers.L0(layer, penalty)` where the layer is created. "
+            f"Received: {type(model).__name__} {model.name!r}"
+        )
+    prices = _prices(model, penalty, filters)
+    wrapped = set()
+
+    def clone(layer):
+        copy = type(layer).from_config(layer.get_config())
+        # By whose weights they are, so that whole wrappers and attention layers count.
+        weights = getattr(layer, "weights", [])
+        price = next((prices[id(v)] for v in weights if id(v) in prices), None)
+        if price is None:
+            return copy
+        wrapped.update(id(v) for v in weights)
+        return L0(copy, price, granularity, **arguments)
+
+    gated = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    missed = [w.path for w in selection.weights(model) if id(w.variable) in prices.keys() - wrapped]
+    if missed:
+        raise ValueError(f"These weights are in no layer that could be wrapped; exclude them. Received: {missed}")
+    _copy_weights(model, gated)
+    _copy_compilation(model, gated)
+    return gated
+
+
+def bake(model):
+    """Return a plain Keras model that computes what `model` computes in inference, without `L0` layers.
+
+    Each kernel is multiplied by its gates, which leaves exact zeros where a gate is closed. Units that only closed
+    gates of a dense layer listen to are set to zero as well, weights and bias, in chains of layers that keep units
+    apart (activations, dropout, normalization, pooling, Flatten).
+
+    Args:
+        model: A built model with `L0` layers, functional or Sequential, or one that Keras can rebuild from its config.
+
+    Returns:
+        A new model of the same layer names, which loads where `keras_sparse` is not installed. It is compiled like
+        `model`, with an optimizer that starts anew, if that is possible. `model` stays as it is.
+
+    Raises:
+        ValueError: If the model is not built, has no gates, or its class makes `L0` layers by itself.
+        TypeError: If it is not a Keras 3 model.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> layer = ks.layers.L0(keras.layers.Dense(10), penalty=1e-6)
+    >>> model = keras.Sequential([keras.Input((20,)), layer])
+    >>> layer.log_alphas[0].assign(np.where(np.arange(200).reshape(20, 10) < 150, -4.6, 4.6)) is None
+    False
+    >>> ks.report(ks.bake(model)).totals["zeros"]
+    150
+    """
+    selection.check_model(model)
+    if not _gated_layers(model):
+        raise ValueError(
+            "There is nothing to bake: the model has no `ks.layers.L0`. "
+            f"Received: {type(model).__name__} {model.name!r}"
+        )
+    config = _without_gates(keras.saving.serialize_keras_object(model))
+    config.pop("compile_config", None)
+    try:
+        with keras.saving.custom_object_scope({type(layer).__name__: type(layer) for layer in _all_layers(model)}):
+            plain = keras.saving.deserialize_keras_object(config, safe_mode=False)
+    except Exception as error:
+        raise ValueError(
+            "The model cannot be rebuilt from its config, which `bake` needs: custom layers and models must implement "
+            f"`get_config`. Received: {type(model).__name__} {model.name!r} ({type(error).__name__}: {error})"
+        ) from error
+    if _gated_layers(plain):
+        raise ValueError(
+            f"The class {type(model).__name__} makes `L0` layers by itself, so that a copy has them too. Let it take "
+            f"its layers as arguments that `get_config` returns, or use the functional API. Received: {model.name!r}"
+        )
+    _copy_weights(model, plain)
+    _silence(plain)
+    _copy_compilation(model, plain)
+    return plain
+
+
+def _prices(model, penalty, filters):
+    """The price of each selected weight, `{id(variable): penalty}`."""
+    if any(isinstance(layer, L0) for layer in _all_layers(model)):
+        raise ValueError(f"The model has `L0` layers already. Received: {model.name!r}")
+    selected = [w for w in selection.select(model, filters) if w.skipped is None]
+    if not isinstance(penalty, dict):
+        return {id(w.variable): penalty for w in selected}
+    prices = {}
+    for regex, price in penalty.items():
+        for weight in selection.matching(regex, selected):
+            prices.setdefault(id(weight.variable), price)
+    return prices
+
+
+def _all_layers(holder):
+    """The layers of a model, of the models in it, and what wrappers wrap."""
+    found = []
+    for layer in getattr(holder, "layers", []):
+        found += [layer, *_all_layers(layer)]
+    for name in ("layer", "cell", "forward_layer", "backward_layer"):
+        inner = getattr(holder, name, None)
+        if isinstance(inner, keras.layers.Layer):
+            found += [inner, *_all_layers(inner)]
+    return found
+
+
+def _gated_layers(model):
+    return [layer for layer in _all_layers(model) if isinstance(layer, L0)]
+
+
+def _without_gates(config):
+    """A serialized object with each `L0` in it replaced by the layer that it wraps."""
+    if isinstance(config, (list, tuple)):
+        return [_without_gates(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    if config.get("registered_name") == keras.saving.get_registered_name(L0):
+        layer = config["config"]["layer"]
+        # What a functional model says about a layer from outside (its calls) stays; the name is how others refer to it.
+        inner = layer["config"] | {"name": config["config"]["name"]}
+        config = {k: v for k, v in config.items() if k != "build_config"} | layer | {"config": inner}
+    return {key: _without_gates(value) for key, value in config.items()}
+
+
+def _copy_weights(source, target):
+    """Give `target` the weights of `source`, gates folded in where only `source` has them."""
+    folded, gates = {}, set()
+    if not _gated_layers(target):
+        for layer in _gated_layers(source):
+            gates |= {id(v) for v in [*layer.log_alphas, layer.penalty]}
+            folded |= dict(layer.gated())
+    else:
+        gates = {id(v) for layer in _gated_layers(target) for v in [*layer.log_alphas, layer.penalty]}
+    # Both walk the same layers in the same order, but for the weights of gates.
+    pairs = ([v for v in model.weights if id(v) not in gates] for model in (source, target))
+    for old, new in zip(*pairs, strict=True):
+        value = selection.as_array(folded.get(id(old), old))
+        new.assign(np.where(value == 0, 0, value))  # A gate of 0 makes -0.0 of a negative weight.
+
+
+def _copy_compilation(source, target):
+    """Compile `target` as `source`, with a new optimizer, unless an optimizer, loss or metric has no config."""
+    if source.compiled:
+        with contextlib.suppress(Exception):
+            target.compile_from_config(source.get_compile_config())
+
+
+# Layers and activations whose output channels depend on nothing but the input channel of the same index.
+_CHANNELWISE = tuple(
+    getattr(keras.layers, name)
+    for name in dir(keras.layers)
+    if re.fullmatch(
+        r"(Alpha|Gaussian|Spatial)?Dropout(\dD)?|GaussianNoise|ReLU|LeakyReLU|PReLU|ELU|BatchNormalization|Activation|"
+        r"(Global)?(Average|Max)Pooling\dD|ZeroPadding\dD|Cropping\dD|UpSampling\dD|Add|Subtract|Average|Maximum|Minimum",
+        name,
+    )
+)
+_MIXING = ("softmax", "log_softmax", "sparsemax", "glu")
+_PRODUCERS = (keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
+
+
+def _silence(model):
+    """Set units to zero whose outputs nobody uses, because all kernels that they reach are zero there.
+
+    Only where the graph shows it: layers that are called once, with channels last, inside of `model` itself.
+    """
+    if not getattr(model, "inputs", None):
+        return
+    layers = {layer.name: layer for layer in model.layers}
+    consumers = _consumers(model)
+    known = {}
+
+    def unused(name):
+        """Which output channels of a layer nobody uses: a boolean array, or `None` if that is not known."""
+        if name not in known:
+            known[name] = None
+            votes = [ignored(consumer) for consumer in consumers.get(name, [None])]
+            if votes and all(vote is not None and vote.shape == votes[0].shape for vote in votes):
+                known[name] = np.logical_and.reduce(votes)
+        return known[name]
+
+    def ignored(name):
+        """Which input channels of a layer it ignores, or `None`."""
+        layer = layers.get(name)
+        if layer is None or getattr(layer, "data_format", "channels_last") != "channels_last":
+            return None
+        if isinstance(layer, _PRODUCERS) and getattr(layer, "groups", 1) == 1:
+            kernel = selection.as_array(layer.kernel)
+            return ~np.any(kernel != 0, axis=tuple(axis for axis in range(kernel.ndim) if axis != kernel.ndim - 2))
+        if isinstance(layer, keras.layers.Flatten):
+            after, shape = unused(name), layer.input.shape
+            return None if after is None else after.reshape(-1, shape[-1]).all(axis=0)
+        last = getattr(layer, "axis", -1) in (-1, len(layer.output.shape) - 1)
+        if isinstance(layer, _CHANNELWISE) and last and _elementwise(layer):
+            return unused(name)
+        return None
+
+    for name in reversed(layers):  # A unit that falls silent takes those with it that only it listened to.
+        layer = layers[name]
+        if isinstance(layer, _PRODUCERS) and _elementwise(layer) and consumers.get(name):
+            dead = unused(name)
+            for variable in [layer.kernel, layer.bias] if dead is not None and dead.any() else []:
+                if variable is not None:
+                    variable.assign(np.where(dead, 0, selection.as_array(variable)))
+
+
+def _elementwise(layer):
+    """Whether the layer's activation, if it has one, is one of Keras's that keep channels apart."""
+    activation = getattr(layer, "activation", None)
+    name = getattr(activation, "__name__", "")
+    return activation is None or (getattr(keras.activations, name, None) is activation and name not in _MIXING)
+
+
+def _consumers(model):
+    """The names of the layers that each layer's output goes to, `{name: [name or None]}`; `None` stands for others.
+
+    Layers that are called more than once are others, and so is the outside of the model.
+    """
+    if isinstance(model, keras.Sequential):
+        names = [layer.name for layer in model.layers]
+        return dict(zip(names, [[name] for name in [*names[1:], None]], strict=True))
+    config = model.get_config()
+    found = {}
+    for layer in config["layers"]:
+        nodes = layer["inbound_nodes"]
+        for source in _references(nodes):
+            found.setdefault(source, []).append(layer["name"] if len(nodes) == 1 else None)
+        if len(nodes) > 1:
+            found.setdefault(layer["name"], []).append(None)
+    for source in _references(config["output_layers"]):
+        found.setdefault(source, []).append(None)
+    return found
+
+
+def _references(value):
+    """The names of layers in the part of a config that says whose outputs are meant: `[name, node, tensor]`."""
+    if isinstance(value, (list, tuple)) and len(value) == 3 and [type(v) for v in value] == [str, int, int]:
+        return [value[0]]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [name for item in value for name in _references(item)] if isinstance(value, (list, tuple)) else []

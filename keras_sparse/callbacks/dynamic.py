@@ -1,0 +1,226 @@
+"""Dynamic sparse training keeps a model at one sparsity while it trains, and moves the live weights around."""
+
+import numbers
+
+import keras
+import numpy as np
+
+from keras_sparse import clock, criteria, optimizers, patterns, pruning, reports, schedules, selection
+from keras_sparse.callbacks.masks import ScheduledMasks, plain_filters
+from keras_sparse.registry import serializable
+
+__all__ = ["DynamicSparseTraining"]
+
+
+class _LatestGradient(criteria.Criterion):
+    """How steep the loss is along each weight, live or not, in the step that was just taken."""
+
+    statistic = "last_gradient"
+
+    def scores(self, weight, statistic=None):
+        # A NaN is no reason to grow.
+        return np.nan_to_num(np.abs(statistic), nan=0.0)
+
+
+@serializable
+class DynamicSparseTraining(ScheduledMasks):
+    """Trains a sparse model from start to end: RigL, SET, or a static mask.
+
+    The model is sparse from the first step on. Every `frequency` steps the live weights with the smallest magnitude are
+    dropped in each kernel, and as many dead ones grow, where the gradient is largest (RigL, Evci et al., "Rigging the
+    lottery", 2020, algorithm 1) or at random (SET, Mocanu et al., "Scalable training of artificial neural networks with
+    adaptive sparse connectivity", 2018). The number of live positions in each kernel is the same after every step.
+
+    At step t the share `drop_fraction * (1 - schedule(t / end))` of the live weights is dropped; with the cosine
+    schedule that is `drop_fraction / 2 * (1 + cos(pi * t / end))`, RigL's equation 1. Positions that were just dropped
+    do not grow in the same update, so no more can move than are dead. What grows starts at zero, and the optimizer's
+    slots of positions that were dropped or grew are reset. The gradients are those that the optimizer has received in
+    the step before the update: no extra pass is made.
+
+    Where training starts: positions that are zero already (or masked, in an interrupted fit) are dead; random ones
+    join them, or grow, until the count is exact. A kernel that is all zeros counts as zero-initialised.
+
+    Live weights that have just grown are zero until their first step, so `logs["sparsity"]`, which counts zeros, may be
+    a little above `sparsity`.
+
+    Args:
+        sparsity: The share of positions that are dead throughout: a float in [0, 1), or a dict `{regex: sparsity}` with
+            `allocation="uniform"`. `None` keeps as many in each kernel as there are zeros when training starts, for
+            example after `ks.prune(model, 0.9)`.
+        allocation: `"erk"`: small kernels are denser, see `ks.pruning.erk_counts`; `"uniform"`: each gets `sparsity`.
+        grow: What grows: `"gradient"` (RigL), `"random"` (SET), or `None` or `"static"`: nothing moves.
+        drop_fraction: Share of the live weights that the first update would move, in (0, 1].
+        schedule: How that share decays to 0 at `end`: `"cosine"`, `"linear"`, `"polynomial"` (the inverse power of
+            RigL's appendix G) or another `ks.schedules.Schedule`.
+        frequency: Optimizer steps between updates; `None` is a fiftieth of the steps up to `end`.
+        end: When the last update is due. A float is a fraction of this `fit` (epochs x steps), an int counts optimizer
+            steps from the start of this `fit`.
+        filters: Which weights: a regex, a list of them, or a callable on the variable; see `ks.selection.select`.
+        seed: Integer that the random masks and SET's choices depend on, together with the step.
+        verbose: 1 prints a line at each update.
+
+    Raises:
+        ValueError: If a number is out of range, a string names nothing, no update fits in this `fit`, or a filter or
+            key matches nothing.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10)])
+    >>> model.compile("adam", "mse")
+    >>> x, y = np.random.normal(size=(64, 20)), np.ones((64, 10))
+    >>> rigl = ks.callbacks.DynamicSparseTraining(0.9, frequency=2)
+    >>> history = model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[rigl])
+    >>> history.history["sparsity"]
+    [0.9, 0.9]
+    """
+
+    def __init__(
+        self,
+        sparsity,
+        allocation="erk",
+        grow="gradient",
+        drop_fraction=0.3,
+        schedule="cosine",
+        frequency=100,
+        end=0.75,
+        filters=None,
+        seed=0,
+        verbose=0,
+    ):
+        super().__init__(0, end, frequency)
+        if allocation not in ("erk", "uniform"):
+            raise ValueError(
+                "`allocation` must be 'erk' or 'uniform': which weights are live says the training. "
+                f"Received: allocation={allocation!r}"
+            )
+        if sparsity is not None:
+            pruning.check_target(sparsity, allocation)
+        if isinstance(sparsity, dict) and any(isinstance(value, (tuple, list)) for value in sparsity.values()):
+            raise ValueError(
+                "Dynamic sparse training moves single weights: give sparsities without patterns. "
+                f"Received: sparsity={sparsity!r}"
+            )
+        if grow not in ("gradient", "random", "static", None):
+            raise ValueError(
+                "`grow` must be 'gradient' (RigL), 'random' (SET), or 'static' or None, which move nothing. "
+                f"Received: grow={grow!r}"
+            )
+        if isinstance(drop_fraction, bool) or not isinstance(drop_fraction, numbers.Real) or not 0 < drop_fraction <= 1:
+            raise ValueError(
+                "`drop_fraction` must be above 0 and at most 1, the share of live weights that an update moves; "
+                f"`grow=None` moves none. Received: drop_fraction={drop_fraction!r}"
+            )
+        self.sparsity = sparsity
+        self.allocation = allocation
+        self.grow = grow
+        self.drop_fraction = float(drop_fraction)
+        self.schedule = schedules.get(schedule)
+        self.end, self.frequency = end, frequency
+        self.filters = filters
+        self.seed = criteria.Random(seed).seed
+        self.verbose = verbose
+        self._prepared = False
+
+    def get_config(self):
+        """The constructor's arguments as plain data."""
+        return {
+            "sparsity": self.sparsity,
+            "allocation": self.allocation,
+            "grow": self.grow,
+            "drop_fraction": self.drop_fraction,
+            "schedule": keras.saving.serialize_keras_object(self.schedule),
+            "frequency": self.frequency,
+            "end": self.end,
+            "filters": plain_filters(self.filters),
+            "seed": self.seed,
+            "verbose": self.verbose,
+        }
+
+    def _plan(self, model):
+        criterion = _LatestGradient() if self.grow == "gradient" else "random"
+        if self.sparsity is not None:
+            plan = pruning.Plan(model, self.sparsity, criterion, allocation=self.allocation, filters=self.filters)
+        else:
+            chosen = {id(w.variable) for w in selection.select(model, self.filters) if not w.skipped and _sparse(w)}
+            if not chosen:
+                raise ValueError(
+                    f"`sparsity=None` keeps the sparsity that {model.name!r} has, and it has no zeros. Prune it first, "
+                    "for example with `ks.prune(model, 0.9)`, or give a sparsity. Received: sparsity=None"
+                )
+            plan = pruning.Plan(model, 0.0, criterion, filters=lambda variable: id(variable) in chosen)
+        reports.remember(model, plan.skipped)
+        return plan
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self._prepared = False
+
+    def _prepare(self, sparse, now):
+        if self._prepared:
+            return
+        self._prepared = True
+        span = self._clock.span
+        if self._moves and span is not None and span <= self._clock.every:
+            raise ValueError(
+                f"Nothing would ever grow: updates are due every {self._clock.every} steps, and the last one at step "
+                f"{span}. Lower `frequency`, or train for longer. "
+                f"Received: frequency={self.frequency!r}, end={self.end!r}"
+            )
+        self._move(sparse, [self._first_mask(*found) for found in self._present(sparse, now)])
+        if clock.number(sparse.updated) < 0:  # Else a backup or an interrupted fit goes on.
+            self._clock.mark(sparse, now)
+
+    def _update(self, sparse, now, progress):
+        fraction = self.drop_fraction * (1.0 - self.schedule(progress))
+        if not self._moves or not fraction:
+            return
+        moved = self._move(sparse, [self._next_mask(sparse, fraction, *found) for found in self._present(sparse, now)])
+        if self.verbose:
+            print(f"\nStep {self._clock.elapsed(now)}: {moved // 2} weights dropped, as many grown")
+
+    @property
+    def _moves(self):
+        return self.grow not in ("static", None)
+
+    def _present(self, sparse, now):
+        """Yield each goal, its mask, and a random generator that depends on nothing but the seed, step and goal."""
+        for index, goal in enumerate(self._goals.goals):
+            generator = np.random.default_rng([self.seed, self._clock.elapsed(now), index])
+            yield goal, selection.as_array(sparse.mask_of(goal.weight.variable)), generator
+
+    def _first_mask(self, goal, mask, generator):
+        if self.sparsity is None:
+            return mask
+        # Live positions rank above dead ones, and the rest is chance.
+        return patterns.keep_highest(generator.random(mask.shape) + mask, round(goal.sparsity * mask.size))
+
+    def _next_mask(self, sparse, fraction, goal, mask, generator):
+        live = int(np.count_nonzero(mask))
+        count = min(round(fraction * live), mask.size - live)
+        weight = goal.weight.numpy()
+        kept = mask & patterns.keep_highest(np.where(mask, np.abs(weight), np.inf), count)
+        if self.grow == "random":
+            scores = generator.random(mask.shape)
+        else:
+            gradient = selection.as_array(sparse.statistic_of(goal.weight.variable, _LatestGradient.statistic))
+            scores = self._goals.criterion(weight, gradient)
+        return kept | patterns.keep_highest(np.where(mask, -np.inf, scores), mask.size - count)
+
+    def _move(self, sparse, masks):
+        """Put `masks` in place; return at how many positions they differ from what was there."""
+        order = {id(variable): index for index, variable in enumerate(self.model.trainable_variables)}
+        changed = {}
+        for goal, mask in zip(self._goals.goals, masks, strict=True):
+            state = sparse.mask_of(goal.weight.variable)
+            changed[order[id(goal.weight.variable)]] = selection.as_array(state) != mask
+            state.assign(mask)
+        sparse.apply_masks()
+        optimizers.reset_slots(sparse.inner_optimizer, self.model.trainable_variables, changed)
+        return sum(int(np.count_nonzero(where)) for where in changed.values())
+
+
+def _sparse(weight):
+    zeros = int(np.count_nonzero(weight.numpy() == 0))
+    return 0 < zeros < weight.size
