@@ -175,6 +175,20 @@ def test_kinds_of_models(kind):
     check(report.rows[0], relu(x @ kernels[0]), 1)
 
 
+def test_units_that_gates_of_l0_close_are_inactive():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(6, "relu"), layers.Dense(2)])
+    gated = ks.add_l0(model, 1e-3, granularity="unit")
+    x = normal(20, 4)
+    before = ks.neuron_sparsity(gated, x)
+    assert table(before, "role", "units") == [("hidden", 6), ("output", 2)]
+    first = gated.layers[0].log_alphas[0]
+    first.assign(np.full(first.shape, -100.0))  # No input of the first layer passes: its units put out the bias, 0.
+    after = ks.neuron_sparsity(gated, x)
+    assert before.totals["neuron_sparsity"] < 1 and after.totals["neuron_sparsity"] == 1
+    assert after.rows[0]["dead_units"] == 0  # The weights behind the gates are there until `bake`.
+    assert ks.neuron_sparsity(ks.bake(gated), x).rows[0]["dead_units"] == 6
+
+
 class SharedActivation(keras.Model):
     """One ReLU used everywhere, as is the custom elsewhere: behind a layer, and twice behind a sum."""
 
