@@ -10,6 +10,9 @@ inside the block: mask updates every 100 steps, logging, tfmot's masking. Ways:
 * `Pruning`: dense plus `ks.callbacks.Pruning(0.9, frequency=100)`, whose schedule spans the whole measurement.
 * `tf_keras dense`, `tfmot`: the same model in tf_keras, without and with `prune_low_magnitude`, same schedule.
 
+With `--also`, more ways: `taylor` and `movement` (Pruning with that criterion), `2:4` and `block_1x4` (with that
+pattern), `rigl` (`ks.callbacks.DynamicSparseTraining(0.9, frequency=100)`).
+
 With `--parts`, two ways that show where the time goes: `batch hook` (dense plus a callback with an empty batch hook,
 which makes Keras wait for each step's logs) and `masks` (Pruning whose masks are never updated).
 
@@ -36,6 +39,11 @@ BASE = {
     "Pruning": "dense",
     "batch hook": "dense",
     "masks": "dense",
+    "taylor": "dense",
+    "movement": "dense",
+    "2:4": "dense",
+    "rigl": "dense",
+    "block_1x4": "dense",
     "tfmot": "tf_keras dense",
 }
 
@@ -101,13 +109,21 @@ def keras_callbacks(way, total):
         def on_train_batch_end(self, batch, logs=None):
             pass
 
+    def pruning(sparsity=SPARSITY, **arguments):
+        return [ks.callbacks.Pruning(sparsity, begin=0, end=total, frequency=FREQUENCY, **arguments)]
+
     return {
-        "dense": [],
-        "dense again": [],
-        "batch hook": [BatchHook()],
-        "masks": [ks.callbacks.Pruning(SPARSITY, begin=total - 1, end=total, schedule="one_shot")],
-        "Pruning": [ks.callbacks.Pruning(SPARSITY, begin=0, end=total, frequency=FREQUENCY)],
-    }[way]
+        "dense": list,
+        "dense again": list,
+        "batch hook": lambda: [BatchHook()],
+        "masks": lambda: [ks.callbacks.Pruning(SPARSITY, begin=total - 1, end=total, schedule="one_shot")],
+        "Pruning": pruning,
+        "taylor": lambda: pruning(criterion="taylor"),
+        "movement": lambda: pruning(criterion="movement"),
+        "rigl": lambda: [ks.callbacks.DynamicSparseTraining(SPARSITY, frequency=FREQUENCY, end=total)],
+        "2:4": lambda: pruning(None, pattern="2:4"),
+        "block_1x4": lambda: pruning(pattern="block_1x4"),
+    }[way]()
 
 
 def work(way, model_name, blocks, steps, seed, connection):
@@ -206,6 +222,7 @@ def main():
     parser.add_argument("--backend", default="tensorflow", choices=["tensorflow", "jax", "torch"])
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], choices=["mlp", "cnn"])
     parser.add_argument("--parts", action="store_true", help="also time what the overhead is made of")
+    parser.add_argument("--also", nargs="+", default=[], choices=list(BASE), help="more ways to time")
     parser.add_argument("--launches", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=12, help="rounds per launch")
     parser.add_argument("--warmup", type=int, default=2, help="rounds per launch that do not count")
@@ -214,9 +231,10 @@ def main():
     args = parser.parse_args()
     os.environ["KERAS_BACKEND"] = args.backend
     ways = ["dense", "dense again", "Pruning"]
+    ways += args.also
     if args.parts:
         ways += ["batch hook", "masks"]
-    if args.backend == "tensorflow":
+    if args.backend == "tensorflow" and not args.also:
         ways += ["tf_keras dense", "tfmot"]
     load, started = result.load(), time.perf_counter()
     rows = [row for model_name in args.models for row in measure(model_name, ways, args)]
@@ -234,7 +252,8 @@ def main():
         ],
         rows,
         [
-            "Bar for `Pruning` on TensorFlow: median at most 1.03, upper end of the interval at most 1.06.",
+            "Bar for `Pruning` on TensorFlow: median at most 1.03, upper end of the interval at most 1.06; patterns at "
+            "most 1.03, `taylor` and `movement` at most 1.10.",
             f"Seed {args.seed}; took {time.perf_counter() - started:.0f} s.",
         ],
         load,

@@ -33,6 +33,19 @@ OBJECTS = {
         filters=["kernel"],
         verbose=1,
     ),
+    "DynamicSparseTraining": ks.callbacks.DynamicSparseTraining(
+        {"a/": 0.8},
+        allocation="uniform",
+        grow="random",
+        drop_fraction=0.2,
+        schedule=ks.schedules.Polynomial(2),
+        frequency=7,
+        end=40,
+        filters=["kernel"],
+        seed=3,
+        verbose=1,
+    ),
+    "LotteryTicket": ks.callbacks.LotteryTicket(3, 0.5, 0.1, allocation="uniform", filters="a/", verbose=1),
     "KeepSparsity": ks.callbacks.KeepSparsity(),
     "AtTargetSparsity": ks.callbacks.AtTargetSparsity(ks.callbacks.KeepSparsity()),
     "SparseOptimizer": ks.optimizers.SparseOptimizer(
@@ -108,6 +121,15 @@ SIGNATURES = {
         "(target_sparsity=None, criterion='magnitude', pattern=None, schedule='polynomial', allocation='uniform', "
         "begin=0.0, end=0.75, frequency=None, filters=None, verbose=0)",
     ),
+    "DynamicSparseTraining": (
+        ks.callbacks.DynamicSparseTraining,
+        "(sparsity, allocation='erk', grow='gradient', drop_fraction=0.3, schedule='cosine', frequency=100, end=0.75, "
+        "filters=None, seed=0, verbose=0)",
+    ),
+    "LotteryTicket": (
+        ks.callbacks.LotteryTicket,
+        "(rounds, rate, rewind_to=0, allocation='global', filters=None, verbose=0)",
+    ),
     "prune": (
         ks.prune,
         "(model, sparsity, criterion='magnitude', pattern=None, allocation='uniform', filters=None)",
@@ -144,6 +166,10 @@ TRAINING = {
         lambda: ks.callbacks.Pruning(0.75, schedule="cosine"),
         lambda: ks.callbacks.Pruning(0.75, schedule="exponential"),
         lambda: ks.callbacks.Pruning(0.75, allocation="global"),
+        lambda: ks.callbacks.Pruning(0.75, allocation="erk"),
+        lambda: ks.callbacks.DynamicSparseTraining(0.75, frequency=2),
+        lambda: ks.callbacks.DynamicSparseTraining(0.75, grow="random", frequency=2),
+        lambda: ks.callbacks.LotteryTicket(2, 0.75),
     ],
 )
 def test_train_save_load_and_predict_alike(how, callback, tmp_path):
@@ -158,7 +184,8 @@ def test_train_save_load_and_predict_alike(how, callback, tmp_path):
         model.compile(keras.optimizers.Adam(0.01), "mse", **arguments)
         x = np.random.default_rng(0).normal(size=(32, 6, 6, 2)).astype("float32")
         model.fit(x, np.ones((32, 2)), batch_size=8, epochs=2, verbose=0, callbacks=[callback()])
-        assert ks.report(model).totals["zeros"] == 150
+        # A weight that has just grown may still be zero.
+        assert 150 <= ks.report(model).totals["zeros"] < 160
         model.save(tmp_path / "model.keras")
         loaded = keras.saving.load_model(tmp_path / "model.keras")
         np.testing.assert_allclose(

@@ -9,13 +9,7 @@ from keras import ops
 
 __all__ = ["KINDS", "Statistic", "dense_gradients"]
 
-# What one micro-step contributes, from the weight (as it is before the step) and its gradient.
-KINDS = {
-    "gradient": lambda weight, gradient: ops.abs(gradient),
-    "taylor": lambda weight, gradient: ops.abs(weight * gradient),
-    "movement": lambda weight, gradient: -weight * gradient,
-    "last_gradient": lambda weight, gradient: gradient,
-}
+KINDS = ("gradient", "last_gradient", "movement", "taylor")
 # Means are plain over this many micro-steps, then exponential with this time constant: old gradients are forgotten.
 WINDOW = 100
 
@@ -49,12 +43,12 @@ class Statistic:
     >>> ks.optimizers.statistics.Statistic("hessian", optimizer.add_variable)
     Traceback (most recent call last):
     ...
-    ValueError: A criterion's `statistic` must be None or one of ['gradient', 'last_gradient', ...]. Received: 'hessian'
+    ValueError: A criterion's `statistic` must be None or one of ('gradient', 'last_gradient', ...). Received: 'hessian'
     """
 
     def __init__(self, kind, add_variable):
         if kind not in KINDS:
-            raise ValueError(f"A criterion's `statistic` must be None or one of {sorted(KINDS)}. Received: {kind!r}")
+            raise ValueError(f"A criterion's `statistic` must be None or one of {KINDS}. Received: {kind!r}")
         self.kind = kind
         self.indices, self.values = [], []
         self._add_variable = add_variable
@@ -80,7 +74,7 @@ class Statistic:
         self.values.append(self._add(variable.shape, "zeros", dtype, name))
         self.count.assign(0)
 
-    def update(self, gradients, variables, step):
+    def update(self, gradients, variables, step, accumulates):
         """Take one micro-step into account, in graph.
 
         Args:
@@ -88,21 +82,26 @@ class Statistic:
                 to the loss are missing.
             variables: The optimizer's trainable variables.
             step: The optimizer's iterations before this micro-step.
+            accumulates: Whether several micro-steps make a step.
         """
         self.count.assign_add(1)
         length = ops.minimum(ops.cast(self.count, "float32"), float(WINDOW))
         for index, value in zip(self.indices, self.values, strict=True):
             if index not in gradients:
                 continue
-            weight = ops.cast(ops.convert_to_tensor(variables[index]), value.dtype)
-            new, old = KINDS[self.kind](weight, ops.cast(gradients[index], value.dtype)), ops.convert_to_tensor(value)
+            gradient = ops.cast(gradients[index], value.dtype)
+            if self.kind == "last_gradient":
+                if accumulates:
+                    gradient = ops.where(ops.equal(self._step, step), value + gradient, gradient)
+                value.assign(gradient)
+                continue
+            # Few passes over the memory: additions in place.
+            if self.kind != "gradient":
+                gradient = ops.cast(ops.convert_to_tensor(variables[index]), value.dtype) * gradient
             if self.kind == "movement":
-                new = old + new
-            elif self.kind == "last_gradient":
-                new = ops.where(ops.equal(self._step, step), old + new, new)
+                value.assign_sub(gradient)
             else:
-                new = old + (new - old) / ops.cast(length, value.dtype)
-            value.assign(new)
+                value.assign_add((ops.abs(gradient) - value) / ops.cast(length, value.dtype))
         if self.kind == "last_gradient":
             self._step.assign(step)
 
