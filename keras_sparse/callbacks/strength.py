@@ -3,14 +3,14 @@
 import keras
 
 from keras_sparse import schedules
-from keras_sparse.registry import is_real, serializable
+from keras_sparse.registry import Configurable, is_real, serializable
 from keras_sparse.regularizers import MovableStrength
 
 __all__ = ["StrengthSchedule"]
 
 
 @serializable
-class StrengthSchedule(keras.callbacks.Callback):
+class StrengthSchedule(keras.callbacks.Callback, Configurable):
     """Raises the strength of each `ks.regularizers.L1` and `GroupLasso` of the model from 0 to its own value.
 
     The strength changes at the start of epochs and depends on the epoch's number alone, so that a resumed fit goes on
