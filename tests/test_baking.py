@@ -87,9 +87,8 @@ def test_add_and_bake(name, granularity, tmp_path):
         value = ks.selection.as_array(variable)
         assert not np.signbit(value[value == 0]).any()
     rows = {row["path"]: row for row in ks.report(baked).rows}
-    assert sum(row["status"] == "pruned" for row in rows.values()) >= sum(len(g.kernels) for g in gated_layers(gated))
-    for layer in gated_layers(gated):
-        assert any((gate == 0).any() for gate in layer.gates())
+    closed = sum(bool((gate == 0).any()) for layer in gated_layers(gated) for gate in layer.gates())
+    assert sum(row["status"] == "pruned" for row in rows.values()) >= closed > 0
     baked.save(tmp_path / "baked.keras")
     np.savez(tmp_path / "io.npz", x, *keras.tree.flatten(baked.predict(x, verbose=0)))
     code = f"""

@@ -175,7 +175,7 @@ class L0Penalty(keras.callbacks.Callback, Configurable):
             for weight, gate, log_alpha in zip(layer.kernels, layer.gates(), layer.log_alphas, strict=True):
                 mean = np.mean(value(layer, gate, selection.as_array(log_alpha)), dtype="float64")
                 total, size = total + mean * weight.size, size + weight.size
-        return total / size
+        return float(total / size)
 
 
 def _way(layer, gate, log_alpha):
