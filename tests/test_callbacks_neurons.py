@@ -130,7 +130,7 @@ def test_in_a_distribution_strategy():
 
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
-        model = make()
+        model = make(jit_compile=False)
         oracle = Oracle()
         history = model.fit(X, Y, epochs=2, verbose=0, callbacks=[ks.callbacks.NeuronSparsity(X), oracle]).history
     np.testing.assert_allclose(np.transpose([history[name] for name in NAMES]), oracle.seen, atol=1e-6)

@@ -36,8 +36,8 @@ class ProximalL1(ScheduledMasks):
     Args:
         strength: The price of a weight's magnitude in units of the loss, at least 0, as in `keras.regularizers.L1`.
         target_sparsity: The share of weights to be zero at `end`, in (0, 1), instead of `strength`: a controller finds
-            the strength. At `end` the smallest weights are cut or let go to meet the target exactly, by one ranking
-            over all weights; from then on the zeros stay, and nothing is shrunk any more.
+            the strength. At `end` the smallest weights are cut to meet the target, by one ranking over all weights, or
+            surplus zeros are let go, of which some may stay zero; from then on nothing is shrunk any more.
         group: `None`: each weight for itself. A `Pattern` or its name: `"channel"` for output units, `"block_1x4"`.
         begin: When shrinking begins: a float is a fraction of this `fit`, an int counts optimizer steps.
         end: When shrinking ends and the zeros are kept. Defaults to 0.65 with `target_sparsity`, and to never with
