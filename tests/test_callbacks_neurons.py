@@ -125,11 +125,8 @@ def test_bad_arguments():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
-def test_in_a_distribution_strategy():
-    import tensorflow as tf
-
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    with strategy.scope():
+def test_in_a_distribution_strategy(two_replicas):
+    with two_replicas.scope():
         model = make(jit_compile=False)
         oracle = Oracle()
         history = model.fit(X, Y, epochs=2, verbose=0, callbacks=[ks.callbacks.NeuronSparsity(X), oracle]).history
