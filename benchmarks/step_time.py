@@ -10,7 +10,8 @@ inside the block: mask updates every 100 steps, logging, tfmot's masking. Ways:
 * `Pruning`: dense plus `ks.callbacks.Pruning(0.9, frequency=100)`, whose schedule spans the whole measurement.
 * `tf_keras dense`, `tfmot`: the same model in tf_keras, without and with `prune_low_magnitude`, same schedule.
 
-With `--also`, more ways: `taylor` and `movement` (Pruning with that criterion), `2:4` and `block_1x4` (with that pattern).
+With `--also`, more ways: `taylor` and `movement` (Pruning with that criterion), `2:4` and `block_1x4` (with that
+pattern), `rigl` (`ks.callbacks.DynamicSparseTraining(0.9, frequency=100)`).
 
 With `--parts`, two ways that show where the time goes: `batch hook` (dense plus a callback with an empty batch hook,
 which makes Keras wait for each step's logs) and `masks` (Pruning whose masks are never updated).
@@ -41,6 +42,7 @@ BASE = {
     "taylor": "dense",
     "movement": "dense",
     "2:4": "dense",
+    "rigl": "dense",
     "block_1x4": "dense",
     "tfmot": "tf_keras dense",
 }
@@ -111,13 +113,14 @@ def keras_callbacks(way, total):
         return [ks.callbacks.Pruning(sparsity, begin=0, end=total, frequency=FREQUENCY, **arguments)]
 
     return {
-        "dense": lambda: [],
-        "dense again": lambda: [],
+        "dense": list,
+        "dense again": list,
         "batch hook": lambda: [BatchHook()],
         "masks": lambda: [ks.callbacks.Pruning(SPARSITY, begin=total - 1, end=total, schedule="one_shot")],
         "Pruning": pruning,
         "taylor": lambda: pruning(criterion="taylor"),
         "movement": lambda: pruning(criterion="movement"),
+        "rigl": lambda: [ks.callbacks.DynamicSparseTraining(SPARSITY, frequency=FREQUENCY, end=total)],
         "2:4": lambda: pruning(None, pattern="2:4"),
         "block_1x4": lambda: pruning(pattern="block_1x4"),
     }[way]()
@@ -219,9 +222,7 @@ def main():
     parser.add_argument("--backend", default="tensorflow", choices=["tensorflow", "jax", "torch"])
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], choices=["mlp", "cnn"])
     parser.add_argument("--parts", action="store_true", help="also time what the overhead is made of")
-    parser.add_argument(
-        "--also", nargs="+", default=[], choices=["taylor", "movement", "2:4", "block_1x4"], help="more ways to time"
-    )
+    parser.add_argument("--also", nargs="+", default=[], choices=list(BASE), help="more ways to time")
     parser.add_argument("--launches", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=12, help="rounds per launch")
     parser.add_argument("--warmup", type=int, default=2, help="rounds per launch that do not count")

@@ -12,10 +12,12 @@ if "keras" not in sys.modules:
 
 from keras_sparse import (
     baking,
+    batches,
     callbacks,
     criteria,
     gates,
     layers,
+    neurons,
     optimizers,
     patterns,
     pruning,
@@ -24,6 +26,7 @@ from keras_sparse import (
     selection,
 )
 from keras_sparse.baking import add_l0, bake
+from keras_sparse.neurons import neuron_sparsity
 from keras_sparse.pruning import prune, update_masks
 from keras_sparse.reports import report
 
@@ -33,10 +36,13 @@ __all__ = [
     "add_l0",
     "bake",
     "baking",
+    "batches",
     "callbacks",
     "criteria",
     "gates",
     "layers",
+    "neuron_sparsity",
+    "neurons",
     "optimizers",
     "patterns",
     "prune",

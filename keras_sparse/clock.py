@@ -20,6 +20,13 @@ class Clock:
         end: When the last one is due, like `begin`.
         frequency: Optimizer steps between updates; `None` is a fiftieth of the span.
 
+    Attributes:
+        length: Optimizer steps of the fit; 0 if that is not known yet. This and the following exist from the first
+            `start_epoch` on.
+        first: The step at which the first update is due, counted from the start, or `None` if it is not known yet.
+        last: The step at which the last one is due, likewise.
+        every: Steps between updates.
+
     Raises:
         ValueError: If a number is out of range or `end` does not follow `begin`.
         TypeError: If an argument is not a number.
@@ -68,10 +75,10 @@ class Clock:
         if self._first_epoch is None:
             self._first_epoch = epoch
         now, self._start = number(sparse.iterations), number(sparse.start)
-        self._length = number(sparse.length)
-        if not self._length:  # Else a backup or a saved file brought it.
-            self._length = self._measure(sparse, epoch, epochs, steps, 0 if late else now - self._start)
-            sparse.length.assign(self._length)
+        self.length = number(sparse.length)
+        if not self.length:  # Else a backup or a saved file brought it.
+            self.length = self._measure(sparse, epoch, epochs, steps, 0 if late else now - self._start)
+            sparse.length.assign(self.length)
         self._updated = number(sparse.updated)
         self._base = now
         self._resolve()
@@ -93,7 +100,7 @@ class Clock:
         if step < self._next_due():
             return None
         # Without a known end this is the update at the very beginning.
-        return 0.0 if self._end is None else min(1.0, (step - self._begin) / (self._end - self._begin))
+        return 0.0 if self.last is None else min(1.0, (step - self.first) / (self.last - self.first))
 
     def mark(self, sparse, now):
         """Remember that an update was made at step `now`."""
@@ -103,11 +110,6 @@ class Clock:
     def elapsed(self, now):
         """Steps since the clock started."""
         return now - self._start
-
-    @property
-    def span(self):
-        """Steps from `begin` to `end`, or `None` as long as that is not known."""
-        return None if self._begin is None or self._end is None else self._end - self._begin
 
     def _measure(self, sparse, epoch, epochs, steps, done):
         """The optimizer steps of this fit, of which `done` lie before `epoch`; 0 if that cannot be known yet."""
@@ -120,22 +122,22 @@ class Clock:
 
     def _resolve(self):
         """Turn `begin`, `end` and `frequency` into steps; `None` for what is not known yet."""
-        self._begin, self._end = self._steps(self.begin), self._steps(self.end)
-        if self._begin is not None and self._end is not None and self._end <= self._begin:
+        self.first, self.last = self._steps(self.begin), self._steps(self.end)
+        if self.first is not None and self.last is not None and self.last <= self.first:
             if not (isinstance(self.begin, float) and isinstance(self.end, float)):
                 raise ValueError(
                     "`end` must be after `begin`; in this fit of "
-                    f"{self._length} steps they come to {self._begin} and {self._end}. "
+                    f"{self.length} steps they come to {self.first} and {self.last}. "
                     f"Received: begin={self.begin!r}, end={self.end!r}"
                 )
-            self._end = self._begin + 1  # A short fit: both fractions round to the same step.
-        if self._length and self._begin is not None and self._begin >= self._length:
+            self.last = self.first + 1  # A short fit: both fractions round to the same step.
+        if self.length and self.first is not None and self.first >= self.length:
             raise ValueError(
-                f"The schedule can never fire: it begins at step {self._begin}, and this fit has {self._length} "
+                f"The schedule can never fire: it begins at step {self.first}, and this fit has {self.length} "
                 "optimizer steps. Lower `begin` (a float is a fraction of the fit), or train for longer. "
                 f"Received: begin={self.begin!r}, end={self.end!r}"
             )
-        span = (self._end or 0) - (self._begin or 0)
+        span = (self.last or 0) - (self.first or 0)
         self.every = self.frequency or max(1, span // 50)
 
     def _steps(self, value):
@@ -143,18 +145,18 @@ class Clock:
             return value
         if value == 0:
             return 0
-        return round(value * self._length) if self._length else None
+        return round(value * self.length) if self.length else None
 
     def _next_due(self):
         """The step, counted from the start, at which the next update is due."""
-        if self._begin is None:
+        if self.first is None:
             return float("inf")
         updated = self._updated - self._start if self._updated >= 0 else -1
-        if updated < self._begin:
-            return self._begin
-        if self._end is None or updated >= self._end:
+        if updated < self.first:
+            return self.first
+        if self.last is None or updated >= self.last:
             return float("inf")
-        return min(self._end, self._begin + ((updated - self._begin) // self.every + 1) * self.every)
+        return min(self.last, self.first + ((updated - self.first) // self.every + 1) * self.every)
 
 
 def number(variable):

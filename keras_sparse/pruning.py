@@ -217,7 +217,7 @@ def erk_counts(shapes, sizes, sparsity):
 
     >>> import keras_sparse as ks
     >>> ks.pruning.erk_counts([(784, 300), (300, 100), (100, 10)], [235200, 30000, 1000], 0.98)
-    [232105, 28857, 309]
+    [231579, 28664, 633]
     """
     kept = sum(sizes) - round(sparsity * sum(sizes))
     raw = [sum(shape) / math.prod(shape) for shape in shapes]

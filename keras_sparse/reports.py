@@ -193,7 +193,8 @@ def report(model, notes=()):
     """Tell what is sparse in a model, what was skipped, and why.
 
     Rows: `path`, `shape`, `size` and `zeros` (elements), `sparsity` (share of zeros in [0, 1]), `dead_units` (output
-    units whose weights are all zero; `None` for weights that are not kernels), `status` (`"pruned"`, `"dense"` or
+    units whose weights are all zero) and `dead_inputs` (inputs that only zeros read, of a convolution input channels;
+    both `None` for weights that are not kernels), `status` (`"pruned"`, `"dense"` or
     `"skipped"`) and `reason`. Totals: over all kernels, `size`, `zeros`, `sparsity` (connection sparsity) and `density`
     (1 - sparsity, as some papers count); over the model, `parameters` and `nonzero_parameters`.
 
@@ -260,6 +261,7 @@ def _row(weight, skipped, selected):
         "zeros": zeros,
         "sparsity": zeros / value.size if value.size else 0.0,
         "dead_units": weight.dead_units(),
+        "dead_inputs": weight.dead_inputs(),
         "status": status,
         "reason": reason,
     }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import keras
 import numpy as np
 
-__all__ = ["Weight", "check_model", "select", "weights"]
+__all__ = ["Weight", "check_model", "layers", "select", "weights"]
 
 _KERNELS = ("kernel", "recurrent_kernel", "pointwise_kernel")
 _NEVER = ("bias", "gamma", "beta", "alpha")
@@ -64,20 +64,50 @@ class Weight:
         last = len(self.variable.shape) - 1
         if isinstance(self.layer, _TRANSPOSED):
             return (last - 1,)
-        if isinstance(self.layer, _DEPTHWISE) or self.variable.name == "depthwise_kernel":
+        if self._depthwise:
             return (last - 1, last)
         if isinstance(self.layer, keras.layers.EinsumDense) and self.variable.name == "kernel":
             inputs, kernel, _ = re.split(",|->", self.layer.equation.replace(" ", ""))
             return tuple(axis for axis, letter in enumerate(kernel) if letter not in inputs)
         return (last,)
 
+    @property
+    def input_axes(self):
+        """The axes that count inputs: those that are no outputs; of a convolution the channels, not the positions."""
+        rank = len(self.variable.shape)
+        if self._depthwise:
+            return (rank - 2,)
+        rest = tuple(axis for axis in range(rank) if axis not in self.output_axes)
+        return rest[-1:] if self._convolves else rest
+
+    @property
+    def _depthwise(self):
+        return isinstance(self.layer, _DEPTHWISE) or self.variable.name == "depthwise_kernel"
+
+    @property
+    def _convolves(self):
+        return hasattr(self.layer, "kernel_size")  # Every convolution of Keras has it, the recurrent cells' too.
+
     def dead_units(self):
         """How many output units have only zeros; `None` for weights that are not kernels."""
+        return _count_zero_slices(self.numpy(), self.output_axes) if self.kernel else None
+
+    def dead_inputs(self):
+        """How many inputs (of a convolution: channels) meet only zeros; `None` for weights that are not kernels."""
         if not self.kernel:
             return None
-        outputs = self.output_axes
-        inputs = tuple(axis for axis in range(len(self.variable.shape)) if axis not in outputs)
-        return int(np.sum(~np.any(self.numpy() != 0, axis=inputs)))
+        value, axes = self.numpy(), self.input_axes
+        groups = getattr(self.layer, "groups", 1) if self._convolves else 1
+        if groups > 1:  # Each group of filters reads channels of its own.
+            value = value.reshape(*value.shape[:-1], groups, -1)
+            axes = (*axes, value.ndim - 2)
+        return _count_zero_slices(value, axes)
+
+
+def _count_zero_slices(value, axes):
+    """How many slices along `axes` hold only zeros."""
+    others = tuple(axis for axis in range(value.ndim) if axis not in axes)
+    return int(np.sum(~np.any(value != 0, axis=others)))
 
 
 def as_array(variable):
@@ -117,6 +147,19 @@ def check_model(model):
         )
 
 
+def layers(model):
+    """List a model and every layer in it, nested ones too, once each; the model comes last.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> block = keras.Sequential([keras.layers.Dense(3, name="a")], name="block")
+    >>> [layer.name for layer in ks.selection.layers(block)]
+    ['a', 'block']
+    """
+    return [layer for layer, _ in _walk(model, set())]
+
+
 def weights(model):
     """List every weight of a built model, trainable ones first, with the reason why it is skipped by default.
 
@@ -134,7 +177,9 @@ def weights(model):
     ['embedding: left dense unless a filter names it']
     """
     owners = {}
-    _collect_owners(model, owners, set())
+    for layer, own in _walk(model, set()):
+        for variable in own:
+            owners.setdefault(id(variable), layer)
     trainable = {id(v) for v in model.trainable_variables}
     ordered = model.trainable_variables + [v for v in model.weights if id(v) not in trainable]
     unique = {id(v): v for v in ordered}.values()
@@ -241,8 +286,8 @@ def _weight(variable, layer, trainable):
     return Weight(variable, layer, kernel, trainable, skipped)
 
 
-def _collect_owners(holder, owners, seen):
-    """Fill `owners` with `id(variable) -> layer` from the attributes of layers and the containers in them.
+def _walk(holder, seen):
+    """Yield each layer with the variables that are its own, found in its attributes and the containers in them.
 
     `Layer` has no public list of its sublayers (only `Model` has), and attention, wrappers and custom layers keep
     theirs in attributes. Sublayers come first: wrappers (spectral normalization) refer to the weights of the layer
@@ -256,9 +301,8 @@ def _collect_owners(holder, owners, seen):
             own.append(value)
         elif isinstance(value, keras.layers.Layer):
             if id(value) not in seen:
-                _collect_owners(value, owners, seen)
+                yield from _walk(value, seen)
         elif isinstance(value, (list, tuple, set, dict)) and id(value) not in seen:
             seen.add(id(value))
             stack.extend(value.values() if isinstance(value, dict) else value)
-    for variable in own:
-        owners.setdefault(id(variable), holder)
+    yield holder, own

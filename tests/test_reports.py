@@ -35,6 +35,7 @@ def test_rows_and_totals_are_counted_by_hand(model):
         "zeros": 7,
         "sparsity": 0.35,
         "dead_units": 1,
+        "dead_inputs": 0,
         "status": "pruned",
         "reason": "",
     }
@@ -55,7 +56,7 @@ def test_says_why_weights_were_skipped(model):
 def test_all_zero_weights_count_as_zero_initialised(model):
     model.layers[2].kernel.assign(np.zeros((5, 2)))
     row = ks.report(model).rows[4]
-    assert (row["status"], row["dead_units"]) == ("dense", 2)
+    assert (row["status"], row["dead_units"], row["dead_inputs"]) == ("dense", 2, 5)
     assert "zero-initialised" in row["reason"]
 
 

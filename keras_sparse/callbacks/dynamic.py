@@ -70,7 +70,7 @@ class DynamicSparseTraining(ScheduledMasks):
     >>> model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10)])
     >>> model.compile("adam", "mse")
     >>> x, y = np.random.normal(size=(64, 20)), np.ones((64, 10))
-    >>> rigl = ks.callbacks.DynamicSparseTraining(0.9, frequency=2)
+    >>> rigl = ks.callbacks.DynamicSparseTraining(0.9, frequency=3)
     >>> history = model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[rigl])
     >>> history.history["sparsity"]
     [0.9, 0.9]
@@ -161,11 +161,11 @@ class DynamicSparseTraining(ScheduledMasks):
         if self._prepared:
             return
         self._prepared = True
-        span = self._clock.span
-        if self._moves and span is not None and span <= self._clock.every:
+        last = self._clock.last
+        if self._moves and last is not None and last <= self._clock.every:
             raise ValueError(
                 f"Nothing would ever grow: updates are due every {self._clock.every} steps, and the last one at step "
-                f"{span}. Lower `frequency`, or train for longer. "
+                f"{last}. Lower `frequency`, or train for longer. "
                 f"Received: frequency={self.frequency!r}, end={self.end!r}"
             )
         self._move(sparse, [self._first_mask(*found) for found in self._present(sparse, now)])

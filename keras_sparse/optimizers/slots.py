@@ -6,7 +6,7 @@ of the weight and the kind of slot (`add_variable_from_reference`, Keras 3.15).
 
 from keras import ops
 
-__all__ = ["reset_slots", "slots"]
+__all__ = ["reset_slots", "restart", "slots"]
 
 # Moving averages of the weights, and gradients that wait for more (`gradient_accumulation_steps`), are no slots.
 _NOT_SLOTS = ("average", "gradient_accumulator")
@@ -73,3 +73,33 @@ def reset_slots(optimizer, variables, where):
             if index in where and kind not in _NOT_SLOTS:
                 value = ops.convert_to_tensor(slot)
                 slot.assign(ops.where(where[index], ops.full_like(value, initial.get(kind, 0.0)), value))
+
+
+def restart(optimizer, variables, step=0):
+    """Put an optimizer back to where it was before its first step, but for its learning rate.
+
+    Args:
+        optimizer: A built `keras.optimizers.Optimizer`; not in a compiled function.
+        variables: The trainable variables that it was built with.
+        step: The iterations that it counts from now on.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    >>> model.compile(keras.optimizers.Adam(0.1), "mse")
+    >>> loss = model.train_on_batch(np.ones((4, 2)), np.ones((4, 2)))
+    >>> ks.optimizers.restart(model.optimizer, model.trainable_variables)
+    >>> int(model.optimizer.iterations), float(abs(model.optimizer.variables[2].numpy()).sum())
+    (0, 0.0)
+    """
+    new = type(optimizer).from_config(optimizer.get_config())
+    new.build(variables)
+    for state, fresh in zip(optimizer.variables, new.variables, strict=True):
+        # A copy, since JAX gives the buffers of variables away.
+        state.assign(ops.copy(fresh))
+        if state.name == "iteration":
+            state.assign(step * (optimizer.gradient_accumulation_steps or 1))
+    for index, kind, state in slots(optimizer, variables):
+        if kind == "average":
+            state.assign(ops.copy(variables[index]))

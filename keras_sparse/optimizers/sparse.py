@@ -9,7 +9,8 @@ import contextlib
 import keras
 from keras import ops
 
-from keras_sparse.optimizers.slots import slots
+from keras_sparse.optimizers.origin import Origin
+from keras_sparse.optimizers.slots import restart, slots
 from keras_sparse.optimizers.statistics import Statistic, dense_gradients
 from keras_sparse.registry import serializable
 
@@ -32,7 +33,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         masked: Indices into the variables that `build` receives: those with a mask. Masks are added by `add_masks`
             otherwise; this is how a saved optimizer finds them again.
         statistics: Dict from a kind of gradient statistic to such indices, likewise; see `add_statistics`.
+        origin: Whether it holds a copy of the weights to go back to, an `Origin`.
         temporary: Whether the last callback that uses the wrapper takes it off.
+        shrinkage: A `Shrinkage`, or `None`: what is shrunk after each step, by `strength`.
 
     Example:
 
@@ -47,7 +50,16 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     24
     """
 
-    def __init__(self, inner_optimizer, name=None, masked=(), statistics=None, temporary=False):
+    def __init__(
+        self,
+        inner_optimizer,
+        name=None,
+        masked=(),
+        statistics=None,
+        origin=False,
+        temporary=False,
+        shrinkage=None,
+    ):
         inner_optimizer = keras.optimizers.get(inner_optimizer)
         if isinstance(inner_optimizer, (SparseOptimizer, keras.optimizers.LossScaleOptimizer)):
             raise ValueError(
@@ -59,12 +71,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=lambda: inner_optimizer.learning_rate, name=name)
         self.inner_optimizer = inner_optimizer
         self.temporary = temporary
+        self.shrinkage = keras.saving.deserialize_keras_object(shrinkage) if isinstance(shrinkage, dict) else shrinkage
         # Whether `compile` saw this object; `wrap` says otherwise.
         self.compiled = True
         self.users = []
         self._masked = list(masked)
         self._masks = []
         self._statistics = {kind: list(indices) for kind, indices in (statistics or {}).items()}
+        self.origin = origin
 
     # State
 
@@ -87,8 +101,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.start = self._add_counter("start", 0)
         self.length = self._add_counter("length", 0)
         self.updated = self._add_counter("updated", -1)
+        # The price of a weight's magnitude; without a `shrinkage` nothing reads it.
+        self.strength = self.add_variable((), "zeros", "float32", aggregation="only_first_replica", name="strength")
         masked, self._masked = self._masked, []
         statistics, self._statistics = dict(self._statistics), {}
+        origin, self.origin = self.origin, None
         for name, indices in {"masked": masked, **statistics}.items():
             if any(not 0 <= index < len(variables) for index in indices):
                 raise ValueError(
@@ -99,6 +116,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self._add_mask(index)
         for kind, indices in statistics.items():
             self.add_statistics(kind, [variables[index] for index in indices])
+        if origin:
+            self.add_origin()
 
     def add_variable(self, *args, **kwargs):
         # In the strategy's scope even if a callback adds it later: each replica updates its own copy.
@@ -178,6 +197,22 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._statistics[kind] = statistic
         return bool(new)
 
+    def add_origin(self):
+        """Make room for a copy of the trainable variables, unless there is. Returns as `add_masks` does."""
+        if self.origin:
+            return False
+        with self._scope():
+            self.origin = Origin(self._trainable_variables, self.add_variable_from_reference)
+        return True
+
+    def rewind(self):
+        """Take the variables back to the origin, masked ones at zero, and the inner optimizer to the clock's start."""
+        self.origin.put_back()
+        self.apply_masks()
+        with self._scope():
+            start = int(ops.convert_to_numpy(ops.convert_to_tensor(self.start)))
+            restart(self.inner_optimizer, self._trainable_variables, start)
+
     def _indices(self, variables):
         indices = {id(v): i for i, v in enumerate(self._trainable_variables)}
         unknown = [v.path for v in variables if id(v) not in indices]
@@ -194,14 +229,15 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self.start.assign(ops.convert_to_numpy(ops.convert_to_tensor(self.iterations)))
 
     def stop_clock(self):
-        """Make the next `start_clock` start anew, and keep no statistics. Returns whether there were any."""
+        """Make the next `start_clock` start anew; keep no statistics, no origin. Returns whether there were any."""
         self.length.assign(0)
         self.updated.assign(-1)
-        statistics, self._statistics = self._statistics, {}
-        for statistic in statistics.values():
-            for variable in statistic.variables:
-                self._untrack_variable(variable)
-        return bool(statistics)
+        dropped = [variable for statistic in self._statistics.values() for variable in statistic.variables]
+        dropped += self.origin.variables if self.origin else []
+        self._statistics, self.origin = {}, None
+        for variable in dropped:
+            self._untrack_variable(variable)
+        return bool(dropped)
 
     @property
     def masks(self):
@@ -268,8 +304,19 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self.build(trainable_variables)
         if self._statistics:
             self._update_statistics(grads, trainable_variables)
+        shrinkage = self.shrinkage
+        if shrinkage is not None:
+            # Of the step to be taken: a schedule moves on with it.
+            rate = ops.cast(self.learning_rate, "float32")
+            before = ops.copy(ops.convert_to_tensor(self.iterations))
         self.inner_optimizer.apply(grads, trainable_variables)
-        self._mask_in_step()
+        if shrinkage is not None:
+            # A step that only accumulates gradients does not count as an iteration.
+            moved = ops.cast(ops.convert_to_tensor(self.iterations) - before, "float32")
+            states = slots(self.inner_optimizer, self._trainable_variables)
+            optimizer, variables = self.inner_optimizer, self._trainable_variables
+            _assign_in_step(shrinkage.changes(optimizer, rate, moved, self.strength, variables, states))
+        _assign_in_step([(variable, _masked, [mask]) for variable, mask in self._masked_state()])
 
     def _update_statistics(self, grads, trainable_variables):
         wanted = {index for statistic in self._statistics.values() for index in statistic.indices}
@@ -285,8 +332,12 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             statistic.update(found, self._trainable_variables, self.iterations, bool(self.gradient_accumulation_steps))
 
     def finalize_variable_values(self, var_list):
+        shrunk = [] if self.shrinkage is None else [self._trainable_variables[i] for i in self.shrinkage.indices]
+        alive = [ops.not_equal(variable, 0) for variable in shrunk]
         self.inner_optimizer.finalize_variable_values(var_list)
-        if self.use_ema:  # The weights are their moving averages now.
+        if self.use_ema:  # The weights are their moving averages now: what was zero at last is zero in them, too.
+            for variable, mask in zip(shrunk, alive, strict=True):
+                variable.assign(masked_value(variable, mask))
             self.apply_masks()
 
     def apply_masks(self):
@@ -307,26 +358,6 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """
         for variable, mask in self._masked_state():
             variable.assign(masked_value(variable, mask))
-
-    def _mask_in_step(self):
-        pairs = self._masked_state()
-        if keras.backend.backend() != "tensorflow" or not pairs:
-            for variable, mask in pairs:
-                variable.assign(masked_value(variable, mask))
-            return
-        import tensorflow as tf
-
-        # In a replica, a mirrored variable takes assignments only through its strategy. `maybe_merge_call` is how the
-        # Keras optimizers do it; public `merge_call` fails in strategies that run replicas without merging (TPU, NCCL).
-        def update(strategy, pairs):
-            for variable, mask in pairs:
-                strategy.extended.update(
-                    variable, lambda v, m: v.assign(tf.where(m, v, tf.zeros((), v.dtype))), args=(mask,), group=False
-                )
-
-        tf.__internal__.distribute.interim.maybe_merge_call(
-            update, tf.distribute.get_strategy(), [(v.value, tf.convert_to_tensor(mask.value)) for v, mask in pairs]
-        )
 
     def _masked_state(self):
         pairs = self.masks
@@ -367,7 +398,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 kind: list(statistic.indices if self.built else statistic)
                 for kind, statistic in sorted(self._statistics.items())
             },
+            "origin": bool(self.origin),
             "temporary": self.temporary,
+            "shrinkage": self.shrinkage and keras.saving.serialize_keras_object(self.shrinkage),
         }
 
     @classmethod
@@ -404,3 +437,35 @@ def masked_value(variable, mask):
     """
     value = ops.convert_to_tensor(variable)
     return ops.where(ops.convert_to_tensor(mask), value, ops.zeros_like(value))
+
+
+def _masked(value, mask):
+    return ops.where(mask, value, ops.zeros((), value.dtype))
+
+
+def _assign_in_step(changes):
+    """Assign `function(value, *arguments)` to each variable, for triples `(variable, function, arguments)`."""
+    if keras.backend.backend() != "tensorflow" or not changes:
+        for variable, function, arguments in changes:
+            variable.assign(function(*map(ops.convert_to_tensor, [variable, *arguments])))
+        return
+    import tensorflow as tf
+
+    functions = [function for _, function, _ in changes]
+
+    # In a replica, a mirrored variable takes assignments only through its strategy. `maybe_merge_call` is how the
+    # Keras optimizers do it; public `merge_call` fails in strategies that run replicas without merging (TPU, NCCL).
+    def update(strategy, variables, arguments):
+        for variable, function, values in zip(variables, functions, arguments, strict=True):
+
+            def assign(v, *values, function=function):
+                return v.assign(function(tf.convert_to_tensor(v), *values))
+
+            strategy.extended.update(variable, assign, args=tuple(values), group=False)
+
+    tf.__internal__.distribute.interim.maybe_merge_call(
+        update,
+        tf.distribute.get_strategy(),
+        [variable.value for variable, _, _ in changes],
+        [[tf.convert_to_tensor(a.value if isinstance(a, keras.Variable) else a) for a in args] for *_, args in changes],
+    )

@@ -1,0 +1,243 @@
+"""Proximal L1 shrinks weights after every optimizer step, so that training ends in exact zeros."""
+
+import math
+import warnings
+
+import keras
+import numpy as np
+
+from keras_sparse import clock, layers, optimizers, patterns, pruning, reports, selection
+from keras_sparse.callbacks.masks import ScheduledMasks, count_zeros, plain_filters
+from keras_sparse.registry import serializable
+
+__all__ = ["ProximalL1"]
+
+# The controller: where it starts, the largest step of the logarithm of the strength, and the part of the error
+# (a difference of logits) that it takes in one update. A higher gain winds up while the weights are still on their way.
+_FIRST_STRENGTH, _LARGEST_STEP, _GAIN = 1e-5, 0.4, 0.15
+
+
+@serializable
+class ProximalL1(ScheduledMasks):
+    """L1 regularization that ends in exact zeros: weights are soft-thresholded after every optimizer step.
+
+    A term in the loss leaves small weights that are not zero. The proximal step of `strength * sum(abs(w))` is
+    `w = sign(w) * max(abs(w) - step * strength, 0)` after each step, with the step size of that very step, in graph;
+    with `group`, whole groups are shortened: `w * max(1 - step * strength * sqrt(n) / norm(w), 0)` for n weights.
+    Micro-steps that only accumulate gradients and steps that float16 loss scaling skips do not shrink.
+
+    For SGD without momentum this is the exact proximal gradient method (ISTA; Parikh & Boyd 2014, section 4.2), with
+    `step` the learning rate. With momentum `m`, `step` is `rate / (1 - m)`, and for Adam, AdamW, Nadam, Adamax,
+    RMSprop, Adagrad and Adadelta each weight has its own, such as `rate / (sqrt(v) + epsilon)` (Yun, Lozano & Yang
+    2020, equation 4; groups take the mean of theirs): training comes to rest at the same weights, those of the
+    penalised loss, on another way. For other optimizers `step` is the plain learning rate, which a warning says.
+
+    Args:
+        strength: The price of a weight's magnitude in units of the loss, at least 0, as in `keras.regularizers.L1`.
+        target_sparsity: The share of weights to be zero at `end`, in (0, 1), instead of `strength`: a controller finds
+            the strength. At `end` the smallest weights are cut or let go to meet the target exactly, by one ranking
+            over all weights; from then on the zeros stay, and nothing is shrunk any more.
+        group: `None`: each weight for itself. A `Pattern` or its name: `"channel"` for output units, `"block_1x4"`.
+        begin: When shrinking begins: a float is a fraction of this `fit`, an int counts optimizer steps.
+        end: When shrinking ends and the zeros are kept. Defaults to 0.65 with `target_sparsity`, and to never with
+            `strength`.
+        frequency: Optimizer steps between updates of the strength. Defaults to a fiftieth of the span.
+        filters: Which weights: as in `ks.selection.select`.
+        verbose: 1 prints a line at each update.
+
+    Raises:
+        ValueError: If both or neither of `strength` and `target_sparsity` are given, a number is out of range, or the
+            groups do not divide a weight evenly.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10)])
+    >>> model.compile(keras.optimizers.SGD(0.1), "mse")
+    >>> x, y = np.eye(20), np.zeros((20, 10))
+    >>> history = model.fit(x, y, epochs=40, verbose=0, callbacks=[ks.callbacks.ProximalL1(target_sparsity=0.8)])
+    >>> history.history["sparsity"][-1]
+    0.8
+    """
+
+    def __init__(
+        self,
+        strength=None,
+        target_sparsity=None,
+        group=None,
+        begin=0.0,
+        end=None,
+        frequency=None,
+        filters=None,
+        verbose=0,
+    ):
+        if (strength is None) == (target_sparsity is None):
+            raise ValueError(
+                "Give either `strength`, the price of a weight's magnitude, or `target_sparsity`, for which the "
+                f"strength is found. Received: strength={strength!r}, target_sparsity={target_sparsity!r}"
+            )
+        if strength is not None:
+            layers.check_penalty("strength", strength)
+        elif isinstance(target_sparsity, dict):
+            raise TypeError(
+                "`target_sparsity` must be a number in (0, 1): one strength serves all weights. Use `filters` to name "
+                f"some of them. Received: {target_sparsity!r}"
+            )
+        else:
+            pruning.check_target(target_sparsity)
+            if target_sparsity == 0:
+                raise ValueError("`target_sparsity` must be above 0. Received: target_sparsity=0")
+        freezes = 0.65 if strength is None else 1.0
+        super().__init__(begin, freezes if end is None else end, frequency)
+        self.strength, self.target_sparsity = strength, target_sparsity
+        self.group = None if group is None else patterns.get(group)
+        self.begin, self.end, self.frequency = begin, end, frequency
+        self.filters, self.verbose = filters, verbose
+        self._frozen = False
+        self._shrinkage = None
+
+    def get_config(self):
+        """The constructor's arguments as plain data."""
+        return {
+            "strength": self.strength,
+            "target_sparsity": self.target_sparsity,
+            "group": None if self.group is None else keras.saving.serialize_keras_object(self.group),
+            "begin": self.begin,
+            "end": self.end,
+            "frequency": self.frequency,
+            "filters": plain_filters(self.filters),
+            "verbose": self.verbose,
+        }
+
+    @property
+    def reached(self):
+        """Whether the model is at its target sparsity; without one, always."""
+        return self.target_sparsity is None or self._frozen
+
+    def _plan(self, model):
+        sparse = optimizers.find(model)
+        inner = sparse.inner_optimizer
+        if getattr(inner, "optimizers", None):
+            raise ValueError(
+                "`ProximalL1` needs one learning rate, and this optimizer has several. Compile the model with a single "
+                f"optimizer. Received: {type(inner).__name__}"
+            )
+        if not optimizers.knows_step(inner):
+            warnings.warn(
+                f"The proximal step of {type(inner).__name__} is not known: weights shrink by learning rate times "
+                "strength. Tune the strength, or use SGD or Adam.",
+                stacklevel=2,
+            )
+        if any(isinstance(user, ProximalL1) and user is not self for user in sparse.users):
+            raise ValueError("One `fit` takes one `ProximalL1`: name all weights in its `filters`. Received: two")
+        plan = _FreePlan(
+            model, self.target_sparsity or 0.0, pattern=self.group, allocation="global", filters=self.filters
+        )
+        weights = [goal.weight for goal in plan.goals]
+        if self.group is not None:
+            for weight in weights:
+                _check_groups(self.group, weight)
+        indices = {id(v): i for i, v in enumerate(model.trainable_variables)}
+        self._shrinkage = optimizers.Shrinkage(
+            [indices[id(w.variable)] for w in weights], self.group, [w.output_axes for w in weights]
+        )
+        sparse.shrinkage = self._shrinkage
+        optimizers.drop_functions(model)
+        reports.remember(model, plan.skipped)
+        return plan
+
+    def _leave(self):
+        sparse = optimizers.find(self._model)
+        if sparse is not None and sparse.shrinkage is self._shrinkage:
+            sparse.shrinkage = None
+            if not sparse.temporary:
+                optimizers.drop_functions(self._model)
+        super()._leave()
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        sparse = optimizers.find(self._model)
+        self._frozen = False
+        if sparse.built and clock.number(sparse.length) == 0:
+            sparse.strength.assign(0.0)  # Else a backup brought it.
+
+    def _prepare(self, sparse, now):
+        # A backup that is resumed may have passed the end.
+        last = self._clock.last
+        self._frozen |= (
+            self._freezes and last is not None and clock.number(sparse.updated) - clock.number(sparse.start) >= last
+        )
+
+    @property
+    def _freezes(self):
+        return self.target_sparsity is not None or self.end is not None
+
+    def _finished(self):
+        return self._frozen
+
+    def _update(self, sparse, now, progress):
+        if progress >= 1.0 and self._freezes:
+            self._freeze(sparse)
+        elif self.target_sparsity is None:
+            sparse.strength.assign(self.strength)
+        else:
+            zeros, size = count_zeros(sparse)
+            error = _logit(self.target_sparsity) - _logit(zeros / size)
+            step = float(np.clip(_GAIN * error, -_LARGEST_STEP, _LARGEST_STEP))
+            strength = float(selection.as_array(sparse.strength)) or _FIRST_STRENGTH
+            sparse.strength.assign(strength * math.exp(step))
+        if self.verbose:
+            self._say(sparse, now)
+
+    def _freeze(self, sparse):
+        """Keep the zeros from now on: exactly the target's if there is one."""
+        if self.target_sparsity is None:
+            for variable, mask in sparse.masks:
+                mask.assign(selection.as_array(variable) != 0)
+        else:
+            self._goals.update(sparse)
+        sparse.strength.assign(0.0)
+        sparse.shrinkage = None
+        self._frozen = True
+        # The step need not shrink any more.
+        self._model.make_train_function(force=True)
+
+    def _complete(self, sparse):
+        if self._goals is None or not self._freezes or self._frozen:
+            return
+        zeros, size = count_zeros(sparse)
+        if self._epochs_done < self.params["epochs"]:
+            warnings.warn(
+                f"Training stopped before the zeros were settled: the selected weights are at {zeros / size:.1%}.",
+                stacklevel=2,
+            )
+            return
+        self._freeze(sparse)
+        warnings.warn(
+            f"This fit ended before the schedule did, at a sparsity of {zeros / size:.1%}; the zeros were settled by a "
+            f"last update that no training followed. Lower `end`, or train for longer. Received: end={self.end!r}",
+            stacklevel=2,
+        )
+
+
+class _FreePlan(pruning.Plan):
+    """A plan whose masks keep everything at first: what is zero may come back to life until the zeros are settled."""
+
+    def attach(self, optimizer):
+        return optimizer.add_masks([goal.weight.variable for goal in self.goals])
+
+
+def _logit(share):
+    share = min(max(share, 1e-3), 1 - 1e-3)
+    return math.log(share / (1 - share))
+
+
+def _check_groups(group, weight):
+    sizes = np.bincount(group.groups(tuple(weight.variable.shape), weight.output_axes).reshape(-1))
+    if (sizes != sizes[0]).any():
+        raise ValueError(
+            f"The groups of `{type(group).__name__}` must divide {weight.path} evenly, which has the shape "
+            f"{tuple(weight.variable.shape)}. Choose another size, or leave the weight out by `filters`. "
+            f"Received: group={group.get_config()}"
+        )
