@@ -17,9 +17,9 @@ import numpy as np
 from keras_sparse.registry import Configurable, Registry, serializable
 
 __all__ = [
+    "NM",
     "Block",
     "Channel",
-    "NM",
     "Pattern",
     "Unstructured",
     "from_matrix",
@@ -127,7 +127,6 @@ class Pattern(Configurable):
     Attributes:
         matrix: Whether the pattern is defined on the matrix view.
         sparsity: The sparsity that the pattern stands for, or `None` if it goes with any.
-        units: Whether the groups are whole output units, which take their bias and normalization with them.
 
     Example:
 
@@ -144,7 +143,6 @@ class Pattern(Configurable):
 
     matrix = False
     sparsity = None
-    units = False
 
     def pool(self, scores):
         """Return one score for each group of weights that must leave together, as an array of any shape."""
@@ -220,7 +218,7 @@ class Unstructured(Pattern):
 
 
 def _means(scores, starts, sizes):
-    """Means over the rectangles of a matrix that begin at `starts`: of what is masked (-inf) as 0, of that alone -inf."""
+    """Means over the rectangles of a matrix that begin at `starts`; masked weights count as 0, and alone make -inf."""
     masked = scores == -np.inf
     if masked.any():
         sums = _sums(np.where(masked, 0, scores), starts)
@@ -242,8 +240,7 @@ class Channel(Pattern):
     """Whole output units: a row of the matrix view, which is a unit of a dense layer or a filter of a convolution.
 
     A unit's score is the mean of its weights' scores (with the magnitude: the L1 norm over the number of weights).
-    Weights that are masked already count as 0. `ks.prune` and the callbacks mask the unit's bias and the scale and
-    shift of a `BatchNormalization` that follows with it, so that the unit is dead; see `ks.units`.
+    Weights that are masked already count as 0.
 
     Li et al., "Pruning filters for efficient ConvNets" (2017), section 3.1.
 
@@ -256,7 +253,6 @@ class Channel(Pattern):
     """
 
     matrix = True
-    units = True
 
     def pool(self, scores):
         return _means(scores, [np.arange(scores.shape[0]), [0]], np.float64(scores.shape[1]))[:, 0]
@@ -347,13 +343,13 @@ class NM(Pattern):
         return 1 - self.n / self.m
 
     def count(self, sparsity, shapes):
-        if sparsity > self.sparsity:
+        if sparsity > self.sparsity + 1e-6:
             raise ValueError(
                 f"{self.n}:{self.m} is a sparsity of {self.sparsity:g}: leave the sparsity out. "
                 f"Received: sparsity={sparsity!r}"
             )
         # The same as for other patterns, if m divides the inputs.
-        return round(sparsity / self.sparsity * sum(rows * self._dropped(inputs) for rows, inputs in shapes))
+        return round(min(1.0, sparsity / self.sparsity) * sum(rows * self._dropped(inputs) for rows, inputs in shapes))
 
     def _dropped(self, inputs):
         """How many of a unit's inputs leave."""
@@ -394,9 +390,9 @@ def recognize(kept):
         kept: Boolean matrix [outputs, inputs], `True` where a weight is not zero.
 
     Returns:
-        `""` if there are no zeros or nothing else, `"channel"` if only whole rows are zero, such as `"block_1x4"` if the
-        zeros are made of blocks of that size (the largest that fits), such as `"2:4"` if no group of 2, 4, 8, 16 or 32
-        inputs has more non-zeros than that and most have as many, else `"unstructured"`.
+        `""` if there are no zeros or nothing else; `"channel"` if only whole rows are zero; such as `"block_1x4"` if
+        the zeros are made of blocks of that size (the largest that fits); such as `"2:4"` if no group of 2, 4, 8, 16 or
+        32 inputs has more non-zeros than that and most have as many; else `"unstructured"`.
 
     Example:
 
