@@ -21,6 +21,7 @@ from keras_sparse import (
     optimizers,
     patterns,
     pruning,
+    regularizers,
     reports,
     schedules,
     selection,
@@ -28,6 +29,7 @@ from keras_sparse import (
 from keras_sparse.baking import add_l0, bake
 from keras_sparse.neurons import neuron_sparsity
 from keras_sparse.pruning import prune, update_masks
+from keras_sparse.regularizers import regularize
 from keras_sparse.reports import report
 
 __version__ = "0.1.0"
@@ -47,6 +49,8 @@ __all__ = [
     "patterns",
     "prune",
     "pruning",
+    "regularize",
+    "regularizers",
     "report",
     "reports",
     "schedules",

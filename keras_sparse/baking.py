@@ -6,8 +6,8 @@ import re
 import keras
 import numpy as np
 
-from keras_sparse import selection
-from keras_sparse.layers import L0
+from keras_sparse import reports, selection
+from keras_sparse.layers import L0, gated_layers
 
 __all__ = ["add_l0", "bake"]
 
@@ -59,7 +59,7 @@ def add_l0(model, penalty, granularity="weight", filters=None, **arguments):
         wrapped.update(id(v) for v in weights)
         return L0(copy, price, granularity, **arguments)
 
-    gated = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    gated = keras.models.clone_model(model, _inputs(model), clone_function=clone, recursive=True)
     missed = [w.path for w in selection.weights(model) if id(w.variable) in prices.keys() - wrapped]
     if missed:
         raise ValueError(f"These weights are in no layer that could be wrapped; exclude them. Received: {missed}")
@@ -97,7 +97,7 @@ def bake(model):
     150
     """
     selection.check_model(model)
-    if not _gated_layers(model):
+    if not gated_layers(model):
         raise ValueError(
             "There is nothing to bake: the model has no `ks.layers.L0`. "
             f"Received: {type(model).__name__} {model.name!r}"
@@ -105,27 +105,41 @@ def bake(model):
     config = _without_gates(keras.saving.serialize_keras_object(model))
     config.pop("compile_config", None)
     try:
-        with keras.saving.custom_object_scope({type(layer).__name__: type(layer) for layer in _all_layers(model)}):
+        # Not Keras's own: `Add` is a layer and an operation.
+        custom = {type(x).__name__: type(x) for x in selection.layers(model) if type(x).__module__[:6] != "keras."}
+        with keras.saving.custom_object_scope(custom):
             plain = keras.saving.deserialize_keras_object(config, safe_mode=False)
     except Exception as error:
         raise ValueError(
             "The model cannot be rebuilt from its config, which `bake` needs: custom layers and models must implement "
             f"`get_config`. Received: {type(model).__name__} {model.name!r} ({type(error).__name__}: {error})"
         ) from error
-    if _gated_layers(plain):
+    if gated_layers(plain):
         raise ValueError(
             f"The class {type(model).__name__} makes `L0` layers by itself, so that a copy has them too. Let it take "
             f"its layers as arguments that `get_config` returns, or use the functional API. Received: {model.name!r}"
         )
-    _copy_weights(model, plain)
+    gated = _copy_weights(model, plain)
     _silence(plain)
+    others = [w for w in selection.weights(plain) if id(w.variable) not in gated]
+    reports.remember(plain, {id(w.variable): w.skipped or "had no gates" for w in others})
     _copy_compilation(model, plain)
     return plain
 
 
+def _inputs(model):
+    """New inputs of the same names for a copy; Keras names them after tensors, not layers (3.15)."""
+    if isinstance(model, keras.Sequential):
+        return None
+    names = {id(layer.output): layer.name for layer in model.layers if isinstance(layer, keras.layers.InputLayer)}
+    return keras.tree.map_structure(
+        lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, sparse=x.sparse, name=names[id(x)]), model.input
+    )
+
+
 def _prices(model, penalty, filters):
     """The price of each selected weight, `{id(variable): penalty}`."""
-    if any(isinstance(layer, L0) for layer in _all_layers(model)):
+    if gated_layers(model):
         raise ValueError(f"The model has `L0` layers already. Received: {model.name!r}")
     selected = [w for w in selection.select(model, filters) if w.skipped is None]
     if not isinstance(penalty, dict):
@@ -135,22 +149,6 @@ def _prices(model, penalty, filters):
         for weight in selection.matching(regex, selected):
             prices.setdefault(id(weight.variable), price)
     return prices
-
-
-def _all_layers(holder):
-    """The layers of a model, of the models in it, and what wrappers wrap."""
-    found = []
-    for layer in getattr(holder, "layers", []):
-        found += [layer, *_all_layers(layer)]
-    for name in ("layer", "cell", "forward_layer", "backward_layer"):
-        inner = getattr(holder, name, None)
-        if isinstance(inner, keras.layers.Layer):
-            found += [inner, *_all_layers(inner)]
-    return found
-
-
-def _gated_layers(model):
-    return [layer for layer in _all_layers(model) if isinstance(layer, L0)]
 
 
 def _without_gates(config):
@@ -168,19 +166,22 @@ def _without_gates(config):
 
 
 def _copy_weights(source, target):
-    """Give `target` the weights of `source`, gates folded in where only `source` has them."""
-    folded, gates = {}, set()
-    if not _gated_layers(target):
-        for layer in _gated_layers(source):
+    """Give `target` the weights of `source`, gates folded in where only `source` has them: those are returned."""
+    folded, gates, changed = {}, set(), set()
+    if not gated_layers(target):
+        for layer in gated_layers(source):
             gates |= {id(v) for v in [*layer.log_alphas, layer.penalty]}
             folded |= dict(layer.gated())
     else:
-        gates = {id(v) for layer in _gated_layers(target) for v in [*layer.log_alphas, layer.penalty]}
+        gates = {id(v) for layer in gated_layers(target) for v in [*layer.log_alphas, layer.penalty]}
     # Both walk the same layers in the same order, but for the weights of gates.
     pairs = ([v for v in model.weights if id(v) not in gates] for model in (source, target))
     for old, new in zip(*pairs, strict=True):
         value = selection.as_array(folded.get(id(old), old))
         new.assign(np.where(value == 0, 0, value))  # A gate of 0 makes -0.0 of a negative weight.
+        if id(old) in folded:
+            changed.add(id(new))
+    return changed
 
 
 def _copy_compilation(source, target):

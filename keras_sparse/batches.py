@@ -77,7 +77,10 @@ def of(data, batch_size=32):
         for start in range(0, int(arrays[0].shape[0]) if arrays else 0, batch_size):
             yield keras.tree.map_structure(lambda array, at=start: _as_array(array[at : at + batch_size]), data)
         return
-    for batch in map(data.__getitem__, range(data.num_batches)) if isinstance(data, keras.utils.PyDataset) else data:
+    parts = data
+    if isinstance(data, keras.utils.PyDataset):
+        parts = (data[index] for index in range(data.num_batches))
+    for batch in parts:
         yield keras.tree.map_structure(_as_array, keras.utils.unpack_x_y_sample_weight(batch)[0])
 
 

@@ -57,6 +57,7 @@ class HardConcrete(Configurable):
         Returns:
             Tensor of numbers in [0, 1].
         """
+        noise, log_alpha = ops.convert_to_tensor(noise), ops.convert_to_tensor(log_alpha)
         logits = ops.log(noise) - ops.log1p(-noise) + log_alpha
         return self._stretch(ops.sigmoid(logits / self.temperature))
 

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import numbers
 
 import keras
 import numpy as np
@@ -10,9 +9,9 @@ from keras import ops
 
 from keras_sparse import selection
 from keras_sparse.gates import HardConcrete
-from keras_sparse.registry import serializable
+from keras_sparse.registry import check_penalty, is_real, serializable
 
-__all__ = ["L0", "HardConcrete"]
+__all__ = ["L0", "HardConcrete", "gated_layers"]
 
 # As in the authors' code: a gate that leaves this range has a gradient too small to bring it back.
 _LOG_ALPHA_LIMIT = math.log(100.0)
@@ -78,7 +77,7 @@ class L0(keras.layers.Wrapper):
         _check_layer(layer)
         if granularity not in ("weight", "unit"):
             raise ValueError(f"`granularity` must be 'weight' or 'unit'. Received: granularity={granularity!r}")
-        if not _is_real(open_probability) or not 0 < open_probability < 1:
+        if not is_real(open_probability) or not 0 < open_probability < 1:
             raise ValueError(
                 f"`open_probability` must be between 0 and 1. Received: open_probability={open_probability!r}"
             )
@@ -137,7 +136,9 @@ class L0(keras.layers.Wrapper):
 
     def _call_gated(self, *args, training=None, **kwargs):
         kwargs |= {"training": training} if self._accepts_training else {}
-        variables = self.layer.variables
+        # Keras does not count the states of stateful recurrent layers as variables of theirs.
+        recurrent = [inner for inner in selection.layers(self.layer) if getattr(inner, "stateful", False)]
+        variables = [*self.layer.variables, *keras.tree.flatten([inner.states for inner in recurrent])]
         gated = dict(self.gated(training))
         # The layer runs on values instead of its variables: kernels that are multiplied by their gates.
         scope = keras.StatelessScope([(v, gated.get(id(v), v)) for v in variables], collect_losses=True)
@@ -210,6 +211,16 @@ class L0(keras.layers.Wrapper):
     def get_initial_state(self):
         return self.layer.get_initial_state
 
+    # Keras does not save the states of seeds. With it, a training that resumes has the gates it would have had.
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store["seed"] = selection.as_array(self.seed_generator.state)
+
+    def load_own_variables(self, store):
+        super().load_own_variables({key: store[key] for key in store.keys() if key != "seed"})
+        self.seed_generator.state.assign(store["seed"])
+
     def get_config(self):
         return super().get_config() | {
             "penalty": self.penalty_start,
@@ -219,6 +230,19 @@ class L0(keras.layers.Wrapper):
             "limits": list(self.gate.limits),
             "seed": self.seed,
         }
+
+
+def gated_layers(model):
+    """List the `L0` layers of a model, nested ones and those in the attributes of subclassed models too.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), ks.layers.L0(keras.layers.Dense(3, name="body"), 1e-6)])
+    >>> [layer.name for layer in ks.layers.gated_layers(model)]
+    ['body']
+    """
+    return [layer for layer in selection.layers(model) if isinstance(layer, L0)]
 
 
 class _Cost:
@@ -243,18 +267,6 @@ class _HeldSeed(keras.random.SeedGenerator):
 
     def advance(self):
         super().next()
-
-
-def check_penalty(name, value):
-    """Raise unless `value` is a number of at least 0."""
-    if not _is_real(value):
-        raise TypeError(f"`{name}` must be a number. Received: {name}={value!r} of type {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"`{name}` must be at least 0 and finite. Received: {name}={value!r}")
-
-
-def _is_real(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_layer(layer):

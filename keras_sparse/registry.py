@@ -1,10 +1,12 @@
 """A registry maps the strings that users may write to the classes they stand for, as `keras.optimizers.get` does."""
 
 import difflib
+import math
+import numbers
 
 import keras
 
-__all__ = ["Configurable", "Registry", "serializable"]
+__all__ = ["Configurable", "Registry", "check_penalty", "serializable"]
 
 
 def serializable(cls):
@@ -100,3 +102,29 @@ class Registry:
             f"A {self.kind} is a string among {sorted(self.classes)} or an instance of `{base.__name__}`. "
             f"Received: {identifier!r} of type {type(identifier).__name__}.{hint}"
         )
+
+
+def check_penalty(name, value):
+    """Raise unless `value` is a number of at least 0.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is negative, infinite or NaN.
+
+    Example:
+
+    >>> from keras_sparse.registry import check_penalty
+    >>> check_penalty("strength", -1.0)
+    Traceback (most recent call last):
+    ...
+    ValueError: `strength` must be at least 0 and finite. Received: strength=-1.0
+    """
+    if not is_real(value):
+        raise TypeError(f"`{name}` must be a number. Received: {name}={value!r} of type {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"`{name}` must be at least 0 and finite. Received: {name}={value!r}")
+
+
+def is_real(value):
+    """Whether `value` is a real number; booleans are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -193,10 +193,10 @@ def report(model, notes=()):
     """Tell what is sparse in a model, what was skipped, and why.
 
     Rows: `path`, `shape`, `size` and `zeros` (elements), `sparsity` (share of zeros in [0, 1]), `dead_units` (output
-    units whose weights are all zero) and `dead_inputs` (inputs that only zeros read, of a convolution input channels;
-    both `None` for weights that are not kernels), `status` (`"pruned"`, `"dense"` or
-    `"skipped"`) and `reason`. Totals: over all kernels, `size`, `zeros`, `sparsity` (connection sparsity) and `density`
-    (1 - sparsity, as some papers count); over the model, `parameters` and `nonzero_parameters`.
+    units whose weights are all zero) and `dead_inputs` (inputs that meet only zeros, of a convolution input channels;
+    both `None` for weights that are not kernels), `status` (`"pruned"`, `"dense"` or `"skipped"`) and `reason`. Totals:
+    over all kernels, `size`, `zeros`, `sparsity` (connection sparsity) and `density` (1 - sparsity, as some papers
+    count); over the model, `parameters` and `nonzero_parameters`.
 
     Args:
         model: A built Keras model.

@@ -146,7 +146,8 @@ def test_nothing_private_of_others(path):
     for node in ast.walk(TREES[path]):
         if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
             continue
-        if node.attr == "__version__" or hasattr(type, node.attr) or hasattr(types.FunctionType, node.attr):
+        python = any(hasattr(kind, node.attr) for kind in (type, types.FunctionType, list))
+        if node.attr in ("__version__", "__signature__") or python:
             continue  # `__name__` and its like are Python's, and public.
         owner = node.value
         ours = isinstance(owner, ast.Name) and owner.id in ("self", "cls")

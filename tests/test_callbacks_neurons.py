@@ -40,14 +40,20 @@ class Oracle(keras.callbacks.Callback):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}, {"loss_scale": True}],
+    [
+        {},
+        {"accumulate": True},
+        pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
+        pytest.param({"run_eagerly": True}, marks=pytest.mark.slow),
+        pytest.param({"steps_per_execution": 2}, marks=pytest.mark.slow),
+    ],
     ids=lambda arguments: next(iter(arguments), "plain"),
 )
 def test_logs_are_those_of_the_epoch_and_training_is_the_same(arguments, tmp_path):
     if BACKEND == "torch" and ("jit_compile" in arguments or "steps_per_execution" in arguments):
         pytest.skip("Keras compiles torch models for minutes, and has no steps_per_execution there")
     arguments = dict(arguments)
-    accumulate = arguments.pop("loss_scale", False)
+    accumulate = arguments.pop("accumulate", False)
 
     def fit(*callbacks):
         model = make(**arguments)
@@ -92,7 +98,7 @@ def test_held_back_until_the_target_sparsity():
 def test_model_that_fit_builds():
     model = keras.Sequential([layers.Dense(5, "relu"), layers.Dense(1)])
     model.compile("sgd", "mse")
-    history = model.fit(X, Y, verbose=0, callbacks=[ks.callbacks.NeuronSparsity({"x": X}["x"])]).history
+    history = model.fit(X, Y, verbose=0, callbacks=[ks.callbacks.NeuronSparsity(X)]).history
     assert 0 < history["neuron_sparsity"][0] < 1
 
 
@@ -124,7 +130,7 @@ def test_in_a_distribution_strategy():
 
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
-        model = make()
+        model = make(jit_compile=False)
         oracle = Oracle()
         history = model.fit(X, Y, epochs=2, verbose=0, callbacks=[ks.callbacks.NeuronSparsity(X), oracle]).history
     np.testing.assert_allclose(np.transpose([history[name] for name in NAMES]), oracle.seen, atol=1e-6)

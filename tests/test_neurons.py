@@ -175,6 +175,20 @@ def test_kinds_of_models(kind):
     check(report.rows[0], relu(x @ kernels[0]), 1)
 
 
+def test_units_that_gates_of_l0_close_are_inactive():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(6, "relu"), layers.Dense(2)])
+    gated = ks.add_l0(model, 1e-3, granularity="unit")
+    x = normal(20, 4)
+    before = ks.neuron_sparsity(gated, x)
+    assert table(before, "role", "units") == [("hidden", 6), ("output", 2)]
+    first = gated.layers[0].log_alphas[0]
+    first.assign(np.full(first.shape, -100.0))  # No input of the first layer passes: its units put out the bias, 0.
+    after = ks.neuron_sparsity(gated, x)
+    assert before.totals["neuron_sparsity"] < 1 and after.totals["neuron_sparsity"] == 1
+    assert after.rows[0]["dead_units"] == 0  # The weights behind the gates are there until `bake`.
+    assert ks.neuron_sparsity(ks.bake(gated), x).rows[0]["dead_units"] == 6
+
+
 class SharedActivation(keras.Model):
     """One ReLU used everywhere, as is the custom elsewhere: behind a layer, and twice behind a sum."""
 
@@ -263,14 +277,16 @@ KINDS = {
 @pytest.mark.parametrize("make", KINDS)
 def test_kinds_of_layers(make):
     model = make()
-    report = ks.neuron_sparsity(model, normal(6, *model.input_shape[1:]))
+    probe = ks.neurons.Probe(model)
+    x = normal(4, *model.input_shape[1:])
+    report = probe.measure(x)
     assert [row["units"] for row in report.rows] == [units for _, units in KINDS[make]]
     for row, (name, _) in zip(report.rows, KINDS[make], strict=True):
         assert row["layer"].endswith(name) and row["dead_units"] == 0
     # Units whose weights and biases are all zero are dead, and inactive where zero is mapped to zero.
     for variable in model.weights:
         variable.assign(np.zeros(variable.shape))
-    report = ks.neuron_sparsity(model, normal(6, *model.input_shape[1:]))
+    report = probe.measure(x)
     assert all(row["dead_units"] == row["units"] for row in report.rows)
     assert all(row["inactive"] == row["never_active"] == 1 for row in report.rows)
 

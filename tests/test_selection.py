@@ -160,10 +160,63 @@ def test_dead_units_are_units_whose_output_no_longer_depends_on_the_input(name):
     assert weight.dead_units() == 1
 
 
+# How many inputs a kernel has: of convolutions the channels, each group's own; of rank 2 the rows.
+INPUTS = {
+    "Dense": (lambda: layers.Dense(3), (4,), 4),
+    "Conv1D": (lambda: layers.Conv1D(3, 2), (5, 4), 4),
+    "Conv2D": (lambda: layers.Conv2D(6, 3), (5, 5, 4), 4),
+    "Conv2D in groups": (lambda: layers.Conv2D(6, 3, groups=2), (5, 5, 4), 4),
+    "Conv2DTranspose": (lambda: layers.Conv2DTranspose(3, 2), (5, 5, 4), 4),
+    "DepthwiseConv2D": (lambda: layers.DepthwiseConv2D(2, depth_multiplier=3), (5, 5, 4), 4),
+    "SeparableConv2D": (lambda: layers.SeparableConv2D(3, 2), (5, 5, 4), 4),
+    "SpectralNormalization": (lambda: layers.SpectralNormalization(layers.Conv2D(3, 2)), (5, 5, 4), 4),
+    "EinsumDense": (lambda: layers.EinsumDense("abc,bcd->ad", (3,)), (2, 2), 4),
+    "GRU": (lambda: layers.GRU(3), (5, 4), 4),
+    "ConvLSTM2D": (lambda: layers.ConvLSTM2D(3, 2), (3, 5, 5, 4), 4),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_dead_inputs_are_inputs_on_which_no_output_depends(name):
+    make, shape, inputs = INPUTS[name]
+    model = keras.Sequential([keras.Input(shape), make()])
+    weight = next(w for w in ks.selection.weights(model) if w.kernel)
+    assert weight.dead_inputs() == 0
+    x = np.random.default_rng(0).normal(size=(2, *shape)).astype("float32")
+    before = keras.ops.convert_to_numpy(model(x))
+    value = weight.numpy()
+    if name == "Conv2D in groups":
+        value[:, :, 1, 3:] = 0  # What the second group reads as its channel 1 is channel 3,
+        value[:, :, 0, 0] = 0  # and one filter of two that leaves a channel out leaves it alive.
+        dead = 3
+    else:
+        axes = weight.input_axes
+        assert np.prod([value.shape[axis] for axis in axes]) == inputs
+        value[tuple(1 if axis in axes else slice(None) for axis in range(value.ndim))] = 0
+        dead = np.s_[1, 1] if name == "EinsumDense" else 1
+    weight.variable.assign(value)
+    assert weight.dead_inputs() == 1
+    index = (..., *dead) if isinstance(dead, tuple) else (..., dead)
+    y = keras.ops.convert_to_numpy(model(x))
+    x[index] += 10
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(model(x)), y)
+    x[..., 0] += 10
+    assert not np.allclose(keras.ops.convert_to_numpy(model(x)), before)
+    value[:] = 0
+    weight.variable.assign(value)
+    assert weight.dead_inputs() == inputs
+
+
+def test_biases_have_no_units():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    assert [(w.dead_units(), w.dead_inputs()) for w in ks.selection.weights(model)] == [(0, 0), (None, None)]
+
+
 def test_dead_heads_of_attention():
     model = keras.Sequential([keras.Input((3, 4)), SelfAttention()])
     query, output = (next(w for w in ks.selection.weights(model) if key in w.path) for key in ("query/k", "output/k"))
     assert (query.output_axes, output.output_axes) == ((1, 2), (2,))
+    assert (query.input_axes, output.input_axes) == ((0,), (0, 1))
 
 
 # Kinds of models

@@ -53,7 +53,7 @@ def neuron_sparsity(model, data, batch_size=32):
 
     >>> import keras, numpy as np, keras_sparse as ks
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, "relu"), keras.layers.Dense(1)])
-    >>> model.layers[0].kernel.assign([[1.0, -1.0], [1.0, -1.0]])
+    >>> model.layers[0].set_weights([np.array([[1.0, -1.0], [1.0, -1.0]]), np.zeros(2)])
     >>> ks.neuron_sparsity(model, np.ones((5, 2))).totals["neuron_sparsity"]
     0.5
     """

@@ -39,19 +39,21 @@ def group_soft_threshold(value, threshold, groups):
 
     >>> import keras, numpy as np, keras_sparse as ks
     >>> value = ks.optimizers.group_soft_threshold([3.0, 4.0, 0.1, 0.1], 1.0, np.array([0, 0, 1, 1]))
-    >>> np.round(keras.ops.convert_to_numpy(value), 2).tolist()
-    [2.15, 2.87, 0.0, 0.0]
+    >>> np.round(keras.ops.convert_to_numpy(value), 2)
+    array([2.15, 2.87, 0.  , 0.  ], dtype=float32)
     """
     value = ops.convert_to_tensor(value)
-    index, sizes = groups.reshape(-1), np.bincount(groups.reshape(-1)).astype("float32")
+    count = np.bincount(groups.reshape(-1))
+    index, sizes = ops.convert_to_tensor(groups.reshape(-1)), ops.cast(ops.convert_to_tensor(count), value.dtype)
 
     def per_group(tensor):
-        return ops.segment_sum(ops.reshape(tensor, (-1,)), index, num_segments=len(sizes))
+        return ops.segment_sum(ops.reshape(tensor, (-1,)), index, num_segments=len(count))
 
     norms = ops.sqrt(per_group(ops.square(value)))
-    if len(getattr(threshold, "shape", ())):
+    threshold = ops.cast(ops.convert_to_tensor(threshold), value.dtype)
+    if len(threshold.shape):
         threshold = per_group(threshold) / sizes
-    threshold = threshold * np.sqrt(sizes)
+    threshold = threshold * ops.sqrt(sizes)
     gone = norms <= threshold
     factor = 1 - threshold / ops.where(gone, ops.ones_like(norms), norms)
     gone, factor = (ops.reshape(ops.take(tensor, index), value.shape) for tensor in (gone, factor))

@@ -9,12 +9,13 @@ import contextlib
 import keras
 from keras import ops
 
+from keras_sparse.optimizers.assignment import assign_in_step, mask_off, masked_value
 from keras_sparse.optimizers.origin import Origin
 from keras_sparse.optimizers.slots import restart, slots
 from keras_sparse.optimizers.statistics import Statistic, dense_gradients
 from keras_sparse.registry import serializable
 
-__all__ = ["SparseOptimizer", "masked_value"]
+__all__ = ["SparseOptimizer"]
 
 
 @serializable
@@ -315,8 +316,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             moved = ops.cast(ops.convert_to_tensor(self.iterations) - before, "float32")
             states = slots(self.inner_optimizer, self._trainable_variables)
             optimizer, variables = self.inner_optimizer, self._trainable_variables
-            _assign_in_step(shrinkage.changes(optimizer, rate, moved, self.strength, variables, states))
-        _assign_in_step([(variable, _masked, [mask]) for variable, mask in self._masked_state()])
+            assign_in_step(shrinkage.changes(optimizer, rate, moved, self.strength, variables, states))
+        assign_in_step([(variable, mask_off, [mask]) for variable, mask in self._masked_state()])
 
     def _update_statistics(self, grads, trainable_variables):
         wanted = {index for statistic in self._statistics.values() for index in statistic.indices}
@@ -423,49 +424,3 @@ def _passed_through(name):
 # `_model_variables_moving_average` is what `SwapEMAWeights` reads from an optimizer inside a `LossScaleOptimizer`.
 for _name in ("loss_scale_factor", "gradient_accumulation_steps", "use_ema", "_model_variables_moving_average"):
     setattr(SparseOptimizer, _name, _passed_through(_name))
-
-
-def masked_value(variable, mask):
-    """Return a variable's value with 0.0 where `mask` is `False`.
-
-    Example:
-
-    >>> import keras, numpy as np, keras_sparse as ks
-    >>> value = ks.optimizers.masked_value(keras.Variable([1.0, 2.0]), np.array([True, False]))
-    >>> keras.ops.convert_to_numpy(value)
-    array([1., 0.], dtype=float32)
-    """
-    value = ops.convert_to_tensor(variable)
-    return ops.where(ops.convert_to_tensor(mask), value, ops.zeros_like(value))
-
-
-def _masked(value, mask):
-    return ops.where(mask, value, ops.zeros((), value.dtype))
-
-
-def _assign_in_step(changes):
-    """Assign `function(value, *arguments)` to each variable, for triples `(variable, function, arguments)`."""
-    if keras.backend.backend() != "tensorflow" or not changes:
-        for variable, function, arguments in changes:
-            variable.assign(function(*map(ops.convert_to_tensor, [variable, *arguments])))
-        return
-    import tensorflow as tf
-
-    functions = [function for _, function, _ in changes]
-
-    # In a replica, a mirrored variable takes assignments only through its strategy. `maybe_merge_call` is how the
-    # Keras optimizers do it; public `merge_call` fails in strategies that run replicas without merging (TPU, NCCL).
-    def update(strategy, variables, arguments):
-        for variable, function, values in zip(variables, functions, arguments, strict=True):
-
-            def assign(v, *values, function=function):
-                return v.assign(function(tf.convert_to_tensor(v), *values))
-
-            strategy.extended.update(variable, assign, args=tuple(values), group=False)
-
-    tf.__internal__.distribute.interim.maybe_merge_call(
-        update,
-        tf.distribute.get_strategy(),
-        [variable.value for variable, _, _ in changes],
-        [[tf.convert_to_tensor(a.value if isinstance(a, keras.Variable) else a) for a in args] for *_, args in changes],
-    )

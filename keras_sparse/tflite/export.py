@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from keras_sparse import selection
+from keras_sparse.layers import gated_layers
 from keras_sparse.reports import Report
 from keras_sparse.tflite.convert import ExportError, convert
 from keras_sparse.tflite.flatmodel import gzip_size, read
@@ -185,6 +186,9 @@ def _model(model):
             "`model` must be a `keras.Model`: put the layer into a `keras.Sequential`. "
             f"Received: {type(model).__name__}"
         )
+    gated = [layer.name for layer in gated_layers(model)]
+    if gated:
+        raise ValueError(f"Fold the gates in first: `export(ks.bake(model), ...)`. Received: `ks.layers.L0` {gated}")
     return model
 
 

@@ -1,0 +1,196 @@
+"""A gate callback logs how far the gates of `L0` layers are closed, and moves the price of open ones in `model.fit`."""
+
+import math
+import numbers
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+
+from keras_sparse import clock, schedules, selection
+from keras_sparse.layers import gated_layers
+from keras_sparse.registry import Configurable, serializable
+
+__all__ = ["L0Penalty"]
+
+# The controller, in logarithms of the penalty for each update: how much a sparsity that is too low by 1 adds, how much
+# one that is too high by 1 takes off, and how much a change of that error by 1 adds. Gates take a while to close, so
+# the last one has to see it coming, and few that have closed open again.
+_RAISE, _LOWER, _PROPORTIONAL = 0.3, 3.0, 10.0
+_LARGEST_CHANGE, _LARGEST_FACTOR = math.log(2), math.log(1e4)
+
+
+@serializable
+class L0Penalty(keras.callbacks.Callback, Configurable):
+    """Logs the expected L0 norm and the sparsity of a model with `ks.layers.L0`, and moves the penalty if asked.
+
+    At the end of each epoch `logs["expected_l0"]` is the expected number of gated weights that are not zero (equation
+    12 of Louizos, Welling & Kingma, 2018, summed over all layers), `logs["sparsity"]` the share of the gated weights
+    that are zero in inference, as `ks.bake` would leave them.
+
+    Args:
+        schedule: How the penalty of each layer rises from 0 at `begin` to its own value, the one it was created with,
+            at `end`: `"linear"`, `"cosine"`, or any other name or `ks.schedules.Schedule`.
+        target_sparsity: The share of the gated weights to be zero, in (0, 1). A controller multiplies the penalties of
+            all layers by a common factor, so that the sparsity rises from 0 at `begin` to the target at `end`, and
+            stays there. Gates need some time to close: leave them some thousand steps, or a higher learning rate.
+        begin: When the penalty, or the sparsity, starts to rise. A float is a fraction of this `fit`
+            (epochs x steps), an int counts optimizer steps from the start of this `fit`.
+        end: When it has arrived, like `begin`.
+        frequency: Optimizer steps between updates. Defaults to a fiftieth of the span from `begin` to `end`.
+
+    Raises:
+        ValueError: If a number is out of range, both `schedule` and `target_sparsity` are given, or the model has no
+            `L0` layer, is not built, or all its penalties are 0 and there is a target.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> layer = ks.layers.L0(keras.layers.Dense(1), penalty=0.01)
+    >>> model = keras.Sequential([keras.Input((20,)), layer])
+    >>> model.compile("adam", "mse")
+    >>> x, y = np.zeros((64, 20)), np.zeros((64, 1))
+    >>> history = model.fit(x, y, verbose=0, callbacks=[ks.callbacks.L0Penalty(schedule="linear")])
+    >>> 16 < history.history["expected_l0"][0] < 17, history.history["sparsity"]
+    (True, [0.0])
+    """
+
+    def __init__(self, schedule=None, target_sparsity=None, begin=0.0, end=0.5, frequency=None):
+        super().__init__()
+        if schedule is not None and target_sparsity is not None:
+            raise ValueError(
+                "Give `schedule` or `target_sparsity`, not both: each of them says what the penalty is. "
+                f"Received: schedule={schedule!r}, target_sparsity={target_sparsity!r}"
+            )
+        self._clock = clock.Clock(begin, end, frequency)
+        self.schedule = None if schedule is None else schedules.get(schedule)
+        self.target_sparsity = None if target_sparsity is None else _check_target(target_sparsity)
+        self.begin, self.end, self.frequency = begin, end, frequency
+        self._layers = []
+
+    def get_config(self):
+        schedule = None if self.schedule is None else keras.saving.serialize_keras_object(self.schedule)
+        return {
+            "schedule": schedule,
+            "target_sparsity": self.target_sparsity,
+            "begin": self.begin,
+            "end": self.end,
+            "frequency": self.frequency,
+        }
+
+    def on_train_begin(self, logs=None):
+        model = self.model
+        selection.check_model(model)
+        self._layers = gated_layers(model)
+        if not self._layers:
+            raise ValueError(
+                "`L0Penalty` needs a model with `ks.layers.L0`; `ks.add_l0(model, penalty)` makes one. "
+                f"Received: {type(model).__name__} {model.name!r}"
+            )
+        if self.target_sparsity is not None and not any(layer.penalty_start for layer in self._layers):
+            raise ValueError(
+                "`target_sparsity` multiplies the penalties of the layers: create at least one with a penalty above 0."
+                f" Received: the penalties of {[layer.name for layer in self._layers]} are 0"
+            )
+        self._clock.restart()
+        self._time = self._error = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self.schedule is None and self.target_sparsity is None:
+            return
+        optimizer, steps = self.model.optimizer, self.params.get("steps")
+        first = self._time is None
+        if first:
+            now = clock.number(optimizer.iterations)
+            before = epoch * steps // (optimizer.gradient_accumulation_steps or 1) if steps else now if epoch else 0
+            # All that a clock asks of a `SparseOptimizer`. Nothing here has to be saved: what is due follows from the
+            # step, since an update is never marked as made.
+            values = {"start": now - before, "length": 0, "updated": -1}
+            self._time = SimpleNamespace(
+                gradient_accumulation_steps=optimizer.gradient_accumulation_steps,
+                **{name: keras.Variable(value, trainable=False, dtype="int32") for name, value in values.items()},
+            )
+        self._time.iterations = optimizer.iterations
+        now = self._clock.start_epoch(self._time, epoch, self.params["epochs"], steps)
+        self._base = now
+        if first and self.target_sparsity is not None:
+            # An interrupted training goes on as if the last update had been now: its integral is in the penalties.
+            self._due = self._next(now)
+            self._error = self._miss(self._clock.progress(now) or 0.0)
+        elif first or now >= self._due:
+            self._update(now)
+
+    def on_train_batch_end(self, batch, logs=None):
+        # An upper bound of the step, because touching `self.model` makes JAX copy its whole state.
+        if self._time is None or self._base + batch + 1 < self._due:
+            return
+        self._time.iterations = self.model.optimizer.iterations
+        now = self._clock.read(self._time, batch)
+        self._base = now - (batch + 1)
+        if now >= self._due:
+            self._update(now)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is not None and self.model is not None:
+            logs["expected_l0"] = sum(layer.expected_l0() for layer in self._layers)
+            logs["sparsity"] = float(self._measure(lambda layer, gate, log_alpha: gate == 0))
+
+    def _update(self, now):
+        self._due = self._next(now)
+        progress = self._clock.progress(now)
+        if self.schedule is not None:
+            fraction = 0.0 if progress is None else self.schedule(progress)
+            for layer in self._layers:
+                layer.penalty.assign(layer.penalty_start * fraction)
+        elif progress is not None:
+            self._control(progress)
+
+    def _control(self, progress):
+        """A proportional-integral controller of the logarithm of the penalty; the penalty itself is the integral."""
+        error = self._miss(progress)
+        change = (_RAISE if error > 0 else _LOWER) * error + _PROPORTIONAL * (error - self._error)
+        self._error = error
+        first = next(layer for layer in self._layers if layer.penalty_start)
+        factor = math.log(float(selection.as_array(first.penalty)) / first.penalty_start)
+        change = np.clip(change, -_LARGEST_CHANGE, _LARGEST_CHANGE)
+        factor = math.exp(np.clip(factor + change, -_LARGEST_FACTOR, _LARGEST_FACTOR))
+        for layer in self._layers:
+            layer.penalty.assign(layer.penalty_start * factor)
+
+    def _miss(self, progress):
+        """How much sparsity is missing."""
+        # A gate that is on its way counts in part, as long as the target rises: closed ones alone come too late.
+        closed = self._measure(lambda layer, gate, log_alpha: gate == 0)
+        closing = self._measure(_way)
+        return self.target_sparsity * progress - (progress * closed + (1 - progress) * closing)
+
+    def _next(self, now):
+        return now + self._clock.every - self._clock.elapsed(now) % self._clock.every
+
+    def _measure(self, value):
+        """The mean of `value(layer, gate, log_alpha)` over the gated weights."""
+        total = size = 0.0
+        for layer in self._layers:
+            for weight, gate, log_alpha in zip(layer.kernels, layer.gates(), layer.log_alphas, strict=True):
+                mean = np.mean(value(layer, gate, selection.as_array(log_alpha)), dtype="float64")
+                total, size = total + mean * weight.size, size + weight.size
+        return float(total / size)
+
+
+def _way(layer, gate, log_alpha):
+    """How far gates are from where they started to where they close, from 0 to 1."""
+    low, high = layer.gate.limits
+    start, closed = (math.log(p / (1 - p)) for p in (layer.open_probability, -low / (high - low)))
+    return np.clip((start - log_alpha) / max(start - closed, 1e-3), 0, 1)
+
+
+def _check_target(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            "`target_sparsity` must be a number in (0, 1). "
+            f"Received: target_sparsity={value!r} of type {type(value).__name__}"
+        )
+    if not 0 < value < 1:
+        raise ValueError(f"`target_sparsity` must be in (0, 1). Received: target_sparsity={value!r}")
+    return float(value)

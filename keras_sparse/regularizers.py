@@ -1,0 +1,246 @@
+"""Regularizers that pull weights to zero, and `regularize`, which puts any regularizer on a model that exists."""
+
+import json
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_sparse import optimizers, patterns, selection
+from keras_sparse.registry import check_penalty, serializable
+from keras_sparse.reports import Report
+
+__all__ = ["L1", "GroupLasso", "regularize"]
+
+
+class MovableStrength(keras.regularizers.Regularizer):
+    """A regularizer with a strength that `ks.callbacks.StrengthSchedule` moves. Subclasses implement `cost(x)`."""
+
+    def __init__(self, strength):
+        check_penalty("strength", strength)
+        self.strength = float(strength)
+        self._moved = None
+
+    def __call__(self, x):
+        if self._moved is None:
+            return self.strength * self.cost(x)
+        return ops.cast(ops.convert_to_tensor(self._moved), x.dtype) * self.cost(x)
+
+    def move(self, fraction):
+        """Make the strength `fraction` of the constructor's. Returns whether functions traced before are outdated."""
+        first = self._moved is None
+        if first:
+            self._moved = keras.Variable(0.0, trainable=False, dtype="float32", name="strength")
+        self._moved.assign(self.strength * fraction)
+        # A compiled step of JAX holds the value of a variable that is not among the model's.
+        return first or keras.backend.backend() == "jax"
+
+    def get_config(self):
+        """The constructor's arguments as plain data."""
+        return {"strength": self.strength}
+
+
+@serializable
+class L1(MovableStrength):
+    """The lasso: `strength * sum(abs(w))`, Tibshirani, "Regression shrinkage and selection via the lasso" (1996).
+
+    Args:
+        strength: At least 0. `ks.callbacks.StrengthSchedule` raises it to this value in training.
+
+    Raises:
+        ValueError: If the strength is negative, infinite or NaN.
+        TypeError: If it is no number.
+
+    Example:
+
+    >>> import numpy as np, keras_sparse as ks
+    >>> float(ks.regularizers.L1(0.5)(np.array([[1.0, -3.0]], "float32")))
+    2.0
+    """
+
+    def cost(self, x):
+        """The sum of the absolute values of a tensor of any shape."""
+        # Not `abs`, whose derivative at 0 is 1 on JAX: weights that are zero would be pushed off it.
+        return ops.sum(x * ops.stop_gradient(ops.sign(x)))
+
+
+@serializable
+class GroupLasso(MovableStrength):
+    """The group lasso: `strength * sum over groups g of sqrt(|g|) * ||w_g||_2`, `|g|` being the weights of a group.
+
+    Yuan & Lin, "Model selection and estimation in regression with grouped variables" (2006), equation 2.1 with the
+    weights of their section 2. It pulls groups to zero as a whole. The gradient at a group of zeros is 0.
+
+    Args:
+        strength: At least 0. `ks.callbacks.StrengthSchedule` raises it to this value in training.
+        group: Which weights belong together: `"channel"` (output units and filters), `"block_1x4"` and the like, or a
+            `ks.patterns.Pattern`. All groups of a weight must have the same size.
+        output_axes: The axes of the weight that count output units. `ks.regularize` knows them for each layer.
+
+    Raises:
+        ValueError: If the strength is negative, infinite or NaN, or, when called, if groups do not divide the weight.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+
+    >>> import numpy as np, keras_sparse as ks
+    >>> weight = np.array([[3.0, 0.0], [4.0, 0.0]], "float32")
+    >>> round(float(ks.regularizers.GroupLasso(1.0)(weight)), 4)
+    7.0711
+    """
+
+    def __init__(self, strength, group="channel", output_axes=(-1,)):
+        super().__init__(strength)
+        self.group = patterns.get(group)
+        self.output_axes = tuple(int(axis) for axis in output_axes)
+
+    def cost(self, x):
+        """The sum of the groups' norms, each times the root of the group's size, of a tensor of a kernel's shape."""
+        size, order = self.layout(tuple(int(n) for n in x.shape))
+        # Equal groups: weights in the order of their groups are a matrix with a group in each row.
+        squares = ops.sum(ops.reshape(ops.take(ops.reshape(ops.square(x), (-1,)), order), (-1, size)), axis=1)
+        # The root has no derivative at 0, and a gradient of NaN would pass through one `where`.
+        positive = squares > 0
+        norms = ops.where(positive, ops.sqrt(ops.where(positive, squares, ops.ones_like(squares))), 0.0)
+        return size**0.5 * ops.sum(norms)
+
+    def layout(self, shape):
+        """Return the size of a group, and the flat indices of the weights of `shape` ordered by group."""
+        groups = self.group.groups(shape, self.output_axes).reshape(-1)
+        sizes = np.bincount(groups)
+        if np.any(sizes != sizes[0]):
+            raise ValueError(
+                f"The groups do not divide the weight: they would be of {sizes.min()} to {sizes.max()} weights. Choose "
+                f"a block that divides the matrix [outputs, inputs]. Received: shape={shape}, "
+                f"output_axes={self.output_axes}, group={type(self.group).__name__}({self.group.get_config()})"
+            )
+        return int(sizes[0]), np.argsort(groups, kind="stable").astype("int32")
+
+    def get_config(self):
+        """The constructor's arguments as plain data."""
+        return super().get_config() | {
+            "group": keras.saving.serialize_keras_object(self.group),
+            "output_axes": list(self.output_axes),
+        }
+
+
+def regularize(model, regularizer, filters=None):
+    """Put a regularizer on weights of a model that exists, trained or not.
+
+    The loss grows by the regularizer's value, once for each weight. It takes effect without `compile`, replaces what
+    was there, and is saved with the model where the layers have an argument for it.
+
+    Args:
+        model: A built Keras model.
+        regularizer: A Keras regularizer, a name such as `"l1"`, or `None` to remove what is there. Each weight gets a
+            `GroupLasso` of its own, with the weight's `output_axes`.
+        filters: Which weights: a regex, a list of them, or a callable on the variable; see `ks.selection.select`.
+
+    Returns:
+        A `Report` with a row for each chosen weight: `path`, `regularizer`, `saved` and the `reason` if it is not.
+
+    Warns:
+        UserWarning: If a saved and loaded model would not have the regularizer on some weight.
+
+    Raises:
+        ValueError: If the model is not built, the filters select nothing, or groups do not divide a weight.
+        TypeError: If an argument is of the wrong type.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, kernel_initializer="ones")])
+    >>> ks.regularize(model, ks.regularizers.L1(0.5)).rows[0]["saved"]
+    True
+    >>> float(model.losses[0])
+    6.0
+    """
+    selection.check_model(model)
+    regularizer = keras.regularizers.get(regularizer)
+    if regularizer is not None and not callable(regularizer):
+        raise TypeError(f"Expected a Keras regularizer, a name or `None`. Received: regularizer={regularizer!r}")
+    chosen = [w for w in selection.select(model, filters) if w.skipped is None]
+    attached = [_for_weight(regularizer, weight) for weight in chosen]
+    reasons = _why_not_saved(model, chosen)
+    for weight, own in zip(chosen, attached, strict=True):
+        weight.variable.regularizer = own
+        attribute = _attribute(weight)
+        if attribute:
+            setattr(weight.layer, attribute, own)
+    if isinstance(model, keras.Model):
+        optimizers.drop_functions(model)
+    name = "none" if regularizer is None else getattr(regularizer, "__name__", type(regularizer).__name__)
+    rows = [
+        {"path": w.path, "regularizer": name, "saved": reason is None, "reason": reason or ""}
+        for w, reason in zip(chosen, reasons, strict=True)
+    ]
+    lost = [row for row in rows if not row["saved"]]
+    if lost and regularizer is not None:
+        warnings.warn(
+            f"{len(lost)} of {len(rows)} weights have the regularizer now, but not after the model is saved and "
+            "loaded; call `ks.regularize` again then. "
+            + "; ".join(f"{row['path']}: {row['reason']}" for row in lost[:8]),
+            stacklevel=2,
+        )
+    return Report("Regularizers", rows, {"weights": len(rows), "saved": len(rows) - len(lost)})
+
+
+def _for_weight(regularizer, weight):
+    if not isinstance(regularizer, GroupLasso):
+        return regularizer
+    own = type(regularizer).from_config(regularizer.get_config() | {"output_axes": weight.output_axes})
+    own.layout(tuple(weight.variable.shape))  # Raises now, before anything changes, if groups do not divide it.
+    return own
+
+
+def _attribute(weight):
+    """The layer's attribute that its config takes the regularizer of this weight from, or `None`."""
+    name = weight.variable.name
+    for candidate in (
+        "depthwise_regularizer" if name == "kernel" else "",
+        f"{name}_regularizer",
+        f"{name.removesuffix('_kernel')}_regularizer",
+    ):
+        if hasattr(weight.layer, candidate):
+            return candidate
+    return None
+
+
+@serializable
+class _Marker(keras.regularizers.Regularizer):
+    """A regularizer to be looked for in a config."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def get_config(self):
+        return {"mark": self.mark}
+
+
+def _why_not_saved(model, chosen):
+    """For each weight, why the model's config would not bring its regularizer back; `None` if it would."""
+    places = [(w.layer, _attribute(w)) for w in chosen]
+    before = [getattr(layer, name) if name else None for layer, name in places]
+    marks = [f"keras_sparse_mark_{index}_" for index in range(len(chosen))]
+    try:
+        for (layer, name), mark in zip(places, marks, strict=True):
+            if name:
+                setattr(layer, name, _Marker(mark))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = json.dumps(model.get_config(), default=str)
+    except Exception:  # Whatever a config of the user's raises, it carries nothing.
+        config = ""
+    finally:
+        for (layer, name), old in zip(places, before, strict=True):
+            if name:
+                setattr(layer, name, old)
+    return [
+        f"{type(layer).__name__} has no argument for it"
+        if not name
+        else None
+        if mark in config
+        else f"the config of {type(model).__name__} {model.name!r} does not hold the regularizer of {layer.name!r}"
+        for (layer, name), mark in zip(places, marks, strict=True)
+    ]

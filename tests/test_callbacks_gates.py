@@ -1,0 +1,172 @@
+"""The callback that logs L0 norms and moves the penalty: against its formula, and on handwritten digits."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_sparse as ks
+from keras_sparse.layers import L0, gated_layers
+
+BACKEND = keras.backend.backend()
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(64, 6)).astype("float32"), RNG.normal(size=(64, 1)).astype("float32")
+
+
+def make(price=0.01, **arguments):
+    keras.utils.set_random_seed(0)
+    gated = [L0(layers.Dense(8, "relu"), price, seed=1), L0(layers.Dense(1), 2 * price, "unit", seed=2)]
+    model = keras.Sequential([keras.Input((6,)), *gated])
+    optimizer = arguments.pop("optimizer", None) or keras.optimizers.Adam(0.05)
+    model.compile(optimizer, "mse", **arguments)
+    return model
+
+
+def penalties(model):
+    return [float(ks.selection.as_array(layer.penalty)) for layer in gated_layers(model)]
+
+
+class Recorder(keras.callbacks.Callback):
+    """The penalties after each batch, by the optimizer's step."""
+
+    def __init__(self, break_at=None):
+        super().__init__()
+        self.seen, self.break_at = {}, break_at
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen[int(ks.selection.as_array(self.model.optimizer.iterations))] = penalties(self.model)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self.break_at:
+            raise KeyboardInterrupt
+
+
+def test_logs(tmp_path, capsys):
+    model = make()
+    csv_logger = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    callbacks = [ks.callbacks.L0Penalty(), csv_logger]
+    history = model.fit(X, Y, batch_size=16, epochs=3, verbose=2, callbacks=callbacks).history
+    first, second = gated_layers(model)
+    assert history["expected_l0"][-1] == pytest.approx(first.expected_l0() + second.expected_l0())
+    closed = (first.gates()[0] == 0).sum() + (second.gates()[0] == 0).sum()
+    assert history["sparsity"][-1] == pytest.approx(closed / 56)
+    assert ks.report(ks.bake(model)).totals["zeros"] >= closed
+    assert penalties(model) == pytest.approx([0.01, 0.02])
+    assert "expected_l0: " in capsys.readouterr().out
+    with open(tmp_path / "log.csv") as file:
+        assert [float(row["expected_l0"]) for row in csv.DictReader(file)] == pytest.approx(history["expected_l0"])
+
+
+@pytest.mark.parametrize("accumulate", [None, 2])
+def test_penalty_follows_the_schedule(accumulate):
+    model = make(optimizer=keras.optimizers.Adam(0.01, gradient_accumulation_steps=accumulate))
+    callback = ks.callbacks.L0Penalty("cosine", begin=4, end=0.75, frequency=1)
+    for start in (0, 16):  # A second fit starts anew.
+        recorder = Recorder()
+        epochs = 4 * (accumulate or 1)
+        model.fit(X, Y, batch_size=16, epochs=epochs, verbose=0, callbacks=[callback, recorder])
+        for step, values in recorder.seen.items():
+            if step > start:
+                progress = min(max((step - start - 4) / 8, 0), 1)
+                expected = (1 - np.cos(np.pi * progress)) / 2
+                assert values == pytest.approx([0.01 * expected, 0.02 * expected], abs=1e-8)
+
+
+def test_frequency_and_steps_per_execution():
+    if BACKEND == "torch":
+        pytest.skip("Keras has no steps_per_execution there")
+    model = make(steps_per_execution=2)
+    recorder = Recorder()
+    callback = ks.callbacks.L0Penalty("linear", end=12, frequency=4)
+    model.fit(X, Y, batch_size=16, epochs=4, verbose=0, callbacks=[callback, recorder])
+    assert [recorder.seen[step][0] for step in (2, 4, 6, 8, 12, 16)] == pytest.approx(
+        [0, 0.01 / 3, 0.01 / 3, 0.02 / 3, 0.01, 0.01]
+    )
+
+
+@pytest.mark.parametrize("arguments", [{"schedule": "linear"}, {"target_sparsity": 0.5}], ids=str)
+def test_resume(tmp_path, arguments):
+    def fit(folder, break_at=None):
+        model = make()
+        recorder = Recorder(break_at)
+        callbacks = [
+            keras.callbacks.BackupAndRestore(tmp_path / folder),
+            ks.callbacks.L0Penalty(**arguments, end=0.8, frequency=3),
+            recorder,
+        ]
+        model.fit(X, Y, batch_size=16, epochs=4, shuffle=False, verbose=0, callbacks=callbacks)
+        return recorder.seen
+
+    whole = fit("whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit("broken", break_at=2)
+    resumed = fit("broken")
+    assert min(resumed) == 9
+    # The controller's damping begins anew, its integral is in the penalties.
+    tolerance = 1e-6 if "schedule" in arguments else 0.5
+    assert resumed[9] == pytest.approx(whole[9], rel=tolerance)
+    assert resumed[16] == pytest.approx(whole[16], rel=tolerance)
+
+
+def test_dataset_of_unknown_length():
+    def batches():
+        for _ in range(4):
+            for i in range(4):
+                yield X[16 * i : 16 * i + 16], Y[16 * i : 16 * i + 16]
+
+    model = make()
+    recorder = Recorder()
+    callbacks = [ks.callbacks.L0Penalty("linear"), recorder]
+    model.fit(batches(), steps_per_epoch=4, epochs=4, verbose=0, shuffle=False, callbacks=callbacks)
+    assert [recorder.seen[step][0] for step in (4, 8, 16)] == pytest.approx([0.005, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("granularity, price", [("weight", 1e-4), ("weight", 1e-2), ("unit", 1e-4)])
+def test_target_is_met_on_digits(granularity, price):
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = datasets.load_digits(return_X_y=True)
+    x = (x / 16).astype("float32")
+    keras.utils.set_random_seed(0)
+    gated = [L0(layers.Dense(32, "relu"), price, granularity), L0(layers.Dense(10), price, granularity)]
+    model = keras.Sequential([keras.Input((64,)), *gated])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
+    callback = ks.callbacks.L0Penalty(target_sparsity=0.7)
+    history = model.fit(x, y, batch_size=32, epochs=20, verbose=0, callbacks=[callback]).history
+    assert history["sparsity"][-1] == pytest.approx(0.7, abs=0.05)
+    baked = ks.bake(model)
+    assert baked.evaluate(x, y, verbose=0)[1] > (0.9 if granularity == "weight" else 0.75)
+    assert ks.report(baked).totals["sparsity"] >= history["sparsity"][-1] - 1e-9
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="Give `schedule` or `target_sparsity`, not both"):
+        ks.callbacks.L0Penalty("linear", 0.5)
+    for value in (0, 1, -0.5, float("nan")):
+        with pytest.raises(ValueError, match=r"`target_sparsity` must be in \(0, 1\). Received"):
+            ks.callbacks.L0Penalty(target_sparsity=value)
+    with pytest.raises(TypeError, match="`target_sparsity` must be a number"):
+        ks.callbacks.L0Penalty(target_sparsity="most")
+    with pytest.raises(ValueError, match="`end` must be after `begin`"):
+        ks.callbacks.L0Penalty("linear", begin=0.5, end=0.5)
+    with pytest.raises(ValueError, match="Unknown schedule"):
+        ks.callbacks.L0Penalty("steep")
+    with pytest.raises(ValueError, match="multiplies the penalties"):
+        make(price=0.0).fit(X, Y, verbose=0, callbacks=[ks.callbacks.L0Penalty(target_sparsity=0.5)])
+    plain = keras.Sequential([keras.Input((6,)), layers.Dense(1)])
+    plain.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="`L0Penalty` needs a model with `ks.layers.L0`; `ks.add_l0"):
+        plain.fit(X, Y, verbose=0, callbacks=[ks.callbacks.L0Penalty()])
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
+def test_in_a_distribution_strategy(two_replicas):
+    with two_replicas.scope():
+        model = make()
+    recorder = Recorder()
+    callback = ks.callbacks.L0Penalty("linear", end=8, frequency=1)
+    history = model.fit(X, Y, batch_size=16, epochs=3, verbose=0, callbacks=[callback, recorder]).history
+    assert [recorder.seen[step][0] for step in (4, 8, 12)] == pytest.approx([0.005, 0.01, 0.01])
+    assert 0 < history["expected_l0"][-1] < 56
