@@ -3,19 +3,31 @@
 A pattern is made of two primitives: `pool` gives one score to each group of weights that must leave together, `expand`
 spreads the decision about the groups over the weights. The ranking between them is `keep_highest`.
 
-Patterns with a shape (`Block`, `Channel`) are defined on the weight as a runtime multiplies it: the *matrix view*
+Patterns with a shape (`Block`, `NM`, `Channel`) are defined on the weight as a runtime multiplies it: the *matrix view*
 [outputs, inputs] of the kernel, whose columns run over the spatial axes first and the input channels fastest, as TFLite
 stores them.
 """
 
+import math
 import numbers
 import re
 
 import numpy as np
 
-from keras_sparse.registry import Configurable, Registry
+from keras_sparse.registry import Configurable, Registry, serializable
 
-__all__ = ["Block", "Channel", "Pattern", "Unstructured", "from_matrix", "get", "keep_highest", "to_matrix"]
+__all__ = [
+    "NM",
+    "Block",
+    "Channel",
+    "Pattern",
+    "Unstructured",
+    "from_matrix",
+    "get",
+    "keep_highest",
+    "recognize",
+    "to_matrix",
+]
 
 _REGISTRY = Registry("pattern")
 
@@ -109,7 +121,12 @@ class Pattern(Configurable):
     """Base class of patterns.
 
     Subclasses implement `pool(scores) -> group scores` and `expand(kept groups, shape) -> kept weights`. The scores
-    come in the kernel's own layout, or as the matrix [outputs, inputs] if the class says `matrix = True`.
+    come in the kernel's own layout, or as the matrix [outputs, inputs] if the class says `matrix = True`. Weights that
+    are masked already have the score -inf.
+
+    Attributes:
+        matrix: Whether the pattern is defined on the matrix view.
+        sparsity: The sparsity that the pattern stands for, or `None` if it goes with any.
 
     Example:
 
@@ -125,6 +142,7 @@ class Pattern(Configurable):
     """
 
     matrix = False
+    sparsity = None
 
     def pool(self, scores):
         """Return one score for each group of weights that must leave together, as an array of any shape."""
@@ -158,9 +176,14 @@ class Pattern(Configurable):
         index = self.expand(np.arange(pooled.size, dtype="int32").reshape(pooled.shape), layout.shape)
         return from_matrix(index, shape, output_axes) if self.matrix else index
 
-    def count(self, sparsity, groups):
-        """How many of `groups` groups leave at `sparsity`: Python's `round`."""
-        return round(sparsity * groups)
+    def count(self, sparsity, shapes):
+        """How many groups leave at `sparsity`: Python's `round`.
+
+        Args:
+            sparsity: In [0, 1].
+            shapes: The shapes of arrays of group scores, as `pool` returns them, that share one budget.
+        """
+        return round(sparsity * sum(math.prod(shape) for shape in shapes))
 
     def mask(self, scores, sparsity):
         """Return which weights stay.
@@ -173,7 +196,7 @@ class Pattern(Configurable):
             Boolean array of the same shape, `True` for weights that stay; `round(sparsity * groups)` groups leave.
         """
         pooled = self.pool(scores)
-        return self.expand(keep_highest(pooled, self.count(sparsity, pooled.size)), scores.shape)
+        return self.expand(keep_highest(pooled, self.count(sparsity, [pooled.shape])), scores.shape)
 
 
 @_REGISTRY.register("unstructured")
@@ -194,11 +217,32 @@ class Unstructured(Pattern):
         return groups
 
 
+def _means(scores, starts, sizes):
+    """Means over the rectangles of a matrix that begin at `starts`; masked weights count as 0, and alone make -inf."""
+    masked = scores == -np.inf
+    if masked.any():
+        sums = _sums(np.where(masked, 0, scores), starts)
+        sums[_sums(masked, starts) == sizes] = -np.inf
+    else:
+        sums = _sums(scores, starts)
+    return (sums / sizes).astype(scores.dtype)
+
+
+def _sums(matrix, starts):
+    # In double precision, which holds the sum of the largest floats.
+    for axis, start in enumerate(starts):
+        matrix = np.add.reduceat(matrix, start, axis=axis, dtype="float64")
+    return matrix
+
+
 @_REGISTRY.register("channel")
 class Channel(Pattern):
     """Whole output units: a row of the matrix view, which is a unit of a dense layer or a filter of a convolution.
 
-    A unit's score is the mean of its weights' scores.
+    A unit's score is the mean of its weights' scores (with the magnitude: the L1 norm over the number of weights).
+    Weights that are masked already count as 0.
+
+    Li et al., "Pruning filters for efficient ConvNets" (2017), section 3.1.
 
     Example:
 
@@ -211,7 +255,7 @@ class Channel(Pattern):
     matrix = True
 
     def pool(self, scores):
-        return scores.mean(axis=1)
+        return _means(scores, [np.arange(scores.shape[0]), [0]], np.float64(scores.shape[1]))[:, 0]
 
     def expand(self, groups, shape):
         return np.broadcast_to(groups[:, None], shape)
@@ -221,7 +265,8 @@ class Channel(Pattern):
 class Block(Pattern):
     """Blocks of `rows` output units by `cols` consecutive inputs, in the matrix view.
 
-    Blocks at the end that would stand over the edge are smaller. A block's score is the mean of its weights' scores.
+    Blocks at the end that would stand over the edge are smaller. A block's score is the mean of its weights' scores;
+    weights that are masked already count as 0.
 
     Args:
         rows: Output units of a block, at least 1.
@@ -241,15 +286,13 @@ class Block(Pattern):
 
     def __init__(self, rows=1, cols=4):
         for name, value in (("rows", rows), ("cols", cols)):
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1. Received: {name}={value!r}")
+            _check_size(name, value)
         self.rows, self.cols = int(rows), int(cols)
 
     def pool(self, scores):
         starts = [np.arange(0, n, size) for n, size in zip(scores.shape, (self.rows, self.cols), strict=True)]
-        sums = np.add.reduceat(np.add.reduceat(scores, starts[0], axis=0), starts[1], axis=1)
         rows, cols = (np.diff(start, append=n) for start, n in zip(starts, scores.shape, strict=True))
-        return sums / np.outer(rows, cols).astype(sums.dtype)
+        return _means(scores, starts, np.outer(rows, cols).astype("float64"))
 
     def expand(self, groups, shape):
         return groups.repeat(self.rows, axis=0)[: shape[0]].repeat(self.cols, axis=1)[:, : shape[1]]
@@ -258,19 +301,140 @@ class Block(Pattern):
         return {"rows": self.rows, "cols": self.cols}
 
 
+@serializable
+class NM(Pattern):
+    """At most `n` non-zeros in each `m` consecutive inputs of an output unit, in the matrix view: 2:4 is `NM(2, 4)`.
+
+    Its sparsity is 1 - n/m. On the way there, the weights that the pattern will drop (the m - n lowest of each group)
+    leave in the order of their scores, so that a mask is refined as the schedule goes and never stands in the way of
+    the pattern. Fewer than m inputs at the end of a row are a group that keeps at most n.
+
+    Mishra et al., "Accelerating sparse deep neural networks" (2021); Zhou et al., "Learning N:M fine-grained structured
+    sparse neural networks from scratch" (2021).
+
+    Args:
+        n: Non-zeros in a group, at least 1.
+        m: Consecutive inputs of a group, more than `n`.
+
+    Raises:
+        ValueError: If the numbers are not whole or `n` is not below `m`.
+
+    Example:
+
+    >>> import numpy as np, keras_sparse as ks
+    >>> pattern = ks.patterns.NM(2, 4)
+    >>> pattern.mask(np.array([[4.0, 1.0, 3.0, 2.0, 0.1, 0.2, 0.3, 0.4]]), sparsity=0.5).astype(int)
+    array([[1, 0, 1, 0, 0, 0, 1, 1]])
+    >>> pattern.mask(np.array([[4.0, 1.0, 3.0, 2.0, 0.1, 0.2, 0.3, 0.4]]), sparsity=0.25).astype(int)
+    array([[1, 1, 1, 1, 0, 0, 1, 1]])
+    """
+
+    matrix = True
+
+    def __init__(self, n, m):
+        for name, value in (("n", n), ("m", m)):
+            _check_size(name, value)
+        if n >= m:
+            raise ValueError(f"`n` must be below `m`: n non-zeros in m inputs. Received: n={n}, m={m}")
+        self.n, self.m = int(n), int(m)
+
+    @property
+    def sparsity(self):
+        return 1 - self.n / self.m
+
+    def count(self, sparsity, shapes):
+        if sparsity > self.sparsity + 1e-6:
+            raise ValueError(
+                f"{self.n}:{self.m} is a sparsity of {self.sparsity:g}: leave the sparsity out. "
+                f"Received: sparsity={sparsity!r}"
+            )
+        # The same as for other patterns, if m divides the inputs.
+        return round(min(1.0, sparsity / self.sparsity) * sum(rows * self._dropped(inputs) for rows, inputs in shapes))
+
+    def _dropped(self, inputs):
+        """How many of a unit's inputs leave."""
+        groups, rest = divmod(inputs, self.m)
+        return groups * (self.m - self.n) + max(0, rest - self.n)
+
+    def pool(self, scores):
+        # What stays in its group cannot leave: +inf. The others compete with their own scores.
+        pooled = np.full_like(scores, np.inf)
+        rows, inputs = scores.shape
+        whole = inputs - inputs % self.m
+        for part, size in ((slice(0, whole), self.m), (slice(whole, inputs), inputs - whole)):
+            if size > self.n and part.start < part.stop:
+                groups = scores[:, part].reshape(rows, -1, size)
+                # A stable sort: ties go to the lowest index, and NaN is the highest.
+                lowest = np.argsort(groups, axis=-1, kind="stable")[..., : size - self.n]
+                kept = np.full_like(groups, np.inf)
+                np.put_along_axis(kept, lowest, np.take_along_axis(groups, lowest, -1), -1)
+                pooled[:, part] = kept.reshape(rows, -1)
+        return pooled
+
+    def expand(self, groups, shape):
+        return groups
+
+    def get_config(self):
+        return {"n": self.n, "m": self.m}
+
+
+def _check_size(name, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number of at least 1. Received: {name}={value!r}")
+
+
+def recognize(kept):
+    """Name the pattern in which the zeros of a matrix stand.
+
+    Args:
+        kept: Boolean matrix [outputs, inputs], `True` where a weight is not zero.
+
+    Returns:
+        `""` if there are no zeros or nothing else; `"channel"` if only whole rows are zero; such as `"block_1x4"` if
+        the zeros are made of blocks of that size (the largest that fits); such as `"2:4"` if no group of 2, 4, 8, 16 or
+        32 inputs has more non-zeros than that and most have as many; else `"unstructured"`.
+
+    Example:
+
+    >>> import numpy as np, keras_sparse as ks
+    >>> ks.patterns.recognize(np.array([[1, 0, 1, 0, 0, 0, 1, 1], [0, 1, 1, 0, 1, 1, 0, 0]], bool))
+    '2:4'
+    """
+    kept = np.asarray(kept, bool)
+    if kept.all() or not kept.any():
+        return ""
+    # Where rows or columns change, blocks meet: the distances have the block's size as a divisor.
+    rows = np.gcd.reduce(1 + np.flatnonzero((kept[1:] != kept[:-1]).any(axis=1))) or kept.shape[0]
+    cols = np.gcd.reduce(1 + np.flatnonzero((kept[:, 1:] != kept[:, :-1]).any(axis=0)))
+    if not cols:
+        return "channel"
+    if rows * cols > 1:
+        return f"block_{rows}x{cols}"
+    for m in (2, 4, 8, 16, 32):
+        whole = kept.shape[1] - kept.shape[1] % m
+        groups = kept[:, :whole].reshape(-1, m).sum(axis=1)
+        n = int(groups.max(initial=0))
+        rest = kept[:, whole:].sum(axis=1).max()
+        if 0 < n <= m // 2 and rest <= n and np.mean(groups == n) > 0.5:
+            return f"{n}:{m}"
+    return "unstructured"
+
+
 def get(identifier):
     """Return a `Pattern` from an instance, a config, a name, or `None`, which stands for `Unstructured()`.
 
-    The names are `"unstructured"`, `"channel"` and `"block"`, which is `Block(1, 4)`; `"block_1x4"` and the like say
-    the size.
+    The names are `"unstructured"`, `"channel"`, `"block"`, which is `Block(1, 4)`, and those that say a size:
+    `"block_1x4"`, `"2:4"`.
 
     Example:
 
     >>> import keras_sparse as ks
-    >>> type(ks.patterns.get("unstructured")).__name__
-    'Unstructured'
+    >>> ks.patterns.get("2:4").get_config()
+    {'n': 2, 'm': 4}
     """
-    sizes = re.fullmatch(r"block_(\d+)x(\d+)", identifier) if isinstance(identifier, str) else None
-    if sizes:
-        return Block(int(sizes[1]), int(sizes[2]))
+    if isinstance(identifier, str):
+        for cls, form in ((Block, r"block_(\d+)x(\d+)"), (NM, r"(\d+):(\d+)")):
+            sizes = re.fullmatch(form, identifier)
+            if sizes:
+                return cls(*map(int, sizes.groups()))
     return _REGISTRY.get("unstructured" if identifier is None else identifier, Pattern)

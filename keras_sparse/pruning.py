@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_sparse import criteria, optimizers, patterns, reports, selection
 
-__all__ = ["Goal", "Plan", "erk_counts", "prune", "update_masks"]
+__all__ = ["Goal", "Plan", "erk_counts", "final_target", "prune", "update_masks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +118,8 @@ class Plan:
         groups = [goal.pool(mask.astype("float32")) for goal, mask in zip(self.goals, masks, strict=True)]
         dropped = [int(np.sum(group == 0)) for group in groups]
         if self.allocation == "global":
-            return sum(dropped) >= round(self.goals[0].sparsity * sum(group.size for group in groups))
-        wanted = [goal.pattern.count(goal.sparsity, g.size) for goal, g in zip(self.goals, groups, strict=True)]
+            return sum(dropped) >= self.goals[0].pattern.count(self.goals[0].sparsity, [g.shape for g in groups])
+        wanted = [goal.pattern.count(goal.sparsity, [g.shape]) for goal, g in zip(self.goals, groups, strict=True)]
         return all(have >= want for have, want in zip(dropped, wanted, strict=True))
 
     def present_masks(self):
@@ -159,8 +159,7 @@ class Plan:
         ):
             raise ValueError(
                 f"`{type(self.criterion).__name__}` ranks weights by gradients, and no training step has been taken "
-                "yet. Let pruning begin later (`begin=1` is after the first step), or prune in one shot with "
-                "`ks.prune(model, sparsity, criterion, data=(x, y))`."
+                "yet. Let pruning begin later (`begin=1` is after the first step)."
             )
         return [selection.as_array(optimizer.statistic_of(goal.weight.variable, kind)) for goal in self.goals]
 
@@ -178,7 +177,7 @@ class Plan:
 def _uniform(goals, scores, fraction):
     pooled = [goal.pool(s) for goal, s in zip(goals, scores, strict=True)]
     return [
-        goal.expand(patterns.keep_highest(groups, goal.pattern.count(fraction * goal.sparsity, groups.size)))
+        goal.expand(patterns.keep_highest(groups, goal.pattern.count(fraction * goal.sparsity, [groups.shape])))
         for goal, groups in zip(goals, pooled, strict=True)
     ]
 
@@ -186,7 +185,8 @@ def _uniform(goals, scores, fraction):
 def _global(goals, scores, fraction):
     pooled = [goal.pool(s) for goal, s in zip(goals, scores, strict=True)]
     ranked = np.concatenate([groups.reshape(-1) for groups in pooled])
-    kept = patterns.keep_highest(ranked, round(fraction * goals[0].sparsity * ranked.size))
+    count = goals[0].pattern.count(fraction * goals[0].sparsity, [groups.shape for groups in pooled])
+    kept = patterns.keep_highest(ranked, count)
     parts = np.split(kept, np.cumsum([groups.size for groups in pooled])[:-1])
     return [goal.expand(part.reshape(groups.shape)) for goal, part, groups in zip(goals, parts, pooled, strict=True)]
 
@@ -248,7 +248,8 @@ def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="unif
 
     Args:
         model: A built Keras model, compiled or not.
-        sparsity: The target: a float in [0, 1), or a dict as in `ks.callbacks.Pruning`.
+        sparsity: The target: a float in [0, 1), or a dict as in `ks.callbacks.Pruning`. `None` is the pattern's own, if
+            it has one: 1 - n/m.
         criterion: `"magnitude"`, `"random"` or a `Criterion`.
         pattern: `None`, a name, or a `Pattern`.
         allocation: `"uniform"`, `"global"` or `"erk"`.
@@ -270,7 +271,14 @@ def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="unif
     90
     """
     selection.check_model(model)
+    sparsity = final_target(sparsity, allocation, pattern)
     plan = Plan(model, sparsity, criterion, pattern, allocation, filters, frozen=True)
+    if plan.criterion.statistic is not None:
+        raise ValueError(
+            f"`{type(plan.criterion).__name__}` ranks weights by gradients, which only training has: use "
+            "`ks.callbacks.Pruning` or, in a loop of your own, `ks.update_masks`. "
+            f"Received: criterion={criterion!r}"
+        )
     optimizer = optimizers.find(model)
     present = plan.present_masks()
     for goal, mask in zip(plan.goals, plan.masks(present), strict=True):
@@ -353,6 +361,32 @@ def check_target(target_sparsity, allocation="uniform"):
         sparsity, pattern = _sparsity_and_pattern(value)
         _check_sparsity(sparsity)
         patterns.get(pattern)
+
+
+def final_target(target_sparsity, allocation, pattern):
+    """Return the sparsity to end at, checked: `None` stands for the pattern's own, where it has one.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.pruning.final_target(None, "uniform", ks.patterns.NM(2, 4))
+    0.5
+    """
+    pattern = patterns.get(pattern)
+    if target_sparsity is None:
+        target_sparsity = pattern.sparsity
+    check_target(target_sparsity, allocation)
+    values = target_sparsity.values() if isinstance(target_sparsity, dict) else [target_sparsity]
+    for sparsity, own in map(_sparsity_and_pattern, values):
+        own = pattern if own is None else patterns.get(own)
+        if own.sparsity is None:
+            continue
+        if allocation == "erk" or not math.isclose(sparsity, own.sparsity, abs_tol=1e-6):
+            raise ValueError(
+                f"The pattern {own.get_config()} is a sparsity of {own.sparsity:g} in each weight: leave the target "
+                f"out, or give this one, with allocation='uniform'. Received: {sparsity!r}, allocation={allocation!r}"
+            )
+    return target_sparsity
 
 
 def _check_sparsity(value):

@@ -18,6 +18,7 @@ OBJECTS = {
     "Unstructured": ks.patterns.Unstructured(),
     "Channel": ks.patterns.Channel(),
     "Block": ks.patterns.Block(2, 8),
+    "NM": ks.patterns.NM(1, 4),
     "Magnitude": ks.criteria.Magnitude(),
     "Random": ks.criteria.Random(seed=4),
     "Gradient": ks.criteria.Gradient(),

@@ -1,5 +1,8 @@
 """Patterns against a slow, obvious ranking."""
 
+import itertools
+
+import keras
 import numpy as np
 import pytest
 
@@ -120,3 +123,94 @@ def test_strings_that_say_a_size():
         ks.patterns.get("block_1x0")
     with pytest.raises(ValueError, match="Unknown pattern"):
         ks.patterns.get("block_1by4")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nm_is_the_best_of_all_choices(seed):
+    rng = np.random.default_rng(seed)
+    n, m = sorted(int(k) for k in rng.choice(np.arange(1, 6), 2, replace=False))
+    scores = rng.random((int(rng.integers(1, 5)), int(rng.integers(1, 14))))
+    pattern = ks.patterns.NM(n, m)
+    mask = pattern.mask(scores, pattern.sparsity)
+    for row, kept in zip(scores, mask, strict=True):
+        for start in range(0, len(row), m):
+            group, mine = row[start : start + m], kept[start : start + m]
+            choices = itertools.combinations(range(len(group)), min(n, len(group)))
+            best = max(choices, key=lambda choice: group[list(choice)].sum())
+            assert np.flatnonzero(mine).tolist() == sorted(best)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_nm_is_refined_along_the_way(seed):
+    rng = np.random.default_rng(seed)
+    scores = np.round(rng.normal(size=(5, 12)), 1)  # with ties and negative scores
+    scores[rng.random(scores.shape) < 0.1] = np.nan
+    pattern, previous = ks.patterns.NM(2, 4), np.ones(scores.shape, bool)
+    for sparsity in np.linspace(0, 0.5, 9):
+        mask = pattern.mask(np.where(previous, scores, -np.inf), sparsity)
+        assert (~mask).sum() == round(sparsity * scores.size)
+        assert not (mask & ~previous).any()
+        np.testing.assert_array_equal(pattern.mask(np.where(mask, scores, -np.inf), sparsity), mask)
+        previous = mask
+    assert (previous.reshape(-1, 4).sum(axis=1) == 2).all()
+    np.testing.assert_array_equal(previous, pattern.mask(scores, 0.5))
+    assert ks.patterns.recognize(previous) == "2:4"
+
+
+def test_nm_in_training_and_in_one_shot():
+    model = keras.Sequential([keras.Input((4, 4, 8)), keras.layers.Conv2D(6, 3), keras.layers.Flatten()])
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(size=(16, 4, 4, 8)).astype("float32")
+    model.fit(x, np.ones((16, 24)), epochs=4, verbose=0, callbacks=[ks.callbacks.Pruning(pattern="2:4")])
+    once = keras.Sequential([keras.Input((10,)), keras.layers.Dense(6)])
+    ks.prune(once, None, pattern="2:4", allocation="global")  # 10 inputs: the last group has two and keeps both
+    for kernel, groups in ((model.layers[0].kernel, 18 * 6), (once.layers[0].kernel, 2 * 6)):
+        matrix = ks.patterns.to_matrix(ks.selection.as_array(kernel)) != 0
+        assert (matrix[:, : groups // 6 * 4].reshape(-1, 4).sum(axis=1) == 2).all()
+        assert matrix[:, groups // 6 * 4 :].all()
+        assert ks.patterns.recognize(matrix) == "2:4"
+
+
+@pytest.mark.parametrize("name", ["block_1x4", "block_3x2", "channel", "unstructured", "1:4"])
+def test_recognizes_what_a_pattern_masked(name):
+    pattern = ks.patterns.get(name)
+    mask = pattern.mask(np.random.default_rng(0).random((12, 32)), pattern.sparsity or 0.6)
+    assert ks.patterns.recognize(mask) == name
+    assert ks.patterns.recognize(np.ones((3, 4))) == ks.patterns.recognize(np.zeros((3, 4))) == ""
+
+
+def test_what_is_masked_counts_as_zero_in_a_group():
+    scores = np.array([[5.0, -np.inf, 1.0, 1.0], [-np.inf, -np.inf, -9.0, -9.0]])
+    # Means: 2.5, 1; -inf (gone already), -9.
+    np.testing.assert_array_equal(ks.patterns.Block(1, 2).pool(scores), [[2.5, 1.0], [-np.inf, -9.0]])
+    np.testing.assert_array_equal(ks.patterns.Channel().pool(scores), [1.75, -4.5])
+
+
+@pytest.mark.parametrize("ord", [1, 2])
+def test_channels_equal_torch(ord):
+    torch = pytest.importorskip("torch")
+    prune = pytest.importorskip("torch.nn.utils.prune")
+    weight = np.random.default_rng(0).normal(size=(3, 3, 8, 10)).astype("float32")
+    module = torch.nn.Conv2d(8, 10, 3)
+    module.weight.data = torch.tensor(np.ascontiguousarray(weight.transpose(3, 2, 0, 1)))
+    prune.ln_structured(module, "weight", amount=4, n=ord, dim=0)
+    theirs = module.weight_mask.numpy().astype(bool).any(axis=(1, 2, 3))
+    ours = ks.patterns.Channel().mask(ks.patterns.to_matrix(np.abs(weight) ** ord), 0.4)
+    np.testing.assert_array_equal(ours.any(axis=1), theirs)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ks.patterns.NM(4, 4), "`n` must be below `m`"),
+        (lambda: ks.patterns.NM(0, 4), "`n` must be a whole number"),
+        (lambda: ks.patterns.get("4:2"), "`n` must be below `m`"),
+        (lambda: ks.callbacks.Pruning(0.3, pattern="2:4"), "is a sparsity of 0.5 in each weight"),
+        (lambda: ks.callbacks.Pruning(pattern="2:4", allocation="erk"), "with allocation='uniform'"),
+        (lambda: ks.callbacks.Pruning({"a": (0.7, "2:4")}), "is a sparsity of 0.5 in each weight"),
+        (lambda: ks.patterns.NM(2, 4).mask(np.ones((2, 4)), 0.6), "leave the sparsity out"),
+    ],
+)
+def test_nm_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

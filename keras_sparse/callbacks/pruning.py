@@ -23,8 +23,10 @@ class Pruning(ScheduledMasks):
         target_sparsity: The share of weights to be zero at `end`: a float in [0, 1), or a dict `{regex: sparsity}` or
             `{regex: (sparsity, pattern)}` searched in `variable.path` (first match wins, weights that no key matches
             stay dense).
-        criterion: Which weights matter: `"magnitude"`, `"random"` or a `ks.criteria.Criterion`.
-        pattern: Where zeros may stand: `None`, `"unstructured"` or a `ks.patterns.Pattern`.
+        criterion: Which weights matter: `"magnitude"`, `"random"`, those that use the gradients of this training
+            (`"gradient"`, `"taylor"`, `"movement"`) or a `ks.criteria.Criterion`.
+        pattern: Where zeros may stand: `None`, `"unstructured"`, `"channel"`, such as `"block_1x4"` or `"2:4"` (whose
+            target, 1 - n/m, may be left out), or a `ks.patterns.Pattern`.
         schedule: The way from 0 to the target: `"polynomial"` (Zhu & Gupta 2017), `"linear"`, `"cosine"`,
             `"exponential"`, `"one_shot"` (all at `begin`) or a `ks.schedules.Schedule`.
         allocation: `"uniform"`: each weight gets the target; `"global"`: the smallest of all weights go first; `"erk"`:
@@ -66,13 +68,12 @@ class Pruning(ScheduledMasks):
         verbose=0,
     ):
         super().__init__(begin, end, frequency)
-        if target_sparsity is None:
+        if target_sparsity is None and patterns.get(pattern).sparsity is None:
             raise ValueError(
                 "`target_sparsity` is missing: the share of weights to set to zero, such as 0.9, or a dict "
                 "{regex: sparsity}. Received: target_sparsity=None"
             )
-        pruning.check_target(target_sparsity, allocation)
-        self.target_sparsity = target_sparsity
+        self.target_sparsity = pruning.final_target(target_sparsity, allocation, pattern)
         self.criterion = criteria.get(criterion)
         self.pattern = patterns.get(pattern)
         self.schedule = schedules.get(schedule)
