@@ -76,6 +76,10 @@ LASSO = {
     "Nadam": lambda n: keras.optimizers.Nadam(decaying(0.05, n)),
     "Adamax": lambda n: keras.optimizers.Adamax(decaying(0.1, n)),
     "RMSprop": lambda n: keras.optimizers.RMSprop(decaying(0.05, n)),
+    "SGD, momentum, decaying": lambda n: keras.optimizers.SGD(decaying(0.1, n), momentum=0.9),
+    "SGD, Nesterov, decaying": lambda n: keras.optimizers.SGD(decaying(0.1, n), momentum=0.9, nesterov=True),
+    "RMSprop, centered": lambda n: keras.optimizers.RMSprop(decaying(0.05, n), centered=True),
+    "RMSprop, momentum": lambda n: keras.optimizers.RMSprop(decaying(0.05, n), momentum=0.5),
     "Adagrad": lambda n: keras.optimizers.Adagrad(0.5),
     "Adadelta": lambda n: keras.optimizers.Adadelta(decaying(30.0, n)),
 }

@@ -28,10 +28,11 @@ class ProximalL1(ScheduledMasks):
     Micro-steps that only accumulate gradients and steps that float16 loss scaling skips do not shrink.
 
     For SGD without momentum this is the exact proximal gradient method (ISTA; Parikh & Boyd 2014, section 4.2), with
-    `step` the learning rate. With momentum `m`, `step` is `rate / (1 - m)`, and for Adam, AdamW, Nadam, Adamax,
-    RMSprop, Adagrad and Adadelta each weight has its own, such as `rate / (sqrt(v) + epsilon)` (Yun, Lozano & Yang
-    2020, equation 4; groups take the mean of theirs): training comes to rest at the same weights, those of the
-    penalised loss, on another way. For other optimizers `step` is the plain learning rate, which a warning says.
+    `step` the learning rate. With momentum `m`, `step` is the sum of `m**k` times the rate of k steps ago. For Adam,
+    AdamW, Nadam, Adamax, RMSprop, Adagrad and Adadelta each weight has its own, such as `rate / (sqrt(v) + epsilon)`
+    (Yun, Lozano & Yang 2020, equation 4; groups take the mean of theirs). With those, training comes to rest at the
+    same weights, those of the penalised loss, on another way. For other optimizers `step` is the plain learning rate,
+    which a warning says.
 
     Args:
         strength: The price of a weight's magnitude in units of the loss, at least 0, as in `keras.regularizers.L1`.

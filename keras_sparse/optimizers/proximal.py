@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_sparse.registry import Configurable, serializable
 
-__all__ = ["Shrinkage", "group_soft_threshold", "knows_step", "soft_threshold"]
+__all__ = ["Shrinkage", "group_soft_threshold", "knows_step", "next_pace", "soft_threshold"]
 
 
 def soft_threshold(value, threshold):
@@ -94,12 +94,13 @@ class Shrinkage(Configurable):
             "output_axes": None if self.output_axes is None else [list(axes) for axes in self.output_axes],
         }
 
-    def changes(self, optimizer, rate, moved, strength, variables, slots):
+    def changes(self, optimizer, rate, pace, moved, strength, variables, slots):
         """List the proximal steps after a step of `optimizer`.
 
         Args:
             optimizer: The optimizer whose step was taken.
             rate: The learning rate of that step, read before it.
+            pace: The variable that holds what `next_pace` gave for that step.
             moved: 1 if weights moved in it, 0 if it only accumulated gradients.
             strength: The variable that holds the price of a weight's magnitude.
             variables: The variables that it was built with.
@@ -116,14 +117,14 @@ class Shrinkage(Configurable):
         for position, index in enumerate(self.indices):
             kinds = sorted(found.get(index, {}))
 
-            def shrink(value, rate, moved, strength, steps, *values, kinds=kinds, position=position):
-                step = step_size(optimizer, rate, steps, dict(zip(kinds, values, strict=True)))
+            def shrink(value, rate, pace, moved, strength, steps, *values, kinds=kinds, position=position):
+                step = step_size(optimizer, rate, pace, steps, dict(zip(kinds, values, strict=True)))
                 threshold = ops.cast(step * strength * moved, value.dtype)
                 if self.group is None:
                     return soft_threshold(value, threshold)
                 return group_soft_threshold(value, threshold, self._groups_of(position, value.shape))
 
-            arguments = [rate, moved, strength, optimizer.iterations, *(found[index][kind] for kind in kinds)]
+            arguments = [rate, pace, moved, strength, optimizer.iterations, *(found[index][kind] for kind in kinds)]
             changes.append((variables[index], shrink, arguments))
         return changes
 
@@ -134,39 +135,41 @@ class Shrinkage(Configurable):
 # `update_step` of the optimizer (Keras 3.15); `steps` counts the step just taken.
 
 
-def _plain(optimizer, rate, steps, slots):
+def _plain(optimizer, rate, pace, steps, slots):
     return rate
 
 
-def _sgd(optimizer, rate, steps, slots):
-    return rate / (1 - optimizer.momentum)
+def _sgd(optimizer, rate, pace, steps, slots):
+    if not optimizer.momentum:
+        return rate
+    return optimizer.momentum * pace + rate if optimizer.nesterov else pace
 
 
-def _rmsprop(optimizer, rate, steps, slots):
+def _rmsprop(optimizer, rate, pace, steps, slots):
     variance = slots["velocity"] - ops.square(slots["average_gradient"]) if optimizer.centered else slots["velocity"]
-    return rate / (1 - optimizer.momentum) / ops.sqrt(variance + optimizer.epsilon)
+    return (pace if optimizer.momentum else rate) / ops.sqrt(variance + optimizer.epsilon)
 
 
-def _adagrad(optimizer, rate, steps, slots):
+def _adagrad(optimizer, rate, pace, steps, slots):
     return rate / ops.sqrt(slots["accumulator"] + optimizer.epsilon)
 
 
-def _adadelta(optimizer, rate, steps, slots):
+def _adadelta(optimizer, rate, pace, steps, slots):
     squares = (slots["accumulated_delta_var"] + optimizer.epsilon) / (slots["accumulated_grad"] + optimizer.epsilon)
     return rate * ops.sqrt(squares)
 
 
-def _adam(optimizer, rate, steps, slots):
+def _adam(optimizer, rate, pace, steps, slots):
     correction = ops.sqrt(1 - ops.power(float(optimizer.beta_2), ops.cast(steps, "float32")))
     velocity = slots["velocity_hat" if getattr(optimizer, "amsgrad", False) else "velocity"]
     return rate * correction / (ops.sqrt(velocity) + optimizer.epsilon)
 
 
-def _adamax(optimizer, rate, steps, slots):
+def _adamax(optimizer, rate, pace, steps, slots):
     return rate / (slots["norm"] + optimizer.epsilon)
 
 
-def _nadam(optimizer, rate, steps, slots):
+def _nadam(optimizer, rate, pace, steps, slots):
     correction = 1 - ops.power(float(optimizer.beta_2), ops.cast(steps, "float32"))
     return rate / (ops.sqrt(slots["velocity"] / correction) + optimizer.epsilon)
 
@@ -180,6 +183,22 @@ _STEPS = {
     keras.optimizers.Adamax: _adamax,
     keras.optimizers.Nadam: _nadam,
 }
+
+
+def next_pace(optimizer, pace, rate, moved):
+    """The sum of the learning rates that a momentum buffer holds, each as far as it has faded.
+
+    Keras multiplies gradients by the rate before they enter the buffer, so that after a decay of the rate the buffer
+    still pushes with the rates of before: `sum_k momentum**k * rate[t - k]`.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> ks.optimizers.proximal.next_pace(keras.optimizers.SGD(momentum=0.5), pace=0.2, rate=0.1, moved=1)
+    0.2
+    """
+    momentum = getattr(optimizer, "momentum", 0.0) or 0.0
+    return pace + moved * (momentum * pace + rate - pace)
 
 
 def knows_step(optimizer):

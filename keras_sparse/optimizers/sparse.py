@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_sparse.optimizers.assignment import assign_in_step, mask_off, masked_value
 from keras_sparse.optimizers.origin import Origin
+from keras_sparse.optimizers.proximal import next_pace
 from keras_sparse.optimizers.slots import restart, slots
 from keras_sparse.optimizers.statistics import Statistic, dense_gradients
 from keras_sparse.registry import serializable
@@ -102,8 +103,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.start = self._add_counter("start", 0)
         self.length = self._add_counter("length", 0)
         self.updated = self._add_counter("updated", -1)
-        # The price of a weight's magnitude; without a `shrinkage` nothing reads it.
-        self.strength = self.add_variable((), "zeros", "float32", aggregation="only_first_replica", name="strength")
+        # The price of a weight's magnitude, and how fast a constant gradient moves weights: for a `shrinkage` only.
+        self.strength, self.pace = (
+            self.add_variable((), "zeros", "float32", aggregation="only_first_replica", name=name)
+            for name in ("strength", "pace")
+        )
         masked, self._masked = self._masked, []
         statistics, self._statistics = dict(self._statistics), {}
         origin, self.origin = self.origin, None
@@ -316,7 +320,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             moved = ops.cast(ops.convert_to_tensor(self.iterations) - before, "float32")
             states = slots(self.inner_optimizer, self._trainable_variables)
             optimizer, variables = self.inner_optimizer, self._trainable_variables
-            assign_in_step(shrinkage.changes(optimizer, rate, moved, self.strength, variables, states))
+            assign_in_step([(self.pace, lambda *values: next_pace(optimizer, *values), [rate, moved])])
+            assign_in_step(shrinkage.changes(optimizer, rate, self.pace, moved, self.strength, variables, states))
         assign_in_step([(variable, mask_off, [mask]) for variable, mask in self._masked_state()])
 
     def _update_statistics(self, grads, trainable_variables):
