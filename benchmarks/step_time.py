@@ -11,7 +11,8 @@ inside the block: mask updates every 100 steps, logging, tfmot's masking. Ways:
 * `tf_keras dense`, `tfmot`: the same model in tf_keras, without and with `prune_low_magnitude`, same schedule.
 
 With `--also`, more ways: `taylor` and `movement` (Pruning with that criterion), `2:4` and `block_1x4` (with that
-pattern), `rigl` (`ks.callbacks.DynamicSparseTraining(0.9, frequency=100)`).
+pattern), `rigl` (`ks.callbacks.DynamicSparseTraining(0.9, frequency=100)`), `L0 unit` and `L0 weight`
+(`ks.add_l0`), `proximal` (`ks.callbacks.ProximalL1(1e-5)`).
 
 With `--parts`, two ways that show where the time goes: `batch hook` (dense plus a callback with an empty batch hook,
 which makes Keras wait for each step's logs) and `masks` (Pruning whose masks are never updated).
@@ -40,6 +41,9 @@ BASE = {
     "batch hook": "dense",
     "masks": "dense",
     "taylor": "dense",
+    "L0 unit": "dense",
+    "L0 weight": "dense",
+    "proximal": "dense",
     "movement": "dense",
     "2:4": "dense",
     "rigl": "dense",
@@ -115,6 +119,9 @@ def keras_callbacks(way, total):
     return {
         "dense": list,
         "dense again": list,
+        "L0 unit": list,
+        "L0 weight": list,
+        "proximal": lambda: [ks.callbacks.ProximalL1(1e-5)],
         "batch hook": lambda: [BatchHook()],
         "masks": lambda: [ks.callbacks.Pruning(SPARSITY, begin=total - 1, end=total, schedule="one_shot")],
         "Pruning": pruning,
@@ -139,6 +146,10 @@ def work(way, model_name, blocks, steps, seed, connection):
     total = blocks * steps
     if not legacy:
         callbacks = keras_callbacks(way, total)
+        if way.startswith("L0"):
+            import keras_sparse as ks
+
+            model = ks.add_l0(model, 1e-6, way.removeprefix("L0 "))
     elif way == "tfmot":
         from tensorflow_model_optimization.sparsity import keras as tfmot
 
