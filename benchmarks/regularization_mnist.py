@@ -125,7 +125,7 @@ def train_l1(data, epochs, strength, target):
 
 METHODS = {
     "L0, one lambda": lambda data: train_l0(data, lenet_300_100, (0.1, 0.1, 0.1), 90, 0.003),
-    "L0, lambda per layer": lambda data: train_l0(data, lenet_300_100, (0.08, 0.4, 7), 100, 0.003),
+    "L0, lambda per layer": lambda data: train_l0(data, lenet_300_100, (0.08, 0.45, 6), 100, 0.003),
     "L0, LeNet-5": lambda data: train_l0(data, lenet_5, (10, 0.5, 0.12, 7), 30, 0.01),
     "proximal L1, 95 %": lambda data: train_proximal(data, 25, 0.95, 0.001),
     "L1 loss, threshold 95 %": lambda data: train_l1(data, 25, 1e-5, 0.95),
