@@ -1,0 +1,106 @@
+"""A budget is the share of weights to set to zero, as a user gives it."""
+
+import math
+import numbers
+
+from keras_sparse import patterns, selection
+from keras_sparse.pruning.allocation import ALLOCATIONS
+
+__all__ = ["check_target", "final_target", "per_weight"]
+
+
+def check_target(target_sparsity, allocation="uniform"):
+    """Raise unless `target_sparsity` and `allocation` are as `Plan` takes them.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.pruning.check_target(90)
+    Traceback (most recent call last):
+    ...
+    ValueError: A sparsity must be at least 0 and below 1: the share of weights to set to zero. Received: 90. Did ...
+    """
+    if not isinstance(allocation, str) or allocation not in ALLOCATIONS:
+        raise ValueError(f"`allocation` must be one of {sorted(ALLOCATIONS)}. Received: allocation={allocation!r}")
+    if not isinstance(target_sparsity, dict):
+        _check_sparsity(target_sparsity)
+        return
+    if not target_sparsity:
+        raise ValueError("A dict of target sparsities must have at least one key. Received: {}")
+    if allocation != "uniform":
+        raise ValueError(
+            "A dict of target sparsities says itself how the budget is shared: it goes with allocation='uniform'. "
+            f"Received: allocation={allocation!r}, target={target_sparsity!r}"
+        )
+    for value in target_sparsity.values():
+        sparsity, pattern = _sparsity_and_pattern(value)
+        _check_sparsity(sparsity)
+        patterns.get(pattern)
+
+
+def final_target(target_sparsity, allocation, pattern):
+    """Return the sparsity to end at, checked: `None` stands for the pattern's own, where it has one.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.pruning.final_target(None, "uniform", ks.patterns.NM(2, 4))
+    0.5
+    """
+    pattern = patterns.get(pattern)
+    if target_sparsity is None:
+        target_sparsity = pattern.sparsity
+    check_target(target_sparsity, allocation)
+    values = target_sparsity.values() if isinstance(target_sparsity, dict) else [target_sparsity]
+    for sparsity, own in map(_sparsity_and_pattern, values):
+        own = pattern if own is None else patterns.get(own)
+        if own.sparsity is None:
+            continue
+        if allocation == "erk" or not math.isclose(sparsity, own.sparsity, abs_tol=1e-6):
+            raise ValueError(
+                f"The pattern {own.get_config()} is a sparsity of {own.sparsity:g} in each weight: leave the target "
+                f"out, or give this one, with allocation='uniform'. Received: {sparsity!r}, allocation={allocation!r}"
+            )
+    return target_sparsity
+
+
+def _check_sparsity(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            "A sparsity is a number in [0, 1), the share of weights to set to zero, or a dict of such numbers. "
+            f"Received: {value!r} of type {type(value).__name__}"
+        )
+    if math.isnan(value) or not 0 <= value < 1:
+        hint = f" Did you mean {value / 100:g}?" if 1 < value < 100 else ""
+        raise ValueError(
+            "A sparsity must be at least 0 and below 1: the share of weights to set to zero. "
+            f"Received: {value!r}.{hint}"
+        )
+
+
+def _sparsity_and_pattern(value):
+    if isinstance(value, (tuple, list)):
+        if len(value) != 2:
+            raise ValueError(f"Expected a sparsity or a pair (sparsity, pattern). Received: {value!r}")
+        return value
+    return value, None
+
+
+def per_weight(target_sparsity, weights):
+    """List `(weight, sparsity, own pattern or None)` for the weights that have a target.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, name="a"), keras.layers.Dense(5, name="b")])
+    >>> weights = [w for w in ks.selection.select(model) if not w.skipped]
+    >>> [(w.layer.name, *rest) for w, *rest in ks.pruning.budget.per_weight({"b/": (0.5, "2:4")}, weights)]
+    [('b', 0.5, '2:4')]
+    """
+    if not isinstance(target_sparsity, dict):
+        return [(weight, float(target_sparsity), None) for weight in weights]
+    found = {}
+    for regex, value in target_sparsity.items():
+        for weight in selection.matching(regex, weights):
+            found.setdefault(id(weight.variable), _sparsity_and_pattern(value))
+    return [(w, float(found[id(w.variable)][0]), found[id(w.variable)][1]) for w in weights if id(w.variable) in found]

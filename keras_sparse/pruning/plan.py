@@ -1,0 +1,146 @@
+"""A plan says how sparse each weight of a model should be, and leads to the masks."""
+
+import numpy as np
+
+from keras_sparse import criteria, patterns, selection
+from keras_sparse.pruning.allocation import ALLOCATIONS, Goal, erk_goals
+from keras_sparse.pruning.budget import check_target, per_weight
+
+__all__ = ["Plan"]
+
+
+class Plan:
+    """Which weights of a model become how sparse.
+
+    Args:
+        model: A built Keras model.
+        target_sparsity: A float in [0, 1), or a dict `{regex: sparsity}` or `{regex: (sparsity, pattern)}` that is
+            searched in each weight's path: the first match wins, weights that no key matches stay dense.
+        criterion: A `Criterion` or its name.
+        pattern: A `Pattern`, its name, or `None`.
+        allocation: `"uniform"`: every weight gets the target; `"global"`: one ranking over all weights, so that the
+            whole gets it; `"erk"`: each weight gets its share of the target by its shape, see `erk_counts`.
+        filters: As in `ks.selection.select`.
+        frozen: Whether kernels that are not trainable take part.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, name="a"), keras.layers.Dense(5, name="b")])
+    >>> plan = ks.pruning.Plan(model, {"a/": 0.5})
+    >>> [(goal.weight.path.split("/")[-2], goal.sparsity) for goal in plan.goals]
+    [('a', 0.5)]
+    """
+
+    def __init__(
+        self,
+        model,
+        target_sparsity,
+        criterion="magnitude",
+        pattern=None,
+        allocation="uniform",
+        filters=None,
+        frozen=False,
+    ):
+        check_target(target_sparsity, allocation)
+        self.criterion = criteria.get(criterion)
+        self.allocation = allocation
+        pattern = patterns.get(pattern)
+        weights = selection.select(model, filters, frozen)
+        targets = per_weight(target_sparsity, [w for w in weights if w.kernel and not w.skipped])
+        self.goals = [
+            Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
+        ]
+        if allocation == "erk":
+            self.goals = erk_goals(self.goals)
+        chosen = {id(goal.weight.variable) for goal in self.goals}
+        self.skipped = {
+            id(w.variable): w.skipped or "no key of `target_sparsity` matches"
+            for w in weights
+            if id(w.variable) not in chosen
+        }
+
+    def masks(self, masks, fraction=1.0, statistics=None):
+        """Return the masks at `fraction` of the way to the goals.
+
+        Weights that are masked stay so: the new masks are subsets of `masks`.
+
+        Args:
+            masks: The present masks, a boolean array for each goal.
+            fraction: In [0, 1].
+            statistics: What the criterion's `statistic` says, an array for each goal.
+
+        Returns:
+            List of boolean arrays. `round(fraction * sparsity * groups)` groups of each weight are masked (of all
+            weights together for `"global"`), or what was masked before if that is more.
+        """
+        statistics = [None] * len(masks) if statistics is None else statistics
+        scores = [self._scores(*arguments) for arguments in zip(self.goals, masks, statistics, strict=True)]
+        new = ALLOCATIONS[self.allocation](self.goals, scores, fraction)
+        return [mask & old for mask, old in zip(new, masks, strict=True)]
+
+    def reached(self, masks):
+        """Whether `masks` are at the goals, by the counts that `masks` promises."""
+        # A group is dropped if none of its weights is kept.
+        groups = [goal.pool(mask.astype("float32")) for goal, mask in zip(self.goals, masks, strict=True)]
+        dropped = [int(np.sum(group == 0)) for group in groups]
+        if self.allocation == "global":
+            return sum(dropped) >= self.goals[0].pattern.count(self.goals[0].sparsity, [g.shape for g in groups])
+        wanted = [goal.pattern.count(goal.sparsity, [g.shape]) for goal, g in zip(self.goals, groups, strict=True)]
+        return all(have >= want for have, want in zip(dropped, wanted, strict=True))
+
+    def present_masks(self):
+        """Masks that keep what is not zero now; a weight that is all zeros counts as zero-initialised."""
+        return [_nonzero(goal.weight.numpy()) for goal in self.goals]
+
+    def attach(self, optimizer):
+        """Give each goal's weight a mask in `optimizer` that keeps the zeros it has, and the statistic it needs.
+
+        Returns whether any of that was new.
+        """
+        new = [goal.weight for goal in self.goals if optimizer.mask_of(goal.weight.variable) is None]
+        created = optimizer.add_masks([weight.variable for weight in new])
+        for weight in new:
+            optimizer.mask_of(weight.variable).assign(_nonzero(weight.numpy()))
+        kind = self.criterion.statistic
+        if kind is not None:
+            created |= optimizer.add_statistics(kind, [goal.weight.variable for goal in self.goals])
+        return created
+
+    def update(self, optimizer, fraction=1.0):
+        """Move the masks in `optimizer` to `fraction` of the way, zero what they mask, and return them as arrays."""
+        variables = [optimizer.mask_of(goal.weight.variable) for goal in self.goals]
+        masks = self.masks([selection.as_array(mask) for mask in variables], fraction, self._read(optimizer, fraction))
+        for variable, mask in zip(variables, masks, strict=True):
+            variable.assign(mask)
+        optimizer.apply_masks()
+        return masks
+
+    def _read(self, optimizer, fraction):
+        """The statistics that `optimizer` has kept for the criterion, as arrays."""
+        kind = self.criterion.statistic
+        if kind is None:
+            return None
+        if fraction * max(goal.sparsity for goal in self.goals) > 0 and not selection.as_array(
+            optimizer.count_of(kind)
+        ):
+            raise ValueError(
+                f"`{type(self.criterion).__name__}` ranks weights by gradients, and no training step has been taken "
+                "yet. Let pruning begin later (`begin=1` is after the first step)."
+            )
+        return [selection.as_array(optimizer.statistic_of(goal.weight.variable, kind)) for goal in self.goals]
+
+    def _scores(self, goal, mask, statistic):
+        try:
+            scores = self.criterion(goal.weight.numpy(), statistic)
+        except ValueError as error:
+            raise ValueError(f"{goal.weight.path}: {error}") from error
+        # Below every live score, -inf included. (By index: a boolean mask takes three times as long.)
+        scores = np.maximum(scores, np.finfo(scores.dtype).min)
+        np.put(scores, np.flatnonzero(~mask), -np.inf)
+        return scores
+
+
+def _nonzero(value):
+    mask = value != 0
+    return mask if mask.any() else np.ones_like(mask)
