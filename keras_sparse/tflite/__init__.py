@@ -1,7 +1,8 @@
 """The TFLite stage: from a Keras model to a small .tflite file, with proof that it computes the same."""
 
+from keras_sparse.tflite import runtimes
 from keras_sparse.tflite.benchmark import benchmark
 from keras_sparse.tflite.export import ExportError, ExportReport, export
 from keras_sparse.tflite.inspect import inspect
 
-__all__ = ["ExportError", "ExportReport", "benchmark", "export", "inspect"]
+__all__ = ["ExportError", "ExportReport", "benchmark", "export", "inspect", "runtimes"]

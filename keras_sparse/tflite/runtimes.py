@@ -1,0 +1,253 @@
+"""A runtime is a program that runs .tflite files: it is found, started in a process of its own, and asked.
+
+A .tflite file is run by native code, which a damaged file can crash or keep busy for ever. So it never runs in the
+process of the caller, and what runs it has a limit of time and, on Linux, of memory.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+
+import numpy as np
+
+from keras_sparse.tflite.commands import RUNTIMES, RuntimeMissing, available, command
+from keras_sparse.tflite.flatmodel import read
+
+__all__ = ["RUNTIMES", "TIMEOUT", "RuntimeMissing", "Worker", "available", "run"]
+
+TIMEOUT = 120.0  # seconds for one request
+_MEMORY = 4 << 30  # bytes that a process may write to
+_OUTPUT = 1 << 30  # bytes that it may leave in one file
+
+
+def run(file, inputs, runtime="native", threads=1, timeout=TIMEOUT):
+    """Run a .tflite file on given inputs, in a process of its own.
+
+    Args:
+        file: Path of a .tflite file, or its content as bytes. It is run: use files that you trust.
+        inputs: Dict from the name of each input, as the file's signature calls it, to an array; or a list of such
+            dicts, which are run one after another. Arrays are converted to the input's type; `None` stands for random
+            numbers.
+        runtime: `"native"` (ai-edge-litert on this CPU), `"x86-no-avx"` (the same under `qemu-x86_64`, as a CPU without
+            AVX), `"wasm"` (LiteRT.js in Node) or `"arm64"` (ai-edge-litert under `qemu-aarch64`). All but the first
+            run XNNPACK's sparse kernels; so does the first on ARM.
+        threads: Threads of the interpreter.
+        timeout: Seconds that loading the file and each run may take.
+
+    Returns:
+        Dict from the name of each output to an array; for a list of inputs, a list of dicts.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no valid .tflite file, cannot be run, or does not take such inputs; if `runtime` or
+            `threads` is none that exists.
+        TimeoutError: If it took longer than `timeout`.
+        RuntimeMissing: If the runtime is not installed; an `OSError`.
+
+    Example:
+
+    >>> import os, tempfile, keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,), name="x"), keras.layers.Dense(3)])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "model.tflite")
+    ...     _ = ks.tflite.export(model, path)
+    ...     outputs = ks.tflite.runtimes.run(path, {"x": [[1, 2, 3, 4]]})
+    >>> outputs["output_0"].shape
+    (1, 3)
+    """
+    many = isinstance(inputs, (list, tuple))
+    with Worker(file, runtime, threads, timeout) as worker:
+        outputs = []
+        for each in inputs if many else [inputs]:
+            worker.feed(each)
+            outputs.append(worker.run())
+    return outputs if many else outputs[0]
+
+
+class Worker:
+    """A process that has loaded one .tflite file: a context manager that ends with it.
+
+    Args:
+        file: Path of a .tflite file, or its content as bytes.
+        runtime: One of `RUNTIMES`.
+        threads: Threads of the interpreter.
+        timeout: Seconds that each request may take.
+
+    Attributes:
+        inputs: List of `{"name", "dtype", "shape"}`: what the file takes, with an open batch size as 1.
+        outputs: Names of its outputs.
+        load: Seconds that loading took, by the process's own clock; instructions where the runtime counts them.
+
+    Raises:
+        As `run`.
+
+    Example:
+
+    >>> from keras_sparse.tflite.runtimes import Worker
+    >>> Worker(b"no model")
+    Traceback (most recent call last):
+    ...
+    ValueError: Expected a .tflite file. ...
+    """
+
+    def __init__(self, file, runtime="native", threads=1, timeout=TIMEOUT):
+        _check(runtime, threads)
+        read(file)  # a damaged file should raise here, before native code meets it
+        self._what = f"content of {len(file)} bytes" if isinstance(file, bytes) else f"path={os.fspath(file)!r}"
+        self._runtime, self._timeout, self._process = runtime, timeout, None
+        self._late = False
+        with contextlib.ExitStack() as stack:
+            self._folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="keras_sparse-")))
+            if isinstance(file, bytes):
+                (self._folder / "model.tflite").write_bytes(file)
+                file = self._folder / "model.tflite"
+            stack.callback(self._end)
+            self._start()
+            loaded = self._ask("load", path=os.path.abspath(file), threads=threads)
+            self.inputs = [leaf | {"shape": [max(1, n) for n in leaf["shape"]]} for leaf in loaded["inputs"]]
+            self.outputs = loaded["outputs"]
+            self.load = self._counts(-2) if runtime == "arm64" else loaded["seconds"]
+            self._stack = stack.pop_all()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()
+
+    def feed(self, inputs=None):
+        """Set the inputs of the next runs: a dict from name to array, or `None` for random numbers of a fixed seed."""
+        if inputs is None:
+            inputs = self._random()
+        known = {leaf["name"]: leaf for leaf in self.inputs}
+        if set(inputs) != set(known):
+            raise ValueError(
+                f"`inputs` must hold an array for each input of the file: {sorted(known)}. Received: {sorted(inputs)}"
+            )
+        arrays, offset = [], 0
+        with open(self._folder / "inputs", "wb") as file:
+            for name, values in inputs.items():
+                leaf = known[name]
+                values = np.ascontiguousarray(np.asarray(values).astype(leaf["dtype"]))
+                free = 0 if self._runtime == "wasm" else 1  # LiteRT.js cannot resize
+                fits = len(leaf["shape"]) == values.ndim and leaf["shape"][free:] == list(values.shape[free:])
+                if not fits:
+                    raise ValueError(
+                        f"The input {name!r} takes arrays of shape {tuple(leaf['shape'])} on the runtime "
+                        f"{self._runtime!r}{', of any batch size' * free}. Received: an array of shape {values.shape}"
+                    )
+                file.write(values.tobytes())
+                arrays.append({"name": name, "dtype": leaf["dtype"], "shape": list(values.shape), "offset": offset})
+                offset += values.nbytes
+        self._ask("feed", arrays=arrays, path=str(self._folder / "inputs"))
+
+    def run(self):
+        """Run once: a dict from the name of each output to an array."""
+        path = self._folder / "outputs"
+        outputs = {}
+        for array in self._ask("run", path=str(path))["arrays"]:
+            count = int(np.prod(array["shape"]))
+            values = np.fromfile(path, array["dtype"], count, offset=array["offset"])
+            outputs[array["name"]] = values.reshape(array["shape"])
+        return outputs
+
+    def time(self, repeats=1):
+        """Run `repeats` times, and once before: seconds for each."""
+        return self._ask("time", repeats=repeats)["seconds"]
+
+    def count(self):
+        """Instructions of one run, exactly. Only on `"arm64"`."""
+        self._ask("count")
+        return self._counts(-2) - self._counts(-3)
+
+    def memory(self):
+        """Bytes that loading and running the file added to the largest amount of memory the process has held."""
+        return self._ask("memory")["bytes"]
+
+    def _counts(self, position):
+        counts = [int(line) for line in (self._folder / "counts").read_text().split()]
+        return counts[position + 1] - counts[position]
+
+    def _random(self):
+        rng = np.random.default_rng(0)
+        size = sum(float(np.prod(leaf["shape"], dtype=float)) * 8 for leaf in self.inputs)
+        if size > _OUTPUT:
+            raise ValueError(f"The file takes more than {_OUTPUT >> 30} GiB of inputs. Received: {self._what}")
+        inputs = {}
+        for leaf in self.inputs:
+            # 0 and 1 are valid for token numbers, masks and quantised inputs alike; time does not depend on the values
+            floats = leaf["dtype"].startswith("float")
+            inputs[leaf["name"]] = rng.normal(size=leaf["shape"]) if floats else rng.integers(0, 2, leaf["shape"])
+        return inputs
+
+    def _start(self):
+        self._errors = tempfile.TemporaryFile()
+        line, environment = command(self._runtime, self._folder / "counts")
+        self._process = subprocess.Popen(
+            line,
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
+        if sys.platform == "linux":
+            import resource
+
+            with contextlib.suppress(OSError):  # it may have ended already
+                for kind, size in ("RLIMIT_DATA", _MEMORY), ("RLIMIT_FSIZE", _OUTPUT), ("RLIMIT_CORE", 0):
+                    resource.prlimit(self._process.pid, getattr(resource, kind), (size, size))
+
+    def _end(self):
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._errors.close()
+
+    def _ask(self, what, **request):
+        timer = threading.Timer(self._timeout, self._kill)
+        timer.start()
+        try:
+            self._process.stdin.write(json.dumps({"do": what, **request}).encode() + b"\n")
+            self._process.stdin.flush()
+            answer = json.loads(self._process.stdout.readline(1 << 24))
+        except (BrokenPipeError, OSError, ValueError):
+            answer = {"error": self._why_it_ended()}
+        finally:
+            timer.cancel()
+        if self._late:
+            raise TimeoutError(f"The file took longer than {self._timeout:g} seconds. Received: {self._what}")
+        if "error" in answer:
+            reason = " ".join(answer["error"].split())[:300]
+            raise ValueError(
+                f"The file cannot be run on the runtime {self._runtime!r}. Received: {self._what} ({reason})"
+            )
+        return answer
+
+    def _kill(self):
+        self._late = True
+        self._process.kill()
+
+    def _why_it_ended(self):
+        status = self._process.wait()
+        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 2000))
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        if status < 0:
+            died = f"the process was ended by {signal.Signals(-status).name}"
+        else:
+            died = f"the process ended with exit status {status}"
+        return f"{died}: {lines[-1]}" if lines else died
+
+
+def _check(runtime, threads):
+    if runtime not in RUNTIMES:
+        raise ValueError(f"`runtime` must be one of {', '.join(map(repr, RUNTIMES))}. Received: runtime={runtime!r}")
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+        raise ValueError(f"`threads` must be a positive integer. Received: threads={threads!r}")
+    if threads > 1 and runtime in ("wasm", "arm64"):
+        raise ValueError(f"`threads` must be 1 on the runtime {runtime!r}. Received: threads={threads!r}")

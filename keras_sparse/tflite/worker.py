@@ -1,0 +1,150 @@
+"""A worker is the program that runs one .tflite file in a process of its own and answers requests, one a line.
+
+`keras_sparse.tflite.runtimes` starts it, as a script, under this Python or under one that an emulator runs: it knows
+NumPy and ai-edge-litert alone, since keras_sparse need not be there, and importing Keras takes minutes under an
+emulator. `worker.mjs` is the same program for LiteRT.js. Requests and answers are JSON objects; arrays travel in
+files, as raw bytes.
+"""
+
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+__all__ = ["serve"]
+
+
+def serve(requests, answers):
+    """Answer each request, such as the line `{"do": "load", "path": "m.tflite", "threads": 1}`, with a line of JSON.
+
+    Args:
+        requests: Iterable of lines.
+        answers: Where to write the answers: a text stream.
+
+    Example:
+
+    >>> import io
+    >>> from keras_sparse.tflite.worker import serve
+    >>> answers = io.StringIO()
+    >>> serve(['{"do": "load", "path": "missing.tflite", "threads": 1}'], answers)
+    >>> "error" in json.loads(answers.getvalue())
+    True
+    """
+    session = _Session()
+    for line in requests:
+        request = json.loads(line)
+        try:
+            answer = getattr(session, request.pop("do"))(**request)
+        except MemoryError:
+            answer = {"error": "out of memory"}
+        except Exception as error:  # whatever the runtime's bindings raise goes to the process that asked
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class _Session:
+    """The file that is loaded, and what can be asked of it: each method without underscore is a request."""
+
+    def load(self, path, threads):
+        from ai_edge_litert.interpreter import Interpreter
+
+        before = _peak_memory()
+        _mark()
+        start = time.perf_counter()
+        self._interpreter = Interpreter(model_path=path, num_threads=threads)
+        self._interpreter.allocate_tensors()
+        seconds = time.perf_counter() - start
+        _mark()
+        self._base = before
+        names = self._signature_names()
+        self._inputs = {names.get(d["index"], d["name"]): d for d in self._interpreter.get_input_details()}
+        self._outputs = {names.get(d["index"], d["name"]): d for d in self._interpreter.get_output_details()}
+        inputs = [
+            {"name": name, "dtype": np.dtype(d["dtype"]).name, "shape": [int(n) for n in d["shape"]]}
+            for name, d in self._inputs.items()
+        ]
+        return {"inputs": inputs, "outputs": list(self._outputs), "seconds": seconds}
+
+    def _signature_names(self):
+        """Names that the first signature gives to the tensors."""
+        for key in list(self._interpreter.get_signature_list())[:1]:
+            runner = self._interpreter.get_signature_runner(key)
+            details = runner.get_input_details() | runner.get_output_details()
+            return {int(detail["index"]): name for name, detail in details.items()}
+        return {}
+
+    def feed(self, arrays, path):
+        resized = False
+        for array in arrays:
+            detail = self._inputs[array["name"]]
+            current = self._interpreter.get_input_details()
+            shape = next(list(d["shape"]) for d in current if d["index"] == detail["index"])
+            if shape != array["shape"]:
+                self._interpreter.resize_tensor_input(detail["index"], array["shape"], strict=True)
+                resized = True
+        if resized:
+            self._interpreter.allocate_tensors()
+        for array in arrays:
+            count = int(np.prod(array["shape"]))
+            values = np.fromfile(path, array["dtype"], count, offset=array["offset"]).reshape(array["shape"])
+            self._interpreter.set_tensor(self._inputs[array["name"]]["index"], values)
+        return {}
+
+    def run(self, path):
+        self._interpreter.invoke()
+        arrays, offset = [], 0
+        with open(path, "wb") as file:
+            for name, detail in self._outputs.items():
+                values = np.ascontiguousarray(self._interpreter.get_tensor(detail["index"]))
+                file.write(values.tobytes())
+                arrays.append({"name": name, "dtype": values.dtype.name, "shape": values.shape, "offset": offset})
+                offset += values.nbytes
+        return {"arrays": arrays}
+
+    def time(self, repeats):
+        self._interpreter.invoke()  # the process that ran meanwhile left its own data in the caches
+        start = time.perf_counter()
+        for _ in range(repeats):
+            self._interpreter.invoke()
+        return {"seconds": (time.perf_counter() - start) / repeats}
+
+    def count(self):
+        self._interpreter.invoke()
+        _mark()
+        _mark()  # what lies between these two is the cost of the marks
+        self._interpreter.invoke()
+        _mark()
+        return {}
+
+    def memory(self):
+        return {"bytes": max(0, _peak_memory() - self._base)}
+
+
+def _mark():
+    """Tell the emulator's counter (instructions.c) to write down where it stands: it watches for this system call."""
+    if hasattr(os, "getppid"):
+        os.getppid()
+
+
+def _peak_memory():
+    """Bytes of memory that this process has held at most."""
+    try:
+        with open("/proc/self/status") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    # Native code may print: only answers go where the answers are read.
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    serve(sys.stdin, channel)
