@@ -64,7 +64,7 @@ def _parser():
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(command, example, loads_model=False):
-        name, summary = command.__name__.strip("_"), command.__doc__
+        name, summary = command.__name__.strip("_").replace("_", "-"), command.__doc__
         sub = commands.add_parser(
             name,
             help=summary,
@@ -118,10 +118,19 @@ def _parser():
     sub = add(_inspect, "model.tflite")
     sub.add_argument("file", metavar="FILE.tflite")
 
-    sub = add(_benchmark, "sparse.tflite --baseline dense.tflite --threads 2")
+    sub = add(_benchmark, "sparse.tflite --baseline dense.tflite --runtime wasm")
     sub.add_argument("file", metavar="FILE.tflite")
     sub.add_argument("--baseline", metavar="FILE.tflite", help="another file to compare with, run in turns")
+    sub.add_argument(
+        "--runtime",
+        choices=["native", "wasm", "arm64"],
+        default="native",
+        help="this CPU (default), LiteRT.js in Node, or an emulated ARM64 CPU that counts instructions",
+    )
     sub.add_argument("--threads", type=int, default=1, help="threads of the interpreter (default: 1)")
+    sub.add_argument("--seconds", type=float, default=1.0, help="of measuring, for each file (default: 1)")
+
+    add(_setup_arm64, "")
     return parser
 
 
@@ -176,8 +185,20 @@ def _inspect(options, stderr):
 
 
 def _benchmark(options, stderr):
-    """Measure the latency of a .tflite file on this machine. It is run: use files that you trust."""
-    return tflite.benchmark(options.file, baseline=options.baseline, threads=options.threads)
+    """Measure the latency of a .tflite file, or its instructions. It is run: use files that you trust."""
+    return tflite.benchmark(
+        options.file,
+        baseline=options.baseline,
+        runtime=options.runtime,
+        threads=options.threads,
+        seconds=options.seconds,
+    )
+
+
+def _setup_arm64(options, stderr):
+    """Set up the emulated ARM64 CPU of `benchmark --runtime arm64`, on Debian with qemu-user and a C compiler."""
+    folder = str(tflite.setup_arm64())
+    return reports.Report("ARM64 runtime", [{"folder": folder}], {})
 
 
 def _import(modules):

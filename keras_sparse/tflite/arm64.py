@@ -54,7 +54,7 @@ _CHECK = "import os, ai_edge_litert.interpreter; os.getppid(); os.getppid()"
 
 
 def setup_arm64(folder=None):
-    """Set up what the runtime `"arm64"` runs on: Python, NumPy and ai-edge-litert for ARM64, and an instruction counter.
+    """Set up the runtime `"arm64"`: Python, NumPy and ai-edge-litert for ARM64, and a counter of its instructions.
 
     About 60 MB are downloaded, with apt-get and pip, into a folder; nothing is installed in the system. Needs Debian
     (Ubuntu's mirrors keep ARM64 elsewhere), `qemu-aarch64` (`apt-get install qemu-user`) and a C compiler

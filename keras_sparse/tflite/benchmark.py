@@ -1,39 +1,48 @@
-"""A benchmark measures how long a .tflite file takes to load and to run on this machine."""
+"""A benchmark measures how long a .tflite file takes to load and to run, on this machine or an emulated one."""
 
+import contextlib
+import math
 import os
+import pathlib
+import platform
+import re
+import shlex
 import time
+from collections import Counter
 
 import numpy as np
 
-from keras_sparse.quiet import quiet
 from keras_sparse.reports import Report
 from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.runtimes import TIMEOUT, Worker
+from keras_sparse.tflite.targets import uses
 
-__all__ = ["benchmark"]
+__all__ = ["BenchmarkReport", "benchmark"]
 
-_SECONDS = 1.0  # of measuring for each file
+_RUNTIMES = {
+    "native": "ai-edge-litert on this machine's CPU",
+    "wasm": "LiteRT.js in Node on this machine's CPU",
+    "arm64": "ai-edge-litert on an emulated Cortex-A76; instructions executed, not time",
+}
 _ROUNDS = (20, 1000)  # at least, at most
-_SHORTEST = 2e-4  # seconds: a round of a tiny model repeats it until the clock's own cost does not matter
+_PATIENCE = 10  # times the seconds asked for: when a slow file stops although it had fewer rounds
+_TURN = 5e-3  # seconds: a turn repeats a small model until it is long beside the change to the other process
+# The nightly builds that https://developers.google.com/edge/litert/models/measurement names
+_BENCHMARK_MODEL = (
+    "https://storage.googleapis.com/tensorflow-nightly-public/prod/tensorflow/release/lite/tools/nightly/latest/"
+    "android_aarch64_benchmark_model"
+)
+_PHONE = "/data/local/tmp"
 
 
-def benchmark(path, baseline=None, threads=1):
-    """Measure the latency of a .tflite file with ai-edge-litert on this machine, on random input of batch size 1.
+class BenchmarkReport(Report):
+    """What `ks.tflite.benchmark` measured. It prints three parts: the measurements, the operators, the commands.
 
-    With a baseline the two files are run in turns, so that both meet the same load of the machine.
-
-    Args:
-        path: A .tflite file that you trust: it is run.
-        baseline: Another one to compare with, such as the dense encoding of the same model.
-        threads: Threads of the interpreter.
-
-    Returns:
-        A `Report`. Columns: `file`, `bytes`, `load` and the quartiles `p25`, `median`, `p75` of the latency in
-        milliseconds, `ratio` (median over the baseline's median; `None` without a baseline), `rounds`. Ratios here hold
-        for this CPU: on x86 with AVX sparse convolutions run as dense ones.
-
-    Raises:
-        FileNotFoundError: If a file does not exist.
-        ValueError: If a file is no valid .tflite file or cannot be run, or `threads` is no positive integer.
+    Attributes:
+        operators: A `Report`: for each file and kind of operator how many there are (`count`), how many of them skip
+            the zeros of their weights on this runtime (`ran_sparse`), and how many read sparse-encoded weights but
+            multiply them as dense ones (`stored_sparse`). It is read from the file by the rules of the runtime.
+        commands: Shell commands that measure the same files on an Android phone, with the official `benchmark_model`.
 
     Example:
 
@@ -42,83 +51,172 @@ def benchmark(path, baseline=None, threads=1):
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = os.path.join(folder, "model.tflite")
     ...     _ = ks.tflite.export(model, path)
-    ...     report = ks.tflite.benchmark(path)
+    ...     report = ks.tflite.benchmark(path, seconds=0.1)
+    >>> report.operators.rows[0]["operator"]
+    'FULLY_CONNECTED'
+    >>> report.commands[-1].split()[:2]
+    ['adb', 'shell']
+    """
+
+    def __init__(self, title, rows, totals, formats, operators, commands):
+        super().__init__(title, rows, totals, formats=formats)
+        self.operators = operators
+        self.commands = commands
+
+    def to_dict(self):
+        """The report as plain data: `{"title", "rows", "totals", "notes", "operators", "commands"}`."""
+        return super().to_dict() | {"operators": self.operators.rows, "commands": list(self.commands)}
+
+    def __rich__(self):
+        from rich.console import Group
+        from rich.text import Text
+
+        commands = [Text(command, no_wrap=True, overflow="ignore") for command in self.commands]
+        heading = Text("The same on a phone", style="bold")
+        return Group(super().__rich__(), Text(), self.operators, Text(), heading, *commands)
+
+    def to_html(self):
+        """The report as a fragment of HTML: headlines and tables, and the commands."""
+        commands = Report("The same on a phone", [{"command": command} for command in self.commands], {})
+        return super().to_html() + self.operators.to_html() + commands.to_html()
+
+    _repr_html_ = to_html
+
+
+def benchmark(path, baseline=None, runtime="native", threads=1, seconds=1.0, timeout=TIMEOUT):
+    """Measure a .tflite file on random input of batch size 1: latency, loading, memory, or instructions.
+
+    Each file runs in a process of its own. With a baseline the two are run in turns, so that both meet the same load of
+    the machine.
+
+    Args:
+        path: A .tflite file that you trust: it is run.
+        baseline: Another one to compare with, such as the dense encoding of the same model.
+        runtime: `"native"`: ai-edge-litert on this CPU. On x86 with AVX it runs sparse convolutions as dense ones, so
+            ratios do not hold for phones. `"wasm"`: LiteRT.js in Node, which runs them sparse; needs
+            `npm install @litertjs/core`. `"arm64"`: ai-edge-litert under `qemu-aarch64`, which counts the instructions
+            of a phone's CPU exactly; its time would mean nothing and is not shown. Needs `ks.tflite.setup_arm64()`.
+        threads: Threads of the interpreter; only 1 on `"wasm"` and `"arm64"`.
+        seconds: How long to measure each file; at least 20 rounds, or for ten times as long. Not used by `"arm64"`.
+        timeout: Seconds that each step, such as loading a file, may take.
+
+    Returns:
+        A `BenchmarkReport`. Columns: `file`, `bytes`; `load` (milliseconds, the first time in a process) and `memory`
+        (bytes that loading and running the file added to the process's peak); the quartiles `p25`, `median`, `p75` of
+        the latency in milliseconds; `ratio` (median over the baseline's median; `None` without a baseline); `rounds`.
+        On `"arm64"` `load` and `instructions` count instructions, and `ratio` compares those.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a file is no valid .tflite file or cannot be run, or an argument is wrong.
+        TimeoutError: If a step took longer than `timeout`.
+        RuntimeMissing: If the runtime is not installed; an `OSError` that says what to install.
+
+    Example:
+
+    >>> import os, tempfile, keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "model.tflite")
+    ...     _ = ks.tflite.export(model, path)
+    ...     report = ks.tflite.benchmark(path, seconds=0.1)
     >>> report.rows[0]["p25"] <= report.rows[0]["median"] <= report.rows[0]["p75"]
     True
     """
-    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-        raise ValueError(f"`threads` must be a positive integer. Received: threads={threads!r}")
-    runs = [_Run(file, threads) for file in ([baseline] if baseline is not None else []) + [path]]
-    with quiet():
-        _interleave(runs)
-    rows = [run.row(runs[0] if baseline is not None else None) for run in runs]
-    formats = dict.fromkeys(("load", "p25", "median", "p75"), ".4f") | {"ratio": ".2f", "bytes": ",d"}
-    totals = {"threads": threads, "unit": "ms", "runtime": "ai-edge-litert, this machine's CPU"}
-    return Report("Latency", rows, totals, formats=formats)
+    if runtime not in _RUNTIMES:
+        raise ValueError(f"`runtime` must be one of {', '.join(map(repr, _RUNTIMES))}. Received: runtime={runtime!r}")
+    for name, value in ("seconds", seconds), ("timeout", timeout):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
+    files = [os.fspath(file) for file in ([baseline] if baseline is not None else []) + [path]]
+    models = [read(file) for file in files]
+    measure = _count if runtime == "arm64" else _time
+    rows, measured = measure(files, runtime, threads, seconds, timeout)
+    for row, file, model in zip(rows, files, models, strict=True):
+        row |= {"ratio": None if baseline is None else row[measured] / rows[0][measured]}
+        row["rounds"] = row.pop("rounds", 1)
+        row |= {"file": os.path.basename(file), "bytes": model.bytes}
+    columns = ["file", "bytes", *(name for name in rows[0] if name not in ("file", "bytes"))]
+    rows = [{name: row[name] for name in columns} for row in rows]
+    formats = dict.fromkeys(("p25", "median", "p75"), ".4f") | {"ratio": ".3f"}
+    formats |= dict.fromkeys(("bytes", "memory", "instructions"), ",d")
+    formats["load"] = ",d" if runtime == "arm64" else ".2f"
+    totals = {"runtime": _RUNTIMES[runtime], "threads": threads}
+    totals["unit"] = "instructions" if runtime == "arm64" else "ms"
+    commands = _commands([pathlib.Path(file) for file in files], threads)
+    return BenchmarkReport("Benchmark", rows, totals, formats, _operators(files, models, runtime), commands)
 
 
-class _Run:
-    """One file, loaded, with the times that it took."""
-
-    def __init__(self, path, threads):
-        from ai_edge_litert.interpreter import Interpreter
-
-        self.path = os.fspath(path)
-        self.bytes = read(self.path).bytes  # a damaged file raises here, before native code meets it
-        self.times = []
-        try:
-            with quiet():
-                start = time.perf_counter()
-                self._interpreter = Interpreter(model_path=self.path, num_threads=threads)
-                self._interpreter.allocate_tensors()
-                self.load = time.perf_counter() - start
-                self._feed()
-                self._interpreter.invoke()
-                self._repeats = 1
-                self._repeats = max(1, min(1000, round(_SHORTEST / self._round())))
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                "The file cannot be run with ai-edge-litert on this machine. "
-                f"Received: path={self.path!r} ({str(error).strip()[:300]})"
-            ) from error
-
-    def _feed(self):
-        rng = np.random.default_rng(0)
-        for detail in self._interpreter.get_input_details():
-            dtype, shape = np.dtype(detail["dtype"]), detail["shape"]
-            # 0 and 1 are valid for token numbers, masks and quantised inputs alike; time does not depend on the values
-            values = rng.normal(size=shape) if dtype.kind == "f" else rng.integers(0, 2, shape)
-            self._interpreter.set_tensor(detail["index"], values.astype(dtype))
-
-    def _round(self):
+def _time(files, runtime, threads, seconds, timeout):
+    with contextlib.ExitStack() as stack:
+        workers, times = [], []
+        for file in files:
+            worker = stack.enter_context(Worker(file, runtime, threads, timeout))
+            worker.feed()
+            workers.append(worker)
+        repeats = [max(1, min(1000, math.ceil(_TURN / worker.time()))) for worker in workers]
         start = time.perf_counter()
-        for _ in range(self._repeats):
-            self._interpreter.invoke()
-        return (time.perf_counter() - start) / self._repeats
-
-    def measure(self):
-        self.times.append(self._round())
-
-    def row(self, baseline):
-        p25, median, p75 = (float(1e3 * q) for q in np.quantile(self.times, (0.25, 0.5, 0.75)))
-        return {
-            "file": os.path.basename(self.path),
-            "bytes": self.bytes,
-            "load": 1e3 * self.load,
-            "p25": p25,
-            "median": median,
-            "p75": p75,
-            "ratio": None if baseline is None else float(np.median(self.times) / np.median(baseline.times)),
-            "rounds": len(self.times),
-        }
+        for done in range(_ROUNDS[1]):
+            elapsed = (time.perf_counter() - start) / len(files)
+            if elapsed > _PATIENCE * seconds or (done >= _ROUNDS[0] and elapsed > seconds):
+                break
+            # The one that goes first finds the machine as the other left it: take turns at that, too.
+            order = range(len(files)) if done % 2 else reversed(range(len(files)))
+            times.append([0.0] * len(files))
+            for i in order:
+                times[-1][i] = 1e3 * workers[i].time(repeats[i])
+        rows = []
+        for worker, own in zip(workers, np.transpose(times), strict=True):
+            p25, median, p75 = (float(q) for q in np.quantile(own, (0.25, 0.5, 0.75)))
+            row = {"load": 1e3 * worker.load, "memory": worker.memory()}
+            rows.append(row | {"p25": p25, "median": median, "p75": p75, "rounds": len(own)})
+        return rows, "median"
 
 
-def _interleave(runs):
-    end = time.perf_counter() + _SECONDS * len(runs)
-    least, most = _ROUNDS
-    for done in range(most):
-        # The one that goes first finds the caches as the other left them: take turns.
-        for run in runs if done % 2 else reversed(runs):
-            run.measure()
-        if done + 1 >= least and time.perf_counter() > end:
-            return
+def _count(files, runtime, threads, seconds, timeout):
+    rows = []
+    for file in files:
+        with Worker(file, runtime, threads, timeout) as worker:
+            worker.feed()
+            rows.append({"load": worker.load, "instructions": worker.count()})
+    return rows, "instructions"
+
+
+def _operators(files, models, runtime):
+    rows = []
+    for file, model in zip(files, models, strict=True):
+        counts = Counter(operator.name for subgraph in model.subgraphs for operator in subgraph.operators)
+        found = uses(model)
+        for name, count in counts.items():
+            own = [use for use in found if use.operator == name]
+            sparse = sum(_skips_zeros(use, runtime) for use in own)
+            row = {"file": os.path.basename(file), "operator": name, "count": count}
+            rows.append(row | {"ran_sparse": sparse, "stored_sparse": len(own) - sparse})
+    return Report("Operators", rows, {})
+
+
+def _skips_zeros(use, runtime):
+    # XNNPACK's sparse convolutions are off where it has AVX kernels; TFLite's sparse FullyConnected is always on.
+    return use.sparse and (use.operator == "FULLY_CONNECTED" or runtime != "native" or not _has_avx())
+
+
+def _has_avx():
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        return re.search(r"^flags\s*:.*\bavx\b", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE) is not None
+    except OSError:  # not Linux; CPUs without AVX are from before 2013
+        return True
+
+
+def _commands(files, threads):
+    commands = [f"curl -LO {_BENCHMARK_MODEL}"]
+    commands.append(f"adb push {_BENCHMARK_MODEL.rpartition('/')[2]} {_PHONE}/benchmark_model")
+    commands.append(f"adb shell chmod +x {_PHONE}/benchmark_model")
+    for number, file in enumerate(files):
+        same = any(file.name == other.name for other in files[:number])
+        name = re.sub(r"[^\w.-]", "_", file.stem + "_2" * same + file.suffix)
+        commands.append(f"adb push {shlex.quote(str(file))} {_PHONE}/{name}")
+        options = f"--num_threads={threads} --use_xnnpack=true --num_runs=100 --enable_op_profiling=true"
+        commands.append(f"adb shell {_PHONE}/benchmark_model --graph={_PHONE}/{name} {options}")
+    return commands
