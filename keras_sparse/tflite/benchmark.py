@@ -13,7 +13,7 @@ from collections import Counter
 import numpy as np
 
 from keras_sparse.reports import Report
-from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.flatmodel import damaged, read
 from keras_sparse.tflite.runtimes import TIMEOUT, Worker
 from keras_sparse.tflite.targets import uses
 
@@ -96,15 +96,15 @@ def benchmark(path, baseline=None, runtime="native", threads=1, seconds=1.0, tim
             ratios do not hold for phones. `"wasm"`: LiteRT.js in Node, which runs them sparse; needs
             `npm install @litertjs/core`. `"arm64"`: ai-edge-litert under `qemu-aarch64`, which counts the instructions
             of a phone's CPU exactly; its time would mean nothing and is not shown. Needs `ks.tflite.setup_arm64()`.
-        threads: Threads of the interpreter; only 1 on `"wasm"` and `"arm64"`.
+        threads: Threads of the interpreter; only 1 on `"arm64"`.
         seconds: How long to measure each file; at least 20 rounds, or for ten times as long. Not used by `"arm64"`.
         timeout: Seconds that each step, such as loading a file, may take.
 
     Returns:
-        A `BenchmarkReport`. Columns: `file`, `bytes`; `load` (milliseconds, the first time in a process) and `memory`
-        (bytes that loading and running the file added to the process's peak); the quartiles `p25`, `median`, `p75` of
-        the latency in milliseconds; `ratio` (median over the baseline's median; `None` without a baseline); `rounds`.
-        On `"arm64"` `load` and `instructions` count instructions, and `ratio` compares those.
+        A `BenchmarkReport`. Columns: `file`, `bytes`; `load` in milliseconds; `memory`, the bytes that loading and
+        running the file added to the process's peak (not on `"wasm"`); the quartiles `p25`, `median`, `p75` of the
+        latency in milliseconds; `rounds`; `ratio`, median over the baseline's median (`None` without a baseline). On
+        `"arm64"` `load` and `instructions` count instructions, and `ratio` compares those.
 
     Raises:
         FileNotFoundError: If a file does not exist.
@@ -130,69 +130,61 @@ def benchmark(path, baseline=None, runtime="native", threads=1, seconds=1.0, tim
             raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
     files = [os.fspath(file) for file in ([baseline] if baseline is not None else []) + [path]]
     models = [read(file) for file in files]
-    measure = _count if runtime == "arm64" else _time
-    rows, measured = measure(files, runtime, threads, seconds, timeout)
-    for row, file, model in zip(rows, files, models, strict=True):
-        row |= {"ratio": None if baseline is None else row[measured] / rows[0][measured]}
-        row["rounds"] = row.pop("rounds", 1)
-        row |= {"file": os.path.basename(file), "bytes": model.bytes}
-    columns = ["file", "bytes", *(name for name in rows[0] if name not in ("file", "bytes"))]
-    rows = [{name: row[name] for name in columns} for row in rows]
+    operators = [row for file, model in zip(files, models, strict=True) for row in _operators(file, model, runtime)]
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(Worker(file, runtime, threads, timeout)) for file in files]
+        for worker in workers:
+            worker.feed()
+        measured = _instructions(workers) if runtime == "arm64" else _times(workers, runtime, seconds)
+    rows = []
+    for file, model, numbers in zip(files, models, measured, strict=True):
+        value, base = (run.get("median", run.get("instructions")) for run in (numbers, measured[0]))
+        ratio = None if baseline is None else value / base
+        rows.append({"file": os.path.basename(file), "bytes": model.bytes, **numbers, "ratio": ratio})
     formats = dict.fromkeys(("p25", "median", "p75"), ".4f") | {"ratio": ".3f"}
     formats |= dict.fromkeys(("bytes", "memory", "instructions"), ",d")
     formats["load"] = ",d" if runtime == "arm64" else ".2f"
     totals = {"runtime": _RUNTIMES[runtime], "threads": threads}
     totals["unit"] = "instructions" if runtime == "arm64" else "ms"
     commands = _commands([pathlib.Path(file) for file in files], threads)
-    return BenchmarkReport("Benchmark", rows, totals, formats, _operators(files, models, runtime), commands)
+    return BenchmarkReport("Benchmark", rows, totals, formats, Report("Operators", operators, {}), commands)
 
 
-def _time(files, runtime, threads, seconds, timeout):
-    with contextlib.ExitStack() as stack:
-        workers, times = [], []
-        for file in files:
-            worker = stack.enter_context(Worker(file, runtime, threads, timeout))
-            worker.feed()
-            workers.append(worker)
-        repeats = [max(1, min(1000, math.ceil(_TURN / worker.time()))) for worker in workers]
-        start = time.perf_counter()
-        for done in range(_ROUNDS[1]):
-            elapsed = (time.perf_counter() - start) / len(files)
-            if elapsed > _PATIENCE * seconds or (done >= _ROUNDS[0] and elapsed > seconds):
-                break
-            # The one that goes first finds the machine as the other left it: take turns at that, too.
-            order = range(len(files)) if done % 2 else reversed(range(len(files)))
-            times.append([0.0] * len(files))
-            for i in order:
-                times[-1][i] = 1e3 * workers[i].time(repeats[i])
-        rows = []
-        for worker, own in zip(workers, np.transpose(times), strict=True):
-            p25, median, p75 = (float(q) for q in np.quantile(own, (0.25, 0.5, 0.75)))
-            row = {"load": 1e3 * worker.load, "memory": worker.memory()}
-            rows.append(row | {"p25": p25, "median": median, "p75": p75, "rounds": len(own)})
-        return rows, "median"
-
-
-def _count(files, runtime, threads, seconds, timeout):
+def _times(workers, runtime, seconds):
+    repeats = [max(1, min(1000, math.ceil(_TURN / worker.time()))) for worker in workers]
+    times, start = [], time.perf_counter()
+    for done in range(_ROUNDS[1]):
+        elapsed = (time.perf_counter() - start) / len(workers)
+        if done and (elapsed > _PATIENCE * seconds or (done >= _ROUNDS[0] and elapsed > seconds)):
+            break
+        # The one that goes first finds the machine as the other left it: take turns at that, too.
+        order = range(len(workers)) if done % 2 else reversed(range(len(workers)))
+        times.append([0.0] * len(workers))
+        for i in order:
+            times[-1][i] = 1e3 * workers[i].time(repeats[i])
     rows = []
-    for file in files:
-        with Worker(file, runtime, threads, timeout) as worker:
-            worker.feed()
-            rows.append({"load": worker.load, "instructions": worker.count()})
-    return rows, "instructions"
+    for worker, own in zip(workers, np.transpose(times), strict=True):
+        p25, median, p75 = (float(q) for q in np.quantile(own, (0.25, 0.5, 0.75)))
+        # In Node the compiler of WebAssembly takes more memory, at its own times, than a file does.
+        memory = {} if runtime == "wasm" else {"memory": worker.memory()}
+        row = {"load": 1e3 * worker.load} | memory | {"p25": p25, "median": median, "p75": p75}
+        rows.append(row | {"rounds": len(own)})
+    return rows
 
 
-def _operators(files, models, runtime):
-    rows = []
-    for file, model in zip(files, models, strict=True):
-        counts = Counter(operator.name for subgraph in model.subgraphs for operator in subgraph.operators)
+def _instructions(workers):
+    return [{"load": worker.load, "instructions": worker.count()} for worker in workers]
+
+
+def _operators(file, model, runtime):
+    with damaged(file):
         found = uses(model)
-        for name, count in counts.items():
-            own = [use for use in found if use.operator == name]
-            sparse = sum(_skips_zeros(use, runtime) for use in own)
-            row = {"file": os.path.basename(file), "operator": name, "count": count}
-            rows.append(row | {"ran_sparse": sparse, "stored_sparse": len(own) - sparse})
-    return Report("Operators", rows, {})
+        counts = Counter(operator.name for subgraph in model.subgraphs for operator in subgraph.operators)
+    for name, count in counts.items():
+        own = [use for use in found if use.operator == name]
+        sparse = sum(_skips_zeros(use, runtime) for use in own)
+        row = {"file": os.path.basename(file), "operator": name, "count": count}
+        yield row | {"ran_sparse": sparse, "stored_sparse": len(own) - sparse}
 
 
 def _skips_zeros(use, runtime):

@@ -48,12 +48,12 @@ def available():
     return found
 
 
-def command(runtime, counts=os.devnull):
+def command(runtime, folder="."):
     """The command line, and what must be set in its environment, that start the worker of a runtime.
 
     Args:
         runtime: One of `RUNTIMES`.
-        counts: File for the numbers of executed instructions; used by `"arm64"`.
+        folder: Where the worker may leave files: `"arm64"` writes the number of executed instructions to `counts`.
 
     Returns:
         `(list of strings, dict)`.
@@ -70,7 +70,7 @@ def command(runtime, counts=os.devnull):
     script = str(_HERE / "worker.py")
     if runtime == "wasm":
         node = program("node", "Node.js 20 or newer, from https://nodejs.org or your system's package `nodejs`")
-        return [node, str(_HERE / "worker.mjs"), str(_litertjs())], {}
+        return [node, str(_HERE / "worker.mjs"), str(_litertjs()), str(folder)], {}
     environment = {"PYTHONPATH": _packages()}
     if runtime == "native":
         return [sys.executable, "-P", script], environment
@@ -88,7 +88,7 @@ def command(runtime, counts=os.devnull):
             "The runtime 'arm64' is not set up. Run `keras-sparse setup-arm64` (on Debian), or set "
             f"KERAS_SPARSE_CACHE to the folder in which it was set up. Looked for: {root}"
         )
-    line = arm64_python(root, root / "instructions.so", counts)
+    line = arm64_python(root, root / "instructions.so", os.path.join(folder, "counts"))
     return [*line, "-P", script], {}
 
 

@@ -1,7 +1,9 @@
-// The worker of worker.py for LiteRT.js, in Node: `node worker.mjs FOLDER`, the folder of the package @litertjs/core.
+// The worker of worker.py for LiteRT.js, in Node: `node worker.mjs CORE FOLDER`, the folder of the package @litertjs/core
+// and one for temporary files.
 // LiteRT.js expects a browser's web worker, so the few functions of one that it uses are provided first.
 import fs from 'node:fs';
 import { createRequire } from 'node:module';
+import os from 'node:os';
 import path from 'node:path';
 import process from 'node:process';
 import readline from 'node:readline';
@@ -16,6 +18,7 @@ for (const name of ['log', 'info', 'warn', 'debug']) console[name] = () => {}; /
 
 globalThis.self = globalThis;
 globalThis.require = createRequire(import.meta.url);
+globalThis.navigator ??= { hardwareConcurrency: os.availableParallelism() }; // Node < 21
 globalThis.importScripts = (script) => {
   globalThis.__filename = script;
   globalThis.__dirname = path.dirname(script);
@@ -23,25 +26,31 @@ globalThis.importScripts = (script) => {
   vm.runInThisContext(source, { filename: script });
 };
 
-const core = path.resolve(process.argv[2]);
+const [core, folder] = process.argv.slice(2).map((argument) => path.resolve(argument));
 const litert = await import(pathToFileURL(path.join(core, 'dist', 'index.js')));
 const types = { float32: Float32Array, int32: Int32Array, uint8: Uint8Array };
-const peak = () => 1024 * process.resourceUsage().maxRSS;
-let base = 0, model, inputs = {};
+let model, inputs = {};
 
 const release = (tensors) => Object.values(tensors).forEach((tensor) => tensor.delete());
 
+// LiteRT.js with threads starts them from its own script, which Node would take for an ES module where npm put it.
+function threaded() {
+  const name = 'litert_wasm_threaded_internal';
+  for (const file of [`${name}.js`, `${name}.wasm`]) fs.copyFileSync(path.join(core, 'wasm', file), path.join(folder, file));
+  fs.writeFileSync(path.join(folder, 'package.json'), '{"type": "commonjs"}');
+  return path.join(folder, `${name}.js`);
+}
+
 // Each is a request.
 const session = {
-  async load({ path: file }) {
-    await litert.loadLiteRt(path.join(core, 'wasm') + path.sep);
+  async load({ path: file, threads }) {
+    await litert.loadLiteRt(threads > 1 ? threaded() : path.join(core, 'wasm') + path.sep);
     // LiteRT.js 2.5.3 runs a file with an open batch size at batch 1, if only it is not asked whether [1, 64] fits
     // [-1, 64]. At other sizes its outputs are wrong without an error, so the process that asks checks the shapes.
     litert.getGlobalLiteRt().liteRtWasm.checkTensorBufferCompatible = () => {};
     const content = new Uint8Array(fs.readFileSync(file));
-    base = peak();
     const start = performance.now();
-    model = await litert.loadAndCompile(content, { accelerator: 'wasm' });
+    model = await litert.loadAndCompile(content, { accelerator: 'wasm', cpuOptions: { numThreads: threads } });
     const seconds = (performance.now() - start) / 1000;
     const details = model.getInputDetails().map(({ name, dtype, shape }) => ({ name, dtype, shape: Array.from(shape) }));
     return { inputs: details, outputs: model.getOutputDetails().map(({ name }) => name), seconds };
@@ -79,10 +88,6 @@ const session = {
     const start = performance.now();
     for (let i = 0; i < repeats; i++) release(await model.run(inputs));
     return { seconds: (performance.now() - start) / 1000 / repeats };
-  },
-
-  async memory() {
-    return { bytes: Math.max(0, peak() - base) };
   },
 };
 
