@@ -1,18 +1,21 @@
 """The benchmark of .tflite files."""
 
 import json
+import shlex
 
 import pytest
-from tflite_models import lstm, mlp, several, sparsify
+from tflite_models import lstm, mlp, qualifying, several, sparsify
 
 import keras_sparse as ks
+
+MISSING = ks.tflite.runtimes.available()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    for build in (mlp, lstm, several):
-        model = sparsify(build(), 0.9, blocks=build is mlp)
+    for build in (mlp, lstm, several, qualifying):
+        model = build() if build is qualifying else sparsify(build(), 0.9, blocks=build is mlp)
         ks.tflite.export(model, folder / f"{build.__name__}.tflite")
         ks.tflite.export(model, folder / f"{build.__name__}_dense.tflite", sparse=False)
     return folder
@@ -25,6 +28,7 @@ def test_one_file(kind, folder):
     assert 0 < row["p25"] <= row["median"] <= row["p75"] < 1000 and row["load"] > 0
     assert row["ratio"] is None and row["rounds"] >= 20
     assert row["bytes"] == (folder / f"{kind}.tflite").stat().st_size
+    assert 0 <= row["memory"] < 1 << 30
 
 
 def test_baseline(folder):
@@ -37,10 +41,87 @@ def test_baseline(folder):
     assert "median" in str(report)
 
 
+@pytest.mark.skipif(MISSING["wasm"] is not None, reason=str(MISSING["wasm"]))
+def test_wasm(folder):
+    """XNNPACK's sparse convolutions are on: this small model has a ratio of 0.3."""
+    report = ks.tflite.benchmark(folder / "qualifying.tflite", folder / "qualifying_dense.tflite", runtime="wasm")
+    base, row = report.rows
+    assert 0 < row["p25"] <= row["median"] <= row["p75"] < base["median"] < 1000 and row["ratio"] < 0.8
+    assert "memory" not in row and "LiteRT.js" in report.totals["runtime"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MISSING["arm64"] is not None, reason=str(MISSING["arm64"]))
+def test_arm64(folder):
+    report = ks.tflite.benchmark(folder / "qualifying.tflite", folder / "qualifying_dense.tflite", runtime="arm64")
+    base, row = report.rows
+    assert sorted(row) == ["bytes", "file", "instructions", "load", "ratio"], "no times: they would mean nothing"
+    assert row["ratio"] == row["instructions"] / base["instructions"] < 0.8
+    assert row["load"] > row["instructions"] and report.totals["unit"] == "instructions"
+
+
+def test_operators(folder):
+    """Block-sparse Dense layers run sparse everywhere; convolutions are another matter (test_tflite_targets.py)."""
+    report = ks.tflite.benchmark(folder / "mlp.tflite", baseline=folder / "mlp_dense.tflite", seconds=0.05)
+    ran = {(row["file"], row["operator"]): (row["count"], row["ran_sparse"]) for row in report.operators.rows}
+    assert ran["mlp.tflite", "FULLY_CONNECTED"] == (2, 2) and ran["mlp_dense.tflite", "FULLY_CONNECTED"] == (2, 0)
+    report = ks.tflite.benchmark(folder / "lstm.tflite", seconds=0.05)
+    assert sum(row["ran_sparse"] for row in report.operators.rows) == 0
+    assert sum(row["stored_sparse"] for row in report.operators.rows) > 0
+
+
+def test_commands_for_a_phone(folder, tmp_path):
+    path = tmp_path / "it's a model.tflite"
+    path.write_bytes((folder / "mlp.tflite").read_bytes())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / path.name).write_bytes(path.read_bytes())
+    commands = ks.tflite.benchmark(path, baseline=tmp_path / "b" / path.name, threads=2, seconds=0.05).commands
+    pushed = [shlex.split(command) for command in commands if command.startswith("adb push")]
+    run = [command for command in commands if "--graph=" in command]
+    assert [words[2] for words in pushed[1:]] == [str(tmp_path / "b" / path.name), str(path)]
+    assert len({words[3] for words in pushed}) == 3, "each file has its own name on the phone"
+    for words, command in zip(pushed[1:], run, strict=True):
+        assert f"--graph={words[3]} --num_threads=2 --use_xnnpack=true" in command and "'" not in words[3]
+
+
+def test_all_parts_are_shown(folder):
+    report = ks.tflite.benchmark(folder / "mlp.tflite", seconds=0.05)
+    data = json.loads(report.to_json())
+    assert data["operators"] == report.operators.rows and data["commands"] == report.commands
+    for text in (str(report), report.to_html()):
+        assert all(part in text for part in ("median", "FULLY_CONNECTED", "adb shell"))
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True, None])
 def test_bad_threads(threads, folder):
     with pytest.raises(ValueError, match="positive integer. Received"):
         ks.tflite.benchmark(folder / "mlp.tflite", threads=threads)
+
+
+@pytest.mark.parametrize("name", ["seconds", "timeout"])
+@pytest.mark.parametrize("value", [0, -1, "2", True, None, float("nan"), float("inf")])
+def test_bad_durations(name, value, folder):
+    with pytest.raises(ValueError, match=f"`{name}` must be a positive number. Received: {name}="):
+        ks.tflite.benchmark(folder / "mlp.tflite", **{name: value})
+
+
+@pytest.mark.parametrize("runtime", ["x86-no-avx", "gpu", None])
+def test_bad_runtime(runtime, folder):
+    with pytest.raises(ValueError, match="`runtime` must be one of 'native', 'wasm', 'arm64'. Received: runtime="):
+        ks.tflite.benchmark(folder / "mlp.tflite", runtime=runtime)
+
+
+@pytest.mark.parametrize("runtime", ["wasm", "arm64"])
+def test_missing_runtime(runtime, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("KERAS_SPARSE_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match="nstall|set up"):
+        ks.tflite.benchmark(folder / "mlp.tflite", runtime=runtime)
+
+
+def test_slow_file_is_given_up(folder):
+    with pytest.raises(TimeoutError, match="longer than 0.01 seconds"):
+        ks.tflite.benchmark(folder / "mlp.tflite", timeout=0.01)
 
 
 def test_bad_files(folder, tmp_path):

@@ -165,6 +165,19 @@ def image_model(body):
     return model
 
 
+def qualifying():
+    """An image model whose convolutions XNNPACK runs sparse where it has no AVX."""
+
+    def body(inputs):
+        x = stem(inputs)
+        for filters in (32, 64):
+            x = layers.DepthwiseConv2D(3, padding="same", activation="relu")(x)
+            x = layers.Conv2D(filters, 1, activation="relu")(x)
+        return layers.Dense(5)(layers.GlobalAveragePooling2D()(x))
+
+    return image_model(body)
+
+
 def encodings():
     """Dense and sparse encodings of models at 80 % zeros: `encodings()[kind, blocks, quantize][encoding]`."""
     keras.utils.set_random_seed(0)
