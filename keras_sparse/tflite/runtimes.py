@@ -107,6 +107,7 @@ class Worker:
             if isinstance(file, bytes):
                 (self._folder / "model.tflite").write_bytes(file)
                 file = self._folder / "model.tflite"
+            self._errors = stack.enter_context(tempfile.TemporaryFile())
             stack.callback(self._end)
             self._start()
             loaded = self._ask("load", path=os.path.abspath(file), threads=threads)
@@ -187,7 +188,6 @@ class Worker:
         return inputs
 
     def _start(self):
-        self._errors = tempfile.TemporaryFile()
         line, environment = command(self._runtime, self._folder)
         self._process = subprocess.Popen(
             line,
@@ -207,7 +207,6 @@ class Worker:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
-            self._errors.close()
 
     def _ask(self, what, **request):
         timer = threading.Timer(self._timeout, self._kill)

@@ -1,0 +1,157 @@
+// Runs two .tflite files in turns and shows their latencies. Parameters of the address: `dense` and `sparse`, files to
+// begin with; `seconds` of measuring; `modules`, see speed.html.
+const ROUNDS = { least: 20, most: 1000 };
+const TURN = 5; // milliseconds: the clock of a browser may be as coarse as 0.1
+const TYPES = { float32: Float32Array, int32: Int32Array, uint8: Uint8Array };
+const WHICH = ['dense', 'sparse'];
+
+const main = document.querySelector('main');
+const at = (id) => document.getElementById(id);
+const parameters = new URLSearchParams(location.search);
+const seconds = Number(parameters.get('seconds')) || 3;
+const contents = {}; // of the files: Uint8Array
+let litert;
+
+function show(state, error) {
+  main.dataset.state = state;
+  at('start').disabled = state === 'loading' || state === 'measuring' || WHICH.some((which) => !contents[which]);
+  at('start').textContent = state === 'measuring' ? 'Measuring …' : 'Measure';
+  at('error').textContent = error ? String(error.message ?? error) : '';
+}
+
+function clear() {
+  for (const which of WHICH) {
+    at(`${which}-median`).textContent = '–';
+    at(`${which}-spread`).textContent = '\u00a0';
+    at(`${which}-bar`).style.width = '0';
+  }
+  at('result').textContent = at('agreement').textContent = '';
+}
+
+function take(which, name, content) {
+  const isModel = content.length > 8 && String.fromCharCode(...content.subarray(4, 8)) === 'TFL3';
+  if (!isModel) throw new Error(`${name} is not a .tflite file`);
+  contents[which] = content;
+  at(`${which}-name`).textContent = `${name}, ${(content.length / 1000).toLocaleString('en', { maximumFractionDigits: 0 })} kB`;
+}
+
+async function download(which) {
+  const address = parameters.get(which) ?? `demo_${which}.tflite`;
+  const response = await fetch(address);
+  if (!response.ok) throw new Error(`${address}: ${response.status} ${response.statusText}`);
+  take(which, new URL(address, location).pathname.split('/').pop(), new Uint8Array(await response.arrayBuffer()));
+}
+
+// Pseudorandom numbers (a linear congruential generator), the same for both models; about normal, or 0 and 1.
+function randomInput({ dtype, shape }) {
+  let state = 12345;
+  const uniform = () => (state = (1103515245 * state + 12345) % 2147483648) / 2147483648;
+  const dimensions = Array.from(shape, (n) => Math.max(1, n)); // an open batch size is -1
+  const values = new TYPES[dtype](dimensions.reduce((a, b) => a * b, 1));
+  const draw = dtype === 'float32' ? () => (uniform() + uniform() + uniform() - 1.5) * 2 : () => Math.round(uniform());
+  return new litert.Tensor(values.map(draw), dimensions);
+}
+
+async function prepare(content) {
+  const model = await litert.loadAndCompile(content, { accelerator: 'wasm' });
+  const inputs = Object.fromEntries(model.getInputDetails().map((detail) => [detail.name, randomInput(detail)]));
+  const run = async () => {
+    const outputs = Object.values(await model.run(inputs));
+    const values = outputs.flatMap((tensor) => Array.from(tensor.toTypedArray()));
+    outputs.forEach((tensor) => tensor.delete());
+    return values;
+  };
+  const turn = async (repeats) => {
+    await run(); // the other model left its data in the caches
+    const start = performance.now();
+    for (let i = 0; i < repeats; i++) Object.values(await model.run(inputs)).forEach((tensor) => tensor.delete());
+    return (performance.now() - start) / repeats;
+  };
+  const end = () => [...Object.values(inputs), model].forEach((object) => object.delete());
+  return { run, turn, end, times: [] };
+}
+
+// Largest difference, relative to the largest value; NaN where one of the two is.
+function difference(a, b) {
+  if (a.length !== b.length) return NaN;
+  const largest = a.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  return a.reduce((most, value, i) => Math.max(most, Math.abs(value - b[i])), 0) / Math.max(largest, Number.MIN_VALUE);
+}
+
+function quantile(values, share) {
+  const sorted = Float64Array.from(values).sort();
+  const position = share * (sorted.length - 1), low = Math.floor(position);
+  return sorted[low] + (position - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
+}
+
+const milliseconds = (value) => (value < 10 ? value.toFixed(3) : value.toFixed(1));
+
+function display(models) {
+  const medians = models.map(({ times }) => quantile(times, 0.5));
+  WHICH.forEach((which, i) => {
+    const [low, high] = [0.25, 0.75].map((share) => milliseconds(quantile(models[i].times, share)));
+    at(`${which}-median`).textContent = `${milliseconds(medians[i])} ms`;
+    at(`${which}-spread`).textContent = `${low} to ${high} ms, ${models[i].times.length} rounds`;
+    at(`${which}-bar`).style.width = `${(100 * medians[i]) / Math.max(...medians)}%`;
+  });
+  return medians[1] / medians[0];
+}
+
+async function measure() {
+  clear();
+  show('measuring');
+  const models = [];
+  try {
+    for (const which of WHICH) models.push(await prepare(contents[which]));
+    const apart = difference(...[await models[0].run(), await models[1].run()]);
+    const repeats = [];
+    for (const model of models) repeats.push(Math.max(1, Math.min(1000, Math.ceil(TURN / (await model.turn(3))))));
+    const start = performance.now();
+    for (let round = 0; round < ROUNDS.most; round++) {
+      const elapsed = (performance.now() - start) / 1000;
+      if (round > 0 && (elapsed > 20 * seconds || (round >= ROUNDS.least && elapsed > 2 * seconds))) break;
+      // The one that goes first finds the caches as the other left them: take turns at that, too.
+      for (const i of round % 2 ? [0, 1] : [1, 0]) models[i].times.push(await models[i].turn(repeats[i]));
+      if (round % 10 === 0) display(models);
+      await new Promise((resolve) => setTimeout(resolve)); // lets the page draw
+    }
+    const ratio = display(models);
+    const faster = ratio < 1 ? `${(1 / ratio).toFixed(1)} times as fast` : 'no faster here';
+    at('result').textContent = `Sparse takes ${ratio.toFixed(2)} of the dense time: ${faster}`;
+    main.dataset.ratio = ratio;
+    at('agreement').textContent = apart < 1e-3
+      ? `Both compute the same: outputs differ by ${apart.toExponential(1)} of their magnitude.`
+      : `They are not the same model: outputs differ by ${apart.toExponential(1)} of their magnitude.`;
+    show('done');
+  } catch (error) {
+    show('failed', error);
+  } finally {
+    models.forEach((model) => model.end());
+  }
+}
+
+for (const which of WHICH) {
+  at(`${which}-file`).addEventListener('change', async ({ target }) => {
+    const [file] = target.files;
+    if (!file) return;
+    clear();
+    try {
+      take(which, file.name, new Uint8Array(await file.arrayBuffer()));
+      show('ready');
+    } catch (error) {
+      show('failed', error);
+    }
+  });
+}
+at('start').addEventListener('click', measure);
+
+try {
+  litert = await import('@litertjs/core');
+  await litert.loadLiteRt(`${litertFolder}wasm/`);
+  // LiteRT.js 2.5.3 runs a file with an open batch size at batch 1, if only it is not asked whether [1, 64] fits [-1, 64].
+  litert.getGlobalLiteRt().liteRtWasm.checkTensorBufferCompatible = () => {};
+  for (const which of WHICH) await download(which);
+  show('ready');
+} catch (error) {
+  show('failed', error);
+}

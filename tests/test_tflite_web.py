@@ -1,0 +1,145 @@
+"""The web page that shows two files' latencies side by side, in headless Chromium."""
+
+import functools
+import http.server
+import importlib.util
+import pathlib
+import shutil
+import threading
+import time
+
+import pytest
+from tflite_models import mlp, sparsify
+
+import keras_sparse as ks
+from keras_sparse.tflite.commands import RuntimeMissing, command
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "web"
+LACKING = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+if importlib.util.find_spec("selenium") is None:
+    LACKING.append("the Python package selenium")
+try:
+    NODE_MODULES = pathlib.Path(command("wasm")[0][2]).parents[1]
+except RuntimeMissing as error:
+    LACKING.append(str(error))
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(LACKING), reason=f"needs {', '.join(LACKING)}"),
+    # 2026-11, selenium 4.51: it leaves sockets to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves the page, LiteRT.js as npm installed it, and nothing else."""
+
+    def translate_path(self, path):
+        path = path.partition("?")[0]
+        inside = path.removeprefix("/node_modules/")
+        return str(PAGE / path.lstrip("/") if inside == path else NODE_MODULES / inside)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=PAGE)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/speed.html?seconds=0.3&modules="
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in (
+        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", f"user-data-dir={profile}",
+    ):  # fmt: skip
+        options.add_argument(f"--{argument}")
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    browser = webdriver.Chrome(options=options, service=service)
+    yield browser
+    browser.quit()
+
+
+def wait(browser, *states):
+    """Wait until the page is in one of these states; a page that never gets there fails the test."""
+    end = time.monotonic() + 60
+    while (state := browser.find_element("tag name", "main").get_attribute("data-state")) not in states:
+        assert time.monotonic() < end, f"the page is still {state}"
+        time.sleep(0.05)
+    return state
+
+
+def text(browser, name):
+    return browser.find_element("id", name).text
+
+
+def measure(browser):
+    browser.find_element("id", "start").click()
+    assert wait(browser, "done", "failed") == "done", text(browser, "error")
+    return float(browser.find_element("tag name", "main").get_attribute("data-ratio"))
+
+
+def test_demo(browser, address):
+    """The shipped files: at 90 % zeros the sparse one takes 0.3 of the time."""
+    browser.get(f"{address}/node_modules/")
+    assert wait(browser, "ready", "failed") == "ready", text(browser, "error")
+    ratio = measure(browser)
+    assert 0.05 < ratio < 0.8
+    assert f"Sparse takes {ratio:.2f} of the dense time" in text(browser, "result")
+    assert "Both compute the same" in text(browser, "agreement")
+    dense, sparse = (float(text(browser, f"{which}-median").removesuffix(" ms")) for which in ("dense", "sparse"))
+    assert sparse / dense == pytest.approx(ratio, abs=0.02)
+    assert "demo_sparse.tflite" in text(browser, "sparse-name") and "rounds" in text(browser, "sparse-spread")
+
+
+def test_own_files(browser, address, tmp_path):
+    """Files with an open batch size, chosen by hand; then one that is none."""
+    browser.get(f"{address}/node_modules/")
+    wait(browser, "ready")
+    model = sparsify(mlp(), 0.9, blocks=True)
+    for name, sparse in (("dense", False), ("sparse", True)):
+        ks.tflite.export(model, tmp_path / f"own {name}.tflite", sparse=sparse)
+        browser.find_element("id", f"{name}-file").send_keys(str(tmp_path / f"own {name}.tflite"))
+    while "own sparse.tflite" not in text(browser, "sparse-name"):
+        time.sleep(0.05)
+    assert measure(browser) > 0 and "Both compute the same" in text(browser, "agreement")
+    (tmp_path / "other.tflite").write_text("no model at all")
+    browser.find_element("id", "dense-file").send_keys(str(tmp_path / "other.tflite"))
+    assert wait(browser, "failed") and "other.tflite is not a .tflite file" in text(browser, "error")
+    assert measure(browser) > 0, "the file that was there before can still be measured"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ("/node_modules/&sparse=none.tflite", "none.tflite: 404"),
+        ("/node_modules/&sparse=speed.js", "speed.js is not a .tflite file"),
+        ("https://example.com/", "@litertjs/core"),
+    ],
+)
+def test_wrong_address(parameters, message, browser, address):
+    browser.get(address + parameters)
+    assert wait(browser, "ready", "failed") == "failed" and message in text(browser, "error")
+    assert not browser.find_element("id", "start").is_enabled()
+
+
+@pytest.mark.parametrize("width", [320, 900])
+def test_fits_the_screen(width, browser, address):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 800, "deviceScaleFactor": 2, "mobile": width < 500},
+    )
+    browser.get(f"{address}/node_modules/")
+    wait(browser, "ready")
+    wide = browser.execute_script("return document.documentElement.scrollWidth")
+    columns = browser.execute_script("return getComputedStyle(document.querySelector('.models')).gridTemplateColumns")
+    assert wide <= width and len(columns.split()) == (1 if width < 500 else 2)
