@@ -50,4 +50,5 @@ napoleon_use_rtype = False
 default_role = "code"  # Docstrings are written with Markdown's single backquotes.
 
 html_theme = "furo"
+html_extra_path = ["web"]  # speed.html, beside the pages
 html_title = f"keras_sparse {release}"

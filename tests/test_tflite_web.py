@@ -15,7 +15,8 @@ import keras_sparse as ks
 from keras_sparse.tflite.commands import RuntimeMissing, command
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "web"
-LACKING = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+CHROME = shutil.which("chromium") or shutil.which("google-chrome")
+LACKING = [name for name, found in (("chromium", CHROME), ("chromedriver", shutil.which("chromedriver"))) if not found]
 if importlib.util.find_spec("selenium") is None:
     LACKING.append("the Python package selenium")
 try:
@@ -56,7 +57,7 @@ def browser(tmp_path_factory):
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
+    options.binary_location = CHROME
     profile = tmp_path_factory.mktemp("profile")
     for argument in (
         "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
