@@ -165,6 +165,23 @@ def test_benchmark(sparse_file, capsys):
     assert len(report["rows"]) == 2
     assert report["rows"][0]["ratio"] == 1.0
     assert report["rows"][1]["median"] > 0
+    assert report["operators"][0]["file"] == sparse_file.name and report["commands"][-1].startswith("adb shell")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["benchmark", "{file}", "--runtime", "wasm"], "Install Node.js"),
+        (["benchmark", "{file}", "--runtime", "arm64"], "keras-sparse setup-arm64"),
+        (["setup-arm64"], "apt-get install gcc"),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="emulators exist on Linux only")
+def test_missing_runtimes(arguments, what, sparse_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("KERAS_SPARSE_CACHE", str(tmp_path / "cache"))
+    check_error(run([argument.format(file=sparse_file) for argument in arguments], capsys), what)
+    assert os.listdir(tmp_path) == []
 
 
 def test_import_finds_custom_classes(tmp_path, monkeypatch, capsys):

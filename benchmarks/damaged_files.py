@@ -1,0 +1,73 @@
+"""Damaged .tflite files: bit flips, truncation, wild offsets, blanked and moved bytes, through `inspect` and `benchmark`.
+
+Each seed damages one of the files of the tests in its own way. Right is an answer that makes sense or a clean error
+(`ValueError`, `OSError`), within the time allowed; anything else ends this program with the seed. The outcomes are those of
+`tests/tflite_mutations.py`.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import pathlib
+import sys
+import tempfile
+import time
+
+import result
+
+import keras_sparse as ks
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+import tflite_models
+from tflite_mutations import mutate, outcome
+
+MODELS = ("mlp", "several", "attention", "lstm", "qualifying")
+
+
+def contents(folder):
+    """Content of the undamaged files."""
+    for name in MODELS:
+        model = getattr(tflite_models, name)()
+        if name != "qualifying":
+            model = tflite_models.sparsify(model, 0.9, blocks=name == "mlp")
+        ks.tflite.export(model, folder / "whole.tflite")
+        yield (folder / "whole.tflite").read_bytes()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=2000)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--runtime", choices=["native", "wasm"], default="native")
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    load = result.load()
+    counts, slowest = collections.Counter(), (0.0, None)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        whole = list(contents(folder))
+
+        def one(seed):
+            path = folder / f"{seed}.tflite"
+            path.write_bytes(mutate(whole[seed % len(whole)], seed))
+            start = time.perf_counter()
+            try:
+                return outcome(path, runtime=args.runtime), time.perf_counter() - start
+            except BaseException as error:
+                raise SystemExit(f"seed {seed}: {type(error).__name__}: {error}") from error
+            finally:
+                path.unlink()
+
+        with concurrent.futures.ThreadPoolExecutor(args.processes) as pool:
+            seeds = range(args.first, args.first + args.files)
+            for seed, (pair, seconds) in zip(seeds, pool.map(one, seeds), strict=True):
+                counts[pair] += 1
+                slowest = max(slowest, (seconds, seed))
+    rows = [[inspected, measured, f"{count:,d}"] for (inspected, measured), count in counts.most_common()]
+    notes = [f"Slowest: {slowest[0]:.1f} s (seed {slowest[1]})."]
+    title = f"{args.files:,d} damaged files on the runtime {args.runtime}"
+    result.show(title, ["`inspect`", "`benchmark`", "files"], rows, notes, load_before=load)
+
+
+if __name__ == "__main__":
+    main()
