@@ -1,8 +1,7 @@
-"""Damaged .tflite files: bit flips, truncation, wild offsets, blanked and moved bytes, through `inspect` and `benchmark`.
+"""Damaged .tflite files (flipped bits, truncation, wild offsets, blanked and moved bytes), inspected and benchmarked.
 
-Each seed damages one of the files of the tests in its own way. Right is an answer that makes sense or a clean error
-(`ValueError`, `OSError`), within the time allowed; anything else ends this program with the seed. The outcomes are those of
-`tests/tflite_mutations.py`.
+Each seed damages one of the files of the tests in its own way (tests/tflite_mutations.py). Right is an answer that makes
+sense or a clean error (`ValueError`, `OSError`), in bounded time; anything else ends this program with the seed.
 """
 
 import argparse
