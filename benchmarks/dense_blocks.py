@@ -1,8 +1,8 @@
 """Dense layers in blocks: a 784-1024-1024-10 network whose zeros form blocks of one output by four inputs.
 
-Latency does not depend on the values of the weights, so the network is not trained: it is pruned in one shot. Each ratio
-is to the dense encoding of the same network, run in turns with it (`ks.tflite.benchmark`); on ARM64 it is exact. Runtimes
-that are not installed are left out.
+Latency does not depend on the values of the weights, so the network is not trained: it is pruned in one shot. Each
+ratio is to the dense encoding of the same network, run in turns with it (`ks.tflite.benchmark`); on ARM64 it is exact.
+Runtimes that are not installed are left out.
 """
 
 import argparse

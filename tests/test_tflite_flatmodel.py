@@ -1,7 +1,9 @@
 """Reading .tflite files: decoding, with the dense file as the oracle."""
 
+import flatbuffers
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 from tflite_models import encodings
 
 from keras_sparse.tflite.flatmodel import read
@@ -55,3 +57,16 @@ def test_content_is_checked():
         read(b"none")
     with pytest.raises(ValueError, match="damaged or truncated"):
         read(b"\x1c\x00\x00\x00TFL3")
+
+
+def test_operators_that_run_in_circles(files):
+    """What asks for the constant behind an input would never end."""
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(files["cnn", False, None]["sparse"], 0))
+    codes = [code.builtinCode for code in model.operatorCodes]
+    densify = [o for o in model.subgraphs[0].operators if codes[o.opcodeIndex] == schema.BuiltinOperator.DENSIFY]
+    assert densify
+    densify[0].outputs = densify[0].inputs
+    builder = flatbuffers.Builder()
+    builder.Finish(model.Pack(builder), b"TFL3")
+    with pytest.raises(ValueError, match="an operator reads a tensor that is computed later"):
+        read(bytes(builder.Output()))

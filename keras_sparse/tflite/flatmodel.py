@@ -319,6 +319,10 @@ def _check_references(graph):
         references += operator.inputs + operator.outputs
     if any(not -1 <= number < len(graph.tensors) for number in references):
         raise ValueError("an operator refers to a tensor that does not exist")
+    # Operators are stored in execution order. Who follows a graph from tensor to tensor could run in circles otherwise.
+    position = {n: i for i, operator in enumerate(graph.operators) for n in operator.outputs}
+    if any(position.get(n, -1) >= i for i, operator in enumerate(graph.operators) for n in operator.inputs if n >= 0):
+        raise ValueError("an operator reads a tensor that is computed later")
 
 
 def _ints(array):
