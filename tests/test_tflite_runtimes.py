@@ -157,6 +157,11 @@ def test_wrong_inputs(inputs, message, files):
         runtimes.run(files["mlp"], inputs)
 
 
+def test_inputs_without_names(files):
+    with pytest.raises(TypeError, match="must be a dict from the name of each input.*Received: ndarray"):
+        runtimes.run(files["mlp"], np.zeros((1, 64)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

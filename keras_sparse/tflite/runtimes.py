@@ -23,6 +23,9 @@ __all__ = ["RUNTIMES", "TIMEOUT", "RuntimeMissing", "Worker", "available", "run"
 
 TIMEOUT = 120.0  # seconds for one request
 _MEMORY = 4 << 30  # bytes that a process may write to
+_TYPES = {
+    "float16", "float32", "float64", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"
+}  # fmt: skip
 _OUTPUT = 1 << 30  # bytes that it may leave in one file
 
 
@@ -47,6 +50,7 @@ def run(file, inputs, runtime="native", threads=1, timeout=TIMEOUT):
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no valid .tflite file, cannot be run, or does not take such inputs; if `runtime` or
             `threads` is none that exists.
+        TypeError: If `inputs` is of another type.
         TimeoutError: If it took longer than `timeout`.
         RuntimeMissing: If the runtime is not installed; an `OSError`.
 
@@ -112,6 +116,7 @@ class Worker:
             self._start()
             loaded = self._ask("load", path=os.path.abspath(file), threads=threads)
             self.inputs = [leaf | {"shape": [max(1, n) for n in leaf["shape"]]} for leaf in loaded["inputs"]]
+            self._check_types(self.inputs)
             self.outputs = loaded["outputs"]
             self.load = self._counts(-2) if runtime == "arm64" else loaded["seconds"]
             self._stack = stack.pop_all()
@@ -126,6 +131,11 @@ class Worker:
         """Set the inputs of the next runs: a dict from name to array, or `None` for random numbers of a fixed seed."""
         if inputs is None:
             inputs = self._random()
+        if not isinstance(inputs, dict):
+            raise TypeError(
+                "`inputs` must be a dict from the name of each input to an array, or a list of such dicts. "
+                f"Received: {type(inputs).__name__}"
+            )
         known = {leaf["name"]: leaf for leaf in self.inputs}
         if set(inputs) != set(known):
             raise ValueError(
@@ -152,7 +162,9 @@ class Worker:
         """Run once: a dict from the name of each output to an array."""
         path = self._folder / "outputs"
         outputs = {}
-        for array in self._ask("run", path=str(path))["arrays"]:
+        arrays = self._ask("run", path=str(path))["arrays"]
+        self._check_types(arrays)
+        for array in arrays:
             count = int(np.prod(array["shape"]))
             values = np.fromfile(path, array["dtype"], count, offset=array["offset"])
             outputs[array["name"]] = values.reshape(array["shape"])
@@ -170,6 +182,11 @@ class Worker:
     def memory(self):
         """Bytes that loading and running the file added to the most that the process has held. Not on `"wasm"`."""
         return self._ask("memory")["bytes"]
+
+    def _check_types(self, tensors):
+        others = sorted({tensor["dtype"] for tensor in tensors} - _TYPES)
+        if others:
+            raise ValueError(f"Only numbers can be passed to a file and back. Received: {self._what} with {others}")
 
     def _counts(self, position):
         counts = [int(line) for line in (self._folder / "counts").read_text().split()]
