@@ -17,7 +17,7 @@ import threading
 import numpy as np
 
 from keras_sparse.tflite.commands import RUNTIMES, RuntimeMissing, available, command
-from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.flatmodel import damaged, read
 
 __all__ = ["RUNTIMES", "TIMEOUT", "RuntimeMissing", "Worker", "available", "run"]
 
@@ -102,8 +102,11 @@ class Worker:
 
     def __init__(self, file, runtime="native", threads=1, timeout=TIMEOUT):
         _check(runtime, threads)
-        read(file)  # a damaged file should raise here, before native code meets it
         self._what = f"content of {len(file)} bytes" if isinstance(file, bytes) else f"path={os.fspath(file)!r}"
+        # A damaged file should raise here, before native code meets it: that follows a sparse index wherever it leads.
+        subgraphs = read(file).subgraphs
+        with damaged(self._what):
+            _ = [tensor.zeros for subgraph in subgraphs for tensor in subgraph.tensors]
         self._runtime, self._timeout, self._process = runtime, timeout, None
         self._late = False
         with contextlib.ExitStack() as stack:
