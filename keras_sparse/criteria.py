@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_sparse.registry import Configurable, Registry
 
-__all__ = ["Criterion", "Gradient", "Magnitude", "Movement", "Random", "Taylor", "get"]
+__all__ = ["Criterion", "Gradient", "Magnitude", "Movement", "Random", "Snip", "Taylor", "get"]
 
 _REGISTRY = Registry("criterion")
 
@@ -180,10 +180,33 @@ class Movement(_Statistical):
     statistic = "movement"
 
 
+@_REGISTRY.register("snip")
+class Snip(Criterion):
+    """The connection sensitivity abs(w * g), where g is the gradient of the loss over some data.
+
+    Lee et al., "SNIP: single-shot network pruning based on connection sensitivity" (2019), equations 4 to 6, without
+    the normalization, which does not change the order. The paper ranks all weights together: `allocation="global"`. It
+    is made for pruning before training, `ks.prune(model, sparsity, criterion="snip", data=(x, y))`, where the weights
+    stand still and the sum of w * g over batches is w times the sum of g. In training it is the absolute value of
+    `Movement`.
+
+    Example:
+
+    >>> import numpy as np, keras_sparse as ks
+    >>> ks.criteria.Snip().scores(np.array([-3.0, 2.0]), statistic=np.array([-0.3, 0.8]))
+    array([0.3, 0.8])
+    """
+
+    statistic = "movement"
+
+    def scores(self, weight, statistic=None):
+        return np.abs(statistic)
+
+
 def get(identifier):
     """Return a `Criterion` from an instance, a config, or a name.
 
-    The names are `"magnitude"`, `"random"`, `"gradient"`, `"taylor"` and `"movement"`.
+    The names are `"magnitude"`, `"random"`, `"gradient"`, `"taylor"`, `"movement"` and `"snip"`.
 
     Example:
 

@@ -24,6 +24,10 @@ OBJECTS = {
     "Gradient": ks.criteria.Gradient(),
     "Taylor": ks.criteria.Taylor(),
     "Movement": ks.criteria.Movement(),
+    "Snip": ks.criteria.Snip(),
+    "Uniform": ks.pruning.Uniform(),
+    "Global": ks.pruning.Global(floor=0.01),
+    "ERK": ks.pruning.ERK(),
     "Pruning": ks.callbacks.Pruning(
         {"a/": 0.8, "b/": (0.5, "unstructured")},
         criterion=ks.criteria.Random(2),
@@ -74,7 +78,7 @@ NO_CONFIG = {
     "data": (lambda: ks.callbacks.NeuronSparsity(np.ones((2, 3))), "has no config, because its data have none"),
     "function as filter": (lambda: ks.callbacks.Pruning(0.5, filters=lambda variable: True), "use regexes"),
 }
-ABSTRACT = {ks.schedules.Schedule, ks.patterns.Pattern, ks.criteria.Criterion}
+ABSTRACT = {ks.schedules.Schedule, ks.patterns.Pattern, ks.criteria.Criterion, ks.pruning.Allocation}
 
 
 def plain(config):
@@ -113,11 +117,12 @@ def test_every_public_class_has_a_row():
             ks.layers,
             ks.callbacks,
             ks.optimizers,
+            ks.pruning,
             ks.regularizers,
         )
         for name in module.__all__
     }
-    classes = {thing for thing in public if inspect.isclass(thing)} - ABSTRACT
+    classes = {thing for thing in public if inspect.isclass(thing) and hasattr(thing, "get_config")} - ABSTRACT
     assert classes == {type(thing) for thing in OBJECTS.values()} | {type(make()) for make, _ in NO_CONFIG.values()}
 
 
@@ -159,7 +164,7 @@ SIGNATURES = {
     ),
     "prune": (
         ks.prune,
-        "(model, sparsity, criterion='magnitude', pattern=None, allocation='uniform', filters=None)",
+        "(model, sparsity, criterion='magnitude', pattern=None, allocation='uniform', filters=None, data=None)",
     ),
     "neuron_sparsity": (ks.neuron_sparsity, "(model, data, batch_size=32)"),
     "NeuronSparsity": (ks.callbacks.NeuronSparsity, "(data, batch_size=32)"),

@@ -215,16 +215,199 @@ BAD = [
     (({"nothing": 0.5},), {}, ValueError, "'nothing' matches no weight"),
     (({"d0": 0.5, "nothing": 0.5},), {}, ValueError, "'nothing' matches no weight"),
     (({3: 0.5},), {}, TypeError, "as a string"),
+    ((0.5,), {"criterion": "snip"}, ValueError, "pass `data=.x, y.`"),
+    ((0.5,), {"data": (np.ones((4, 5)), np.ones((4, 5)))}, ValueError, "`Magnitude` looks at no gradients"),
+    ((0.5,), {"criterion": "taylor", "data": (np.ones(3),)}, ValueError, "a tuple of 1"),
+    ((0.5,), {"criterion": "taylor", "data": "mnist"}, TypeError, "Received: 'mnist'"),
+    ((0.5,), {"criterion": "taylor", "data": (np.ones((4, 5)), np.ones((4, 5)))}, ValueError, "has no optimizer"),
+    ((0.9,), {"allocation": ks.pruning.Global(floor=0.2)}, ValueError, "Lower one of them"),
+    ((0.9,), {"allocation": ks.pruning.Global(floor=4)}, ValueError, "keeps 4 of 25"),
 ]
 
 
-@pytest.mark.parametrize(("args", "kwargs", "error", "message"), BAD, ids=str)
+@pytest.mark.parametrize(("args", "kwargs", "error", "message"), BAD, ids=[row[3] for row in BAD])
 def test_bad_arguments_change_nothing(args, kwargs, error, message):
     model = make(5, 5)
     before = kernels(model)[0]
     with pytest.raises(error, match=message):
         ks.prune(model, *args, **kwargs)
     np.testing.assert_array_equal(kernels(model)[0], before)
+
+
+@pytest.mark.parametrize("floor", [0.1, 0.02, 7, 10**6])
+@pytest.mark.parametrize("pattern", [None, "block_1x4", "channel"])
+def test_global_with_a_floor(floor, pattern):
+    model = make(40, 30, 20, 10, seed=3)
+    for layer, scale in zip(model.layers, (1.0, 1e-3, 1e3), strict=True):
+        layer.kernel.assign(layer.kernel * scale)
+    goals = ks.pruning.Plan(model, 0.0, pattern=pattern).goals
+    scores = [goal.pool(np.abs(goal.weight.numpy())).reshape(-1) for goal in goals]
+    least = [min(s.size, floor if floor >= 1 else int(np.ceil(floor * s.size))) for s in scores]
+    allocation = ks.pruning.Global(floor)
+    if sum(least) > sum(s.size for s in scores) - round(0.8 * sum(s.size for s in scores)):
+        with pytest.raises(ValueError, match="Lower one of them"):
+            ks.prune(model, 0.8, pattern=pattern, allocation=allocation)
+        return
+    # One by one, the smallest that is not protected.
+    kept = [np.ones(s.size, bool) for s in scores]
+    order = sorted((score, i, j) for i, s in enumerate(scores) for j, score in enumerate(s))
+    count = round(0.8 * len(order))
+    for _, i, j in order:
+        if count and kept[i].sum() > least[i]:
+            kept[i][j] = False
+            count -= 1
+    ks.prune(model, 0.8, pattern=pattern, allocation=allocation)
+    for goal, expected in zip(goals, kept, strict=True):
+        np.testing.assert_array_equal(goal.pool(np.abs(goal.weight.numpy())).reshape(-1) != 0, expected)
+    before = kernels(model)
+    ks.prune(model, 0.8, pattern=pattern, allocation=allocation)
+    np.testing.assert_array_equal(np.concatenate(kernels(model), None), np.concatenate(before, None))
+
+
+def test_a_floor_holds_along_the_schedule():
+    model = make(20, 10, 5)
+    model.layers[1].kernel.assign(model.layers[1].kernel * 1e-3)
+    plan = ks.pruning.Plan(model, 0.9, allocation=ks.pruning.Global(4))
+    masks = plan.present_masks()
+    for fraction in (0.25, 0.5, 0.75, 1.0):
+        new = plan.masks(masks, fraction)
+        assert all(not np.any(n & ~old) for n, old in zip(new, masks, strict=True))
+        assert sum(np.sum(~mask) for mask in new) == round(fraction * 0.9 * 250)
+        assert new[1].sum() >= 4
+        masks = new
+    assert masks[1].sum() == 4
+    assert plan.reached(masks)
+
+
+@pytest.mark.parametrize("floor", ["0.1", None, True])
+def test_a_floor_is_a_number(floor):
+    with pytest.raises(TypeError, match="must be a number"):
+        ks.pruning.Global(floor)
+
+
+@pytest.mark.parametrize("floor", [-1, 1.0, float("nan")])
+def test_a_floor_is_a_share_or_a_count(floor):
+    with pytest.raises(ValueError, match="a share in"):
+        ks.pruning.Global(floor)
+
+
+DATA = np.random.default_rng(5)
+X = DATA.normal(size=(70, 6)).astype("float32")
+Y = DATA.normal(size=(70, 4)).astype("float32")
+
+
+def data_forms():
+    batches = [(X[at : at + 32], Y[at : at + 32]) for at in (0, 32, 64)]
+
+    class Sequence(keras.utils.PyDataset):
+        def __len__(self):
+            return len(batches)
+
+        def __getitem__(self, index):
+            return batches[index]
+
+    return {
+        "arrays": (X, Y),
+        "weighted": (X, Y, np.ones(70)),
+        "generator": (batch for batch in batches),
+        "sequence": Sequence(),
+    }
+
+
+def linear(optimizer="adam", **arguments):
+    model = make(6, 4, seed=2)
+    model.compile(optimizer, "mse", **arguments)
+    return model
+
+
+def scores_in_numpy(criterion, kernel):
+    """From the gradients of the mean squared error of x @ kernel + 0, batch by batch."""
+    steps = []
+    for at in (0, 32, 64):
+        x, y = X[at : at + 32].astype("float64"), Y[at : at + 32].astype("float64")
+        steps.append(2 / y.size * x.T @ (x @ kernel - y))
+    return {
+        "snip": np.abs(kernel * np.sum(steps, axis=0)),
+        "movement": -kernel * np.sum(steps, axis=0),
+        "taylor": np.mean([np.abs(kernel * g) for g in steps], axis=0),
+        "gradient": np.mean(np.abs(steps), axis=0),
+    }[criterion]
+
+
+@pytest.mark.parametrize("form", ["arrays", "weighted", "generator", "sequence"])
+@pytest.mark.parametrize("criterion", ["snip", "movement", "taylor", "gradient"])
+def test_gradients_on_data_equal_numpy(criterion, form):
+    model = linear()
+    before = kernels(model)[0]
+    scores = scores_in_numpy(criterion, before.astype("float64"))
+    ks.prune(model, 0.75, criterion=criterion, data=data_forms()[form])
+    expected = np.where(scores >= np.sort(scores, None)[18], before, 0)
+    np.testing.assert_array_equal(kernels(model)[0], expected)
+
+
+def recurrent_with_state():
+    return [
+        keras.layers.Reshape((2, 3)),
+        keras.layers.GRU(5, name="gru"),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dropout(0.5, seed=1),
+        keras.layers.Dense(4, name="head"),
+    ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_gradients_on_data_leave_everything_else(fails):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), *recurrent_with_state()])
+    model.compile("adam", "mse", metrics=["mae"])
+    model.fit(X, Y, epochs=2, verbose=0)
+    optimizer, history = model.optimizer, model.history
+    before = [ks.selection.as_array(v) for v in [*model.variables, *optimizer.variables]]
+    data = (X, Y[:, :3]) if fails else (X, Y)
+    if fails:
+        with pytest.raises(Exception, match=r"shape|dimension|size"):
+            ks.prune(model, 0.5, criterion="snip", filters="head", data=data)
+    else:
+        ks.prune(model, 0.5, criterion="snip", filters="head", data=data)
+    assert model.optimizer is optimizer
+    assert model.history is history
+    pruned = id(model.get_layer("head").kernel)
+    for variable, value in zip([*model.variables, *optimizer.variables], before, strict=True):
+        if fails or id(variable) != pruned:
+            np.testing.assert_array_equal(ks.selection.as_array(variable), value, err_msg=variable.path)
+    assert fails or ks.report(model).totals["zeros"] == 10
+    model.fit(X, Y, verbose=0)
+
+
+def test_snip_before_training_and_zeros_stay():
+    model = linear(jit_compile=False)
+    ks.prune(model, 0.5, criterion="snip", allocation="global", data=(X, Y))
+    pruned = kernels(model)[0] == 0
+    model.fit(X, Y, epochs=2, verbose=0, callbacks=[ks.callbacks.KeepSparsity()])
+    np.testing.assert_array_equal(kernels(model)[0] == 0, pruned)
+
+
+def test_frozen_kernels_have_no_gradients():
+    model = make(6, 5, 4)
+    model.layers[0].trainable = False
+    model.compile("sgd", "mse")
+    report = ks.prune(model, 0.5, criterion="snip", data=(X, Y))
+    assert report.totals["zeros"] == 10
+    assert "not trainable" in str(report)
+
+
+@pytest.mark.parametrize("data", [(X[:0], Y[:0]), (batch for batch in [])], ids=["arrays", "generator"])
+def test_data_without_samples(data):
+    with pytest.raises(ValueError, match="at least one"):
+        ks.prune(linear(), 0.5, criterion="snip", data=data)
+
+
+def test_no_finite_gradient_is_an_error():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(4, dtype="mixed_float16")])
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=1e30), "mse")
+    with pytest.raises(ValueError, match="no finite gradient"):
+        ks.prune(model, 0.5, criterion="snip", data=(X, Y))
 
 
 def test_masks_are_the_same_on_every_backend():

@@ -4,6 +4,7 @@ import numbers
 import sys
 import warnings
 
+import keras
 import numpy as np
 
 from keras_sparse import clock, optimizers, pruning, reports, selection
@@ -79,7 +80,7 @@ class LotteryTicket(ScheduledMasks):
         self.rate = float(rate)
         self.rewind_to = rewind_to
         pruning.check_target(self._sparsity(1), allocation)
-        self.allocation = allocation
+        self.allocation = pruning.allocation.get(allocation)
         self.filters = filters
         self.verbose = verbose
         self._round = 0
@@ -90,7 +91,7 @@ class LotteryTicket(ScheduledMasks):
             "rounds": self.rounds,
             "rate": self.rate,
             "rewind_to": self.rewind_to,
-            "allocation": self.allocation,
+            "allocation": keras.saving.serialize_keras_object(self.allocation),
             "filters": plain_filters(self.filters),
             "verbose": self.verbose,
         }

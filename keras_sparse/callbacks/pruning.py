@@ -29,8 +29,9 @@ class Pruning(ScheduledMasks):
             target, 1 - n/m, may be left out), or a `ks.patterns.Pattern`.
         schedule: The way from 0 to the target: `"polynomial"` (Zhu & Gupta 2017), `"linear"`, `"cosine"`,
             `"exponential"`, `"one_shot"` (all at `begin`) or a `ks.schedules.Schedule`.
-        allocation: `"uniform"`: each weight gets the target; `"global"`: the smallest of all weights go first; `"erk"`:
-            small kernels stay denser, by the rule of `ks.pruning.erk_counts`.
+        allocation: `"uniform"`: each weight gets the target; `"global"`: the smallest of all weights go first (with a
+            floor for each: `ks.pruning.Global(floor=0.01)`); `"erk"`: small kernels stay denser, by the rule of
+            `ks.pruning.erk_counts`.
         begin: When pruning starts. A float is a fraction of this `fit` (epochs x steps), an int counts optimizer steps
             from the start of this `fit`.
         end: When the target is reached, like `begin`. The last update lands exactly on the target.
@@ -77,7 +78,7 @@ class Pruning(ScheduledMasks):
         self.criterion = criteria.get(criterion)
         self.pattern = patterns.get(pattern)
         self.schedule = schedules.get(schedule)
-        self.allocation = allocation
+        self.allocation = pruning.allocation.get(allocation)
         self.begin, self.end, self.frequency = begin, end, frequency
         self.filters = filters
         self.verbose = verbose
@@ -98,7 +99,7 @@ class Pruning(ScheduledMasks):
             "criterion": keras.saving.serialize_keras_object(self.criterion),
             "pattern": keras.saving.serialize_keras_object(self.pattern),
             "schedule": keras.saving.serialize_keras_object(self.schedule),
-            "allocation": self.allocation,
+            "allocation": keras.saving.serialize_keras_object(self.allocation),
             "begin": self.begin,
             "end": self.end,
             "frequency": self.frequency,

@@ -4,7 +4,7 @@ from keras_sparse.optimizers.assignment import masked_value
 from keras_sparse.optimizers.proximal import Shrinkage, group_soft_threshold, knows_step, soft_threshold
 from keras_sparse.optimizers.slots import reset_slots, restart, slots
 from keras_sparse.optimizers.sparse import SparseOptimizer
-from keras_sparse.optimizers.wrapping import drop_functions, find, unwrap, wrap
+from keras_sparse.optimizers.wrapping import drop_functions, find, measuring, unwrap, wrap
 
 __all__ = [
     "Shrinkage",
@@ -14,6 +14,7 @@ __all__ = [
     "group_soft_threshold",
     "knows_step",
     "masked_value",
+    "measuring",
     "reset_slots",
     "restart",
     "slots",

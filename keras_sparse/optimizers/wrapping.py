@@ -4,10 +4,11 @@ import contextlib
 import types
 
 import keras
+from keras import ops
 
 from keras_sparse.optimizers.sparse import SparseOptimizer
 
-__all__ = ["find", "unwrap", "wrap"]
+__all__ = ["find", "measuring", "unwrap", "wrap"]
 
 
 def find(model):
@@ -89,6 +90,49 @@ def unwrap(model):
         else:
             del model.get_compile_config
     return getattr(model, "optimizer", None)
+
+
+@contextlib.contextmanager
+def measuring(model):
+    """Put an optimizer that moves nothing in the place of a compiled model's, for as long as the block lasts.
+
+    What training changes all the same (normalization's averages, seeds, states, metrics) is put back at the end.
+
+    Yields:
+        A `SparseOptimizer`: `add_statistics` says what it measures.
+
+    Raises:
+        ValueError: As `wrap`.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model.compile("adam", "mse")
+    >>> before = model.get_weights()[0]
+    >>> with ks.optimizers.measuring(model) as optimizer:
+    ...     history = model.fit(np.ones((16, 8)), np.ones((16, 4)), verbose=0)
+    >>> bool((model.get_weights()[0] == before).all()), type(model.optimizer).__name__
+    (True, 'Adam')
+    """
+    _check_optimizers(model)
+    previous, history = model.optimizer, getattr(model, "history", None)
+    values = [(variable, ops.convert_to_numpy(ops.convert_to_tensor(variable))) for variable in model.variables]
+    with _scope(model):
+        sparse = SparseOptimizer(keras.optimizers.SGD(0.0))
+        sparse.build(model.trainable_variables)
+        scaled = isinstance(previous, keras.optimizers.LossScaleOptimizer)
+        model.optimizer = (
+            keras.optimizers.LossScaleOptimizer(sparse, initial_scale=previous.initial_scale) if scaled else sparse
+        )
+    drop_functions(model)
+    try:
+        yield sparse
+    finally:
+        model.optimizer, model.history = previous, history
+        drop_functions(model)
+        for variable, value in values:
+            variable.assign(value)
 
 
 def drop_functions(model):

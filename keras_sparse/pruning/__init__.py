@@ -1,9 +1,21 @@
 """Pruning decides which weights become zero: a plan of how sparse each weight should be, and the masks it leads to."""
 
-from keras_sparse.pruning.allocation import Goal, erk_counts
+from keras_sparse.pruning.allocation import ERK, Allocation, Global, Goal, Uniform, erk_counts
 from keras_sparse.pruning.budget import check_target, final_target
 from keras_sparse.pruning.loops import update_masks
 from keras_sparse.pruning.one_shot import prune
 from keras_sparse.pruning.plan import Plan
 
-__all__ = ["Goal", "Plan", "check_target", "erk_counts", "final_target", "prune", "update_masks"]
+__all__ = [
+    "ERK",
+    "Allocation",
+    "Global",
+    "Goal",
+    "Plan",
+    "Uniform",
+    "check_target",
+    "erk_counts",
+    "final_target",
+    "prune",
+    "update_masks",
+]

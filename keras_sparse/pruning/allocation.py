@@ -1,13 +1,17 @@
 """An allocation says how a budget of zeros is shared among the weights of a model."""
 
 import math
+import numbers
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from keras_sparse import patterns, selection
+from keras_sparse.registry import Configurable, Registry, is_real
 
-__all__ = ["Goal", "erk_counts"]
+__all__ = ["ERK", "Allocation", "Global", "Goal", "Uniform", "erk_counts", "get"]
+
+_REGISTRY = Registry("allocation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +31,11 @@ class Goal:
     sparsity: float
     pattern: patterns.Pattern
 
+    @property
+    def groups(self):
+        """How many groups of weights the pattern makes of the weight."""
+        return self.pool(np.zeros(self.weight.variable.shape, "float32")).size
+
     def pool(self, scores):
         """One score for each group of the pattern, from scores of the weight's shape."""
         return self.pattern.pool(patterns.to_matrix(scores, self.weight.output_axes) if self.pattern.matrix else scores)
@@ -40,25 +49,150 @@ class Goal:
         return patterns.from_matrix(self.pattern.expand(groups, (rows, self.weight.size // rows)), shape, axes)
 
 
-def _uniform(goals, scores, fraction):
-    pooled = [goal.pool(s) for goal, s in zip(goals, scores, strict=True)]
-    return [
-        goal.expand(patterns.keep_highest(groups, goal.pattern.count(fraction * goal.sparsity, [groups.shape])))
-        for goal, groups in zip(goals, pooled, strict=True)
-    ]
+class Allocation(Configurable):
+    """Base class of allocations. Subclasses implement `keep(goals, scores, fraction) -> masks`.
+
+    Attributes:
+        shared: Whether the target is one for all weights together, not one for each.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.pruning.Global().shared, ks.pruning.Uniform().shared
+    (True, False)
+    """
+
+    shared = False
+
+    def share(self, goals):
+        """Return the goals with the sparsity that each weight should have by this allocation."""
+        return goals
+
+    def keep(self, goals, scores, fraction):
+        """Return which weights stay at `fraction` of the way, a boolean array for each goal."""
+        raise TypeError(f"`{type(self).__name__}` must implement `keep(self, goals, scores, fraction)`.")
 
 
-def _global(goals, scores, fraction):
-    pooled = [goal.pool(s) for goal, s in zip(goals, scores, strict=True)]
-    ranked = np.concatenate([groups.reshape(-1) for groups in pooled])
-    count = goals[0].pattern.count(fraction * goals[0].sparsity, [groups.shape for groups in pooled])
-    kept = patterns.keep_highest(ranked, count)
-    parts = np.split(kept, np.cumsum([groups.size for groups in pooled])[:-1])
-    return [goal.expand(part.reshape(groups.shape)) for goal, part, groups in zip(goals, parts, pooled, strict=True)]
+@_REGISTRY.register("uniform")
+class Uniform(Allocation):
+    """Every weight gets the target.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> type(ks.pruning.allocation.get("uniform")).__name__
+    'Uniform'
+    """
+
+    def keep(self, goals, scores, fraction):
+        pooled = [goal.pool(s) for goal, s in zip(goals, scores, strict=True)]
+        return [
+            goal.expand(patterns.keep_highest(groups, goal.pattern.count(fraction * goal.sparsity, [groups.shape])))
+            for goal, groups in zip(goals, pooled, strict=True)
+        ]
 
 
-# ERK differs from uniform in the goals that a plan sets for each weight, not in how they are met.
-ALLOCATIONS = {"uniform": _uniform, "global": _global, "erk": _uniform}
+@_REGISTRY.register("global")
+class Global(Allocation):
+    """One ranking over all weights, so that the whole gets the target, with an optional floor for each.
+
+    Args:
+        floor: What stays in each weight at least: a float is a share of its groups (of its single weights, for
+            unstructured zeros; rounded up), an int counts groups. The budget that a floor protects moves on to the
+            other weights, so that the total is met exactly.
+
+    Raises:
+        ValueError: If `floor` is out of range.
+        TypeError: If it is no number.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((50,)), keras.layers.Dense(20), keras.layers.Dense(5)])
+    >>> model.layers[1].kernel.assign(model.layers[1].kernel * 1e-3) is None
+    False
+    >>> report = ks.prune(model, 0.9, allocation=ks.pruning.Global(floor=0.05))
+    >>> [row["zeros"] for row in report.rows if row["size"] > 50]
+    [895, 95]
+    """
+
+    shared = True
+
+    def __init__(self, floor=0):
+        if not is_real(floor):
+            raise TypeError(f"`floor` must be a number. Received: floor={floor!r} of type {type(floor).__name__}")
+        if not 0 <= floor < (math.inf if isinstance(floor, numbers.Integral) else 1):
+            raise ValueError(
+                f"`floor` must be a share in [0, 1) or a whole number of at least 0. Received: floor={floor!r}"
+            )
+        self.floor = floor
+
+    def share(self, goals):
+        sizes = [goal.groups for goal in goals]
+        stay = sum(self._least(size) for size in sizes)
+        if stay > sum(sizes) - round(goals[0].sparsity * sum(sizes)):
+            raise ValueError(
+                f"A floor of {self.floor!r} keeps {stay} of {sum(sizes)} weights (groups of the pattern), more than a "
+                f"sparsity of {goals[0].sparsity!r} leaves. Lower one of them. Received: floor={self.floor!r}"
+            )
+        return goals
+
+    def _least(self, size):
+        """How many groups of a weight with `size` groups must stay."""
+        return min(size, self.floor if isinstance(self.floor, numbers.Integral) else math.ceil(self.floor * size))
+
+    def keep(self, goals, scores, fraction):
+        pooled = [self._protect(goal.pool(s)) for goal, s in zip(goals, scores, strict=True)]
+        ranked = np.concatenate([groups.reshape(-1) for groups in pooled])
+        count = goals[0].pattern.count(fraction * goals[0].sparsity, [groups.shape for groups in pooled])
+        kept = patterns.keep_highest(ranked, count)
+        parts = np.split(kept, np.cumsum([groups.size for groups in pooled])[:-1])
+        return [
+            goal.expand(part.reshape(groups.shape)) for goal, part, groups in zip(goals, parts, pooled, strict=True)
+        ]
+
+    def _protect(self, groups):
+        """The scores, with NaN, which is always kept, for the best live ones."""
+        least = self._least(groups.size)
+        if not least:
+            return groups
+        best = patterns.keep_highest(groups, groups.size - least) & (groups != -np.inf)
+        return np.where(best, np.nan, groups)
+
+    def get_config(self):
+        return {"floor": self.floor}
+
+
+@_REGISTRY.register("erk")
+class ERK(Uniform):
+    """Each weight gets its share of the target by its shape: the Erdos-Renyi-Kernel rule, see `erk_counts`.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((50,)), keras.layers.Dense(20), keras.layers.Dense(5)])
+    >>> report = ks.prune(model, 0.5, allocation="erk")
+    >>> [row["zeros"] for row in report.rows if row["size"] > 50]
+    [550, 0]
+    """
+
+    def share(self, goals):
+        counts = erk_counts(
+            [goal.weight.variable.shape for goal in goals], [goal.groups for goal in goals], goals[0].sparsity
+        )
+        return [replace(goal, sparsity=count / goal.groups) for goal, count in zip(goals, counts, strict=True)]
+
+
+def get(identifier):
+    """Return an `Allocation` from an instance, a config, or a name: `"uniform"`, `"global"` or `"erk"`.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.pruning.allocation.get("global").get_config()
+    {'floor': 0}
+    """
+    return _REGISTRY.get(identifier, Allocation)
 
 
 def erk_counts(shapes, sizes, sparsity):
@@ -101,9 +235,3 @@ def erk_counts(shapes, sizes, sparsity):
     for i in by_fraction[: kept - sum(counts)]:
         counts[i] += 1
     return [size - count for size, count in zip(sizes, counts, strict=True)]
-
-
-def erk_goals(goals):
-    sizes = [goal.pool(np.zeros(goal.weight.variable.shape, "float32")).size for goal in goals]
-    counts = erk_counts([goal.weight.variable.shape for goal in goals], sizes, goals[0].sparsity)
-    return [replace(goal, sparsity=count / size) for goal, count, size in zip(goals, counts, sizes, strict=True)]

@@ -4,7 +4,7 @@ import math
 import numbers
 
 from keras_sparse import patterns, selection
-from keras_sparse.pruning.allocation import ALLOCATIONS
+from keras_sparse.pruning import allocation as allocations
 
 __all__ = ["check_target", "final_target", "per_weight"]
 
@@ -20,14 +20,13 @@ def check_target(target_sparsity, allocation="uniform"):
     ...
     ValueError: A sparsity must be at least 0 and below 1: the share of weights to set to zero. Received: 90. Did ...
     """
-    if not isinstance(allocation, str) or allocation not in ALLOCATIONS:
-        raise ValueError(f"`allocation` must be one of {sorted(ALLOCATIONS)}. Received: allocation={allocation!r}")
+    allocation = allocations.get(allocation)
     if not isinstance(target_sparsity, dict):
         _check_sparsity(target_sparsity)
         return
     if not target_sparsity:
         raise ValueError("A dict of target sparsities must have at least one key. Received: {}")
-    if allocation != "uniform":
+    if type(allocation) is not allocations.Uniform:
         raise ValueError(
             "A dict of target sparsities says itself how the budget is shared: it goes with allocation='uniform'. "
             f"Received: allocation={allocation!r}, target={target_sparsity!r}"
@@ -56,7 +55,8 @@ def final_target(target_sparsity, allocation, pattern):
         own = pattern if own is None else patterns.get(own)
         if own.sparsity is None:
             continue
-        if allocation == "erk" or not math.isclose(sparsity, own.sparsity, abs_tol=1e-6):
+        shared_out = isinstance(allocations.get(allocation), allocations.ERK)
+        if shared_out or not math.isclose(sparsity, own.sparsity, abs_tol=1e-6):
             raise ValueError(
                 f"The pattern {own.get_config()} is a sparsity of {own.sparsity:g} in each weight: leave the target "
                 f"out, or give this one, with allocation='uniform'. Received: {sparsity!r}, allocation={allocation!r}"

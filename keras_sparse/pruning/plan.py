@@ -3,7 +3,8 @@
 import numpy as np
 
 from keras_sparse import criteria, patterns, selection
-from keras_sparse.pruning.allocation import ALLOCATIONS, Goal, erk_goals
+from keras_sparse.pruning import allocation as allocations
+from keras_sparse.pruning.allocation import Goal
 from keras_sparse.pruning.budget import check_target, per_weight
 
 __all__ = ["Plan"]
@@ -18,8 +19,7 @@ class Plan:
             searched in each weight's path: the first match wins, weights that no key matches stay dense.
         criterion: A `Criterion` or its name.
         pattern: A `Pattern`, its name, or `None`.
-        allocation: `"uniform"`: every weight gets the target; `"global"`: one ranking over all weights, so that the
-            whole gets it; `"erk"`: each weight gets its share of the target by its shape, see `erk_counts`.
+        allocation: An `Allocation` or its name: `"uniform"`, `"global"` or `"erk"`.
         filters: As in `ks.selection.select`.
         frozen: Whether kernels that are not trainable take part.
 
@@ -44,15 +44,14 @@ class Plan:
     ):
         check_target(target_sparsity, allocation)
         self.criterion = criteria.get(criterion)
-        self.allocation = allocation
+        self.allocation = allocations.get(allocation)
         pattern = patterns.get(pattern)
         weights = selection.select(model, filters, frozen)
         targets = per_weight(target_sparsity, [w for w in weights if w.kernel and not w.skipped])
         self.goals = [
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
         ]
-        if allocation == "erk":
-            self.goals = erk_goals(self.goals)
+        self.goals = self.allocation.share(self.goals)
         chosen = {id(goal.weight.variable) for goal in self.goals}
         self.skipped = {
             id(w.variable): w.skipped or "no key of `target_sparsity` matches"
@@ -76,7 +75,7 @@ class Plan:
         """
         statistics = [None] * len(masks) if statistics is None else statistics
         scores = [self._scores(*arguments) for arguments in zip(self.goals, masks, statistics, strict=True)]
-        new = ALLOCATIONS[self.allocation](self.goals, scores, fraction)
+        new = self.allocation.keep(self.goals, scores, fraction)
         return [mask & old for mask, old in zip(new, masks, strict=True)]
 
     def reached(self, masks):
@@ -84,7 +83,7 @@ class Plan:
         # A group is dropped if none of its weights is kept.
         groups = [goal.pool(mask.astype("float32")) for goal, mask in zip(self.goals, masks, strict=True)]
         dropped = [int(np.sum(group == 0)) for group in groups]
-        if self.allocation == "global":
+        if self.allocation.shared:
             return sum(dropped) >= self.goals[0].pattern.count(self.goals[0].sparsity, [g.shape for g in groups])
         wanted = [goal.pattern.count(goal.sparsity, [g.shape]) for goal, g in zip(self.goals, groups, strict=True)]
         return all(have >= want for have, want in zip(dropped, wanted, strict=True))
