@@ -6,7 +6,7 @@ import weakref
 
 import numpy as np
 
-from keras_sparse import optimizers, selection
+from keras_sparse import optimizers, patterns, selection
 
 __all__ = ["Report", "html_page", "report"]
 
@@ -192,11 +192,12 @@ def remember(model, skipped):
 def report(model, notes=()):
     """Tell what is sparse in a model, what was skipped, and why.
 
-    Rows: `path`, `shape`, `size` and `zeros` (elements), `sparsity` (share of zeros in [0, 1]), `dead_units` (output
-    units whose weights are all zero) and `dead_inputs` (inputs that meet only zeros, of a convolution input channels;
-    both `None` for weights that are not kernels), `status` (`"pruned"`, `"dense"` or `"skipped"`) and `reason`. Totals:
-    over all kernels, `size`, `zeros`, `sparsity` (connection sparsity) and `density` (1 - sparsity, as some papers
-    count); over the model, `parameters` and `nonzero_parameters`.
+    Rows: `path`, `shape`, `size` and `zeros` (elements), `sparsity` (share of zeros in [0, 1]), `pattern` (where the
+    zeros of a pruned weight stand, as `ks.patterns.recognize` names it; else `""`), `dead_units` (output units whose
+    weights are all zero) and `dead_inputs` (inputs that meet only zeros, of a convolution input channels; both `None`
+    for weights that are not kernels), `status` (`"pruned"`, `"dense"` or `"skipped"`) and `reason`. Totals: over all
+    kernels, `size`, `zeros`, `sparsity` (connection sparsity) and `density` (1 - sparsity, as some papers count); over
+    the model, `parameters` and `nonzero_parameters`.
 
     Args:
         model: A built Keras model.
@@ -254,12 +255,16 @@ def _row(weight, skipped, selected):
         status, reason = "dense", "all zeros: counts as zero-initialised, not as pruned"
     else:
         status, reason = "dense", ""
+    pattern = ""
+    if status == "pruned":
+        pattern = patterns.recognize(patterns.to_matrix(value != 0, weight.output_axes))
     return {
         "path": weight.path,
         "shape": [int(n) for n in weight.variable.shape],
         "size": int(value.size),
         "zeros": zeros,
         "sparsity": zeros / value.size if value.size else 0.0,
+        "pattern": pattern,
         "dead_units": weight.dead_units(),
         "dead_inputs": weight.dead_inputs(),
         "status": status,

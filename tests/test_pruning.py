@@ -1,5 +1,6 @@
 """One-shot pruning and plans, against NumPy and the real tfmot."""
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -436,36 +437,79 @@ from tensorflow_model_optimization.python.core.sparsity.keras import pruning_imp
 data = np.load(sys.argv[1])
 out = {}
 for name in data.files:
-    sparsity = float(name.split("_")[1])
-    variable, mask = tf.Variable(data[name]), tf.Variable(np.ones_like(data[name]))
+    _, pattern, sparsity = name.split("_")
+    rows, cols = map(int, pattern.split("x")) if "x" in pattern else (1, 1)
+    weight = tf.constant(data[name])
     pruning = pruning_impl.Pruning(
-        training_step_fn=lambda: 0, pruning_vars=lambda: [],
-        pruning_schedule=pruning_schedule.ConstantSparsity(sparsity, 0), block_size=(1, 1), block_pooling_type="AVG")
-    out[name] = pruning._update_mask(variable)[1].numpy() > 0
+        training_step_fn=lambda: 0, pruning_vars=[],
+        pruning_schedule=pruning_schedule.ConstantSparsity(float(sparsity), 0),
+        # It divides the kernel [inputs, outputs] into blocks.
+        block_size=[cols, rows], block_pooling_type="AVG", sparsity_m_by_n=(2, 4) if pattern == "2:4" else None)
+    out[name] = pruning._maybe_update_block_mask(weight)[1].numpy() > 0
 np.savez(sys.argv[2], **out)
 """
+
+# Shapes of kernels for which tfmot means the same: its blocks over the edge are shifted by half of what is missing, it
+# has none in convolutions, and its groups of 2:4 end with the input channels.
+TFMOT_SHAPES = {
+    "1x1": [(20, 30), (7, 11), (64, 3), (3, 3, 5, 8), (1, 1, 16, 24), (5, 5, 1, 6)],
+    "1x4": [(20, 30), (64, 3), (16, 7)],
+    "2x8": [(32, 30), (128, 4)],
+    "2:4": [(20, 30), (7, 11), (18, 5), (3, 3, 8, 6), (1, 1, 16, 24)],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tfmot is TensorFlow's")
 def test_masks_equal_the_real_tfmots(tmp_path):
     rng = np.random.default_rng(0)
-    # Distinct magnitudes: tfmot keeps every weight that ties with its threshold. No halves: it rounds what is kept.
+    # Distinct magnitudes: tfmot keeps every weight that ties with its threshold. No halves: it rounds what is kept,
+    # and at least one.
     weights = {}
-    for i, shape in enumerate([(20, 30), (7, 11), (64, 3)]):
-        for sparsity in (0.1, 0.51, 0.9, 0.97):
-            ranks = rng.permutation(np.prod(shape)).reshape(shape)
-            weights[f"{i}_{sparsity}"] = (ranks - ranks.size / 2 + 0.25).astype("float32")
+    for pattern, shapes in TFMOT_SHAPES.items():
+        for i, shape in enumerate(shapes):
+            for sparsity in (0.5,) if pattern == "2:4" else (0.1, 0.51, 0.9, 0.97):
+                ranks = rng.permutation(np.prod(shape)).reshape(shape)
+                weights[f"{i}_{pattern}_{sparsity}"] = (ranks - ranks.size / 2 + 0.25).astype("float32")
     np.savez(tmp_path / "in.npz", **weights)
     command = [sys.executable, "-c", textwrap.dedent(TFMOT), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     masks = np.load(tmp_path / "out.npz")
     for name, weight in weights.items():
-        model = make(*weight.shape)
-        model.layers[0].kernel.assign(weight)
-        ks.prune(model, float(name.split("_")[1]))
-        np.testing.assert_array_equal(kernels(model)[0] != 0, masks[name], err_msg=name)
+        _, pattern, sparsity = name.split("_")
+        layer = keras.layers.Dense(weight.shape[-1])
+        if weight.ndim == 4:
+            layer = keras.layers.Conv2D(weight.shape[-1], weight.shape[:2])
+        model = keras.Sequential([keras.Input((*[9] * (weight.ndim - 2), weight.shape[-2])), layer])
+        layer.kernel.assign(weight)
+        ks.prune(model, float(sparsity), pattern=f"block_{pattern}" if "x" in pattern else pattern)
+        np.testing.assert_array_equal(layer.kernel.numpy() != 0, masks[name], err_msg=f"{name} {weight.shape}")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_of_four_are_the_best_of_all_choices_in_every_kernel(seed):
+    rng = np.random.default_rng(seed)
+    inputs, outputs, size = (int(n) for n in rng.integers((1, 1, 1), (11, 9, 4)))
+    layer = [
+        keras.layers.Dense(outputs),
+        keras.layers.Conv2D(outputs, size),
+        keras.layers.Conv2DTranspose(outputs, size),
+    ]
+    layer = layer[seed % 3]
+    model = keras.Sequential([keras.Input((*[9] * (0 if seed % 3 == 0 else 2), inputs)), layer])
+    before = layer.kernel.numpy()
+    ks.prune(model, None, pattern="2:4")
+    # Outputs first, then positions, input channels last, each row by itself.
+    view = {2: (1, 0), 4: (2, 0, 1, 3) if seed % 3 == 2 else (3, 0, 1, 2)}[before.ndim]
+    for old, new in zip(*(k.transpose(view).reshape(outputs, -1) for k in (before, layer.kernel.numpy())), strict=True):
+        for start in range(0, len(old), 4):
+            group = old[start : start + 4]
+            choices = itertools.combinations(range(len(group)), min(2, len(group)))
+            best = max(choices, key=lambda choice: np.abs(group[list(choice)]).sum())
+            expected = np.zeros_like(group)
+            expected[list(best)] = group[list(best)]
+            np.testing.assert_array_equal(new[start : start + 4], expected)
 
 
 @pytest.mark.parametrize("pattern", ["channel", "block_2x3"])

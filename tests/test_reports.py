@@ -34,6 +34,7 @@ def test_rows_and_totals_are_counted_by_hand(model):
         "size": 20,
         "zeros": 7,
         "sparsity": 0.35,
+        "pattern": "unstructured",
         "dead_units": 1,
         "dead_inputs": 0,
         "status": "pruned",
@@ -45,6 +46,23 @@ def test_rows_and_totals_are_counted_by_hand(model):
     assert report.totals["density"] == pytest.approx(23 / 30)
     assert report.totals["parameters"] == model.count_params()
     assert report.totals["nonzero_parameters"] == sum(int(np.count_nonzero(w)) for w in model.get_weights())
+
+
+@pytest.mark.parametrize("pattern", ["channel", "block_2x2", "2:4", "unstructured"])
+def test_pattern_of_every_kind_of_kernel(pattern):
+    inputs = keras.Input((9, 8))
+    x = keras.layers.MultiHeadAttention(4, 8)(inputs, inputs)
+    x = keras.layers.Conv1D(24, 3)(keras.layers.GRU(16, return_sequences=True)(x))
+    x = keras.layers.Reshape((7, 1, 24))(x)
+    x = keras.layers.Conv2DTranspose(16, (3, 1))(keras.layers.DepthwiseConv2D((4, 1), depth_multiplier=2)(x))
+    model = keras.Model(inputs, keras.layers.Dense(16)(x))
+    before = {row["path"]: row["pattern"] for row in ks.report(model).rows}
+    report = ks.prune(model, None if pattern == "2:4" else 0.5, pattern=pattern, filters="kernel")
+    assert set(before.values()) == {""}
+    assert {row["pattern"] for row in report.rows if row["status"] == "pruned"} == {pattern}
+    assert {row["pattern"] for row in report.rows if row["status"] != "pruned"} == {""}
+    assert sum(row["status"] == "pruned" for row in report.rows) == 10
+    assert pattern in str(report)
 
 
 def test_says_why_weights_were_skipped(model):
@@ -67,7 +85,7 @@ def test_a_zero_by_chance_is_no_pruning():
     kernel[1, 1, 7] = 0
     model.layers[0].kernel.assign(kernel)
     row = ks.report(model).rows[0]
-    assert (row["zeros"], row["status"]) == (1, "skipped")
+    assert (row["zeros"], row["status"], row["pattern"]) == (1, "skipped", "")
     assert "depthwise" in row["reason"]
     assert ks.prune(model, 0.001, filters=".").rows[0]["status"] == "pruned"
 

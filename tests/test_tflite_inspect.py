@@ -8,9 +8,11 @@ import tracemalloc
 import keras
 import numpy as np
 import pytest
-from tflite_models import encodings, mlp, sparsify
+from tflite_models import attention, cnn, conv1d, conv3d, encodings, lstm, mlp, sparsify, transposed
 
 import keras_sparse as ks
+from keras_sparse.tflite.convert import convert
+from keras_sparse.tflite.signatures import signature
 
 
 @pytest.fixture(scope="module")
@@ -29,28 +31,55 @@ def test_report(encoding, files, tmp_path):
     for row in kernels:
         assert row["sparsity"] == pytest.approx(0.8, abs=0.001) and row["zeros"] == round(row["sparsity"] * 6144)
         expected = ("dense", "") if encoding == "dense" else ("sparse-block-csr", "1x4")
-        assert (row["encoding"], row["block"]) == expected
+        assert (row["encoding"], row["block"], row["pattern"]) == (*expected, "block_1x4")
         assert row["bytes"] == 24576 if encoding == "dense" else row["bytes"] < 6500
     assert report.totals["tensors_sparse"] == (0 if encoding == "dense" else 2)
     assert "80.0" in str(report)
 
 
-def test_quantised_zeros(tmp_path):
-    """int8 weights from elsewhere: zero is the zero point."""
+@pytest.mark.parametrize("quantize", [None, "float16"])
+@pytest.mark.parametrize(
+    ("build", "pattern"),
+    [(cnn, "block_1x4"), (cnn, "channel"), (transposed, "2:4"), (conv3d, "block_2x4"), (attention, "block_1x4"),
+     (lstm, "2:4"), (conv1d, "unstructured")],
+)  # fmt: skip
+def test_patterns_are_those_of_the_model(build, pattern, quantize, tmp_path):
+    model = build()
+    report = ks.prune(model, None if pattern == "2:4" else 0.6, pattern=pattern, filters=".")
+    pruned = [row for row in report.rows if row["status"] == "pruned"]
+    assert {row["pattern"] for row in pruned} == {pattern}
+    for encoding, content in convert(model, signature(model), ["dense", "sparse"], quantize).files.items():
+        (tmp_path / "m.tflite").write_bytes(content)
+        found = [row for row in ks.tflite.inspect(tmp_path / "m.tflite").rows if row["pattern"]]
+        assert [row["pattern"] for row in found] == [pattern] * len(pruned), encoding
+        assert sorted(np.prod(row["shape"]) for row in found) == sorted(row["size"] for row in pruned)
+
+
+def test_dense_kernels_have_no_pattern(tmp_path):
+    model = mlp()
+    (tmp_path / "m.tflite").write_bytes(convert(model, signature(model), ["dense"], None).files["dense"])
+    assert not any(row["pattern"] for row in ks.tflite.inspect(tmp_path / "m.tflite").rows)
+
+
+@pytest.mark.parametrize(("sparsity", "blocks"), [(0.0, False), (0.9, False), (0.7, True)])
+def test_quantised_zeros(tmp_path, sparsity, blocks):
+    """int8 weights from elsewhere: zero is the zero point, and some weights are rounded to it."""
     if keras.config.backend() != "tensorflow":
         pytest.skip("needs TensorFlow's converter in this process")
     import tensorflow as tf
 
     from keras_sparse.quiet import quiet
 
-    model = sparsify(mlp(), 0.9)
+    model = sparsify(mlp(), sparsity, blocks)
     with quiet():
         model.export(tmp_path / "saved", format="tf_saved_model", verbose=False)
         converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "saved"))
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
         (tmp_path / "m.tflite").write_bytes(converter.convert())
     rows = [row for row in ks.tflite.inspect(tmp_path / "m.tflite").rows if row["dtype"] == "int8"]
-    assert len(rows) == 2 and all(0.899 < row["sparsity"] < 1 for row in rows)
+    assert len(rows) == 2 and all(sparsity < row["sparsity"] + 1e-3 < sparsity + 0.02 for row in rows)
+    expected = "block_1x4" if blocks else "unstructured" if sparsity else ""
+    assert [row["pattern"] for row in rows] == [expected] * 2
 
 
 @pytest.mark.parametrize(
@@ -122,6 +151,23 @@ def test_damaged_files_raise_quickly_or_read(key, files, tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert refused >= 15 and peak < 50e6
+
+
+def test_a_hostile_file_cannot_ask_for_a_large_array(tmp_path):
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(4096, use_bias=False)])
+    kernel = np.zeros((64, 4096), "float32")
+    kernel[:4, 0] = 1.0
+    model.layers[0].kernel.assign(kernel)
+    content = convert(model, signature(model), ["sparse"], None).files["sparse"]
+    # The same few values in a tensor that claims to be 2 GB.
+    large = content.replace(np.int32([4096, 64]).tobytes(), np.int32([4096, 1 << 17]).tobytes())
+    (tmp_path / "m.tflite").write_bytes(large)
+    tracemalloc.start()
+    rows = ks.tflite.inspect(tmp_path / "m.tflite").rows
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [(row["zeros"], row["pattern"]) for row in rows if len(row["shape"]) == 2] == [((4096 << 17) - 4, "")]
+    assert peak < 50e6
 
 
 def test_each_truncation_raises(files, tmp_path):

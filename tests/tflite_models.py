@@ -52,6 +52,11 @@ def transposed():
     return keras.Model(inputs, layers.Conv2DTranspose(16, 3, strides=2)(layers.Conv2D(16, 3)(inputs)))
 
 
+def conv3d():
+    inputs = keras.Input((6, 6, 6, 4))
+    return keras.Model(inputs, layers.Conv3DTranspose(12, 2)(layers.Conv3D(8, 3)(inputs)))
+
+
 def conv1d():
     inputs = keras.Input((24, 4))
     x = layers.Conv1D(32, 5, activation="gelu")(inputs)

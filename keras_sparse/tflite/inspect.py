@@ -3,10 +3,22 @@
 import math
 import os
 
+from keras_sparse import patterns
 from keras_sparse.reports import Report
 from keras_sparse.tflite.flatmodel import damaged, read
 
 __all__ = ["inspect"]
+
+# The axes of a kernel that count output units (comments in tensorflow/compiler/mlir/lite/ir/tfl_ops.td). A GATHER from
+# a matrix is an embedding: it multiplies ones and zeros.
+_OUTPUT_AXES = {
+    "FULLY_CONNECTED": (0,), "CONV_2D": (0,), "TRANSPOSE_CONV": (0,), "DEPTHWISE_CONV_2D": (3,), "CONV_3D": (4,),
+    "CONV_3D_TRANSPOSE": (3,), "BATCH_MATMUL": (-1,), "GATHER": (-1,), "EMBEDDING_LOOKUP": (-1,),
+    "UNIDIRECTIONAL_SEQUENCE_LSTM": (0,), "LSTM": (0,),
+}  # fmt: skip
+_UNPACK = ("DENSIFY", "DEQUANTIZE")
+_FEW = 0.02  # single zeros up to this share are no pattern: quantisation to int8 rounds some weights to zero
+_MOST = 1024  # elements for each stored byte: a hostile file may describe an array that fills the memory
 
 
 def inspect(path):
@@ -19,8 +31,10 @@ def inspect(path):
 
     Returns:
         A `Report`. Columns: `tensor`, `subgraph`, `shape`, `dtype`, `encoding` (`"dense"`, `"sparse-csr"`,
-        `"sparse-block-csr"`), `block` (such as `"1x4"`), `zeros`, `sparsity` (share of zeros), `bytes`. Totals: of the
-        file, and over all stored tensors; `bytes_gzip` is what the file takes inside an app's package.
+        `"sparse-block-csr"`), `block` (such as `"1x4"`), `zeros`, `sparsity` (share of zeros), `pattern` (where the
+        zeros of a kernel stand, as `ks.patterns.recognize` names it, however they are encoded; `""` for other tensors
+        and for kernels with less than 2 % single zeros), `bytes`. Totals: of the file, and over all stored tensors;
+        `bytes_gzip` is what the file takes inside an app's package.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -38,9 +52,10 @@ def inspect(path):
     rows = []
     with damaged(path):
         for number, subgraph in enumerate(model.subgraphs):
-            for tensor in subgraph.tensors:
+            kernels = _kernels(subgraph)
+            for index, tensor in enumerate(subgraph.tensors):
                 if tensor.stored is not None:
-                    rows.append(_row(tensor, number))
+                    rows.append(_row(tensor, number, kernels.get(index)))
     numbers = [row for row in rows if row["zeros"] is not None]
     size, zeros = sum(math.prod(row["shape"]) for row in numbers), sum(row["zeros"] for row in numbers)
     totals = {
@@ -57,7 +72,27 @@ def inspect(path):
     return Report(f"Tensors of {os.path.basename(path)}", rows, totals, formats=formats)
 
 
-def _row(tensor, subgraph):
+def _kernels(subgraph):
+    """Which tensors hold kernels: `{number: axes that count output units}`."""
+    packed = {o.outputs[0]: o.inputs[0] for o in subgraph.operators if o.name in _UNPACK and o.inputs and o.outputs}
+    found = {}
+    for operator in subgraph.operators:
+        for number in operator.inputs if operator.name in _OUTPUT_AXES else ():
+            for _ in _UNPACK:  # float16 kernels that are sparse-encoded take both
+                number = packed.get(number, number)
+            if number >= 0 and len(subgraph.tensors[number].shape) >= 2:
+                found.setdefault(number, _OUTPUT_AXES[operator.name])
+    return found
+
+
+def _pattern(tensor, zeros, output_axes):
+    if output_axes is None or not zeros or tensor.size > _MOST * tensor.bytes:
+        return ""
+    name = patterns.recognize(patterns.to_matrix(tensor.values() != 0, output_axes))
+    return "" if name == "unstructured" and zeros <= _FEW * tensor.size else name
+
+
+def _row(tensor, subgraph, output_axes):
     block = "x".join(map(str, tensor.block)) if tensor.encoding == "sparse-block-csr" else ""
     zeros = tensor.zeros
     return {
@@ -69,5 +104,6 @@ def _row(tensor, subgraph):
         "block": block,
         "zeros": zeros,
         "sparsity": None if zeros is None or not tensor.size else zeros / tensor.size,
+        "pattern": _pattern(tensor, zeros, output_axes),
         "bytes": tensor.bytes,
     }

@@ -25,7 +25,6 @@ __all__ = [
     "from_matrix",
     "get",
     "keep_highest",
-    "recognize",
     "to_matrix",
 ]
 
@@ -381,43 +380,6 @@ class NM(Pattern):
 def _check_size(name, value):
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"`{name}` must be a whole number of at least 1. Received: {name}={value!r}")
-
-
-def recognize(kept):
-    """Name the pattern in which the zeros of a matrix stand.
-
-    Args:
-        kept: Boolean matrix [outputs, inputs], `True` where a weight is not zero.
-
-    Returns:
-        `""` if there are no zeros or nothing else; `"channel"` if only whole rows are zero; such as `"block_1x4"` if
-        the zeros are made of blocks of that size (the largest that fits); such as `"2:4"` if no group of 2, 4, 8, 16 or
-        32 inputs has more non-zeros than that and most have as many; else `"unstructured"`.
-
-    Example:
-
-    >>> import numpy as np, keras_sparse as ks
-    >>> ks.patterns.recognize(np.array([[1, 0, 1, 0, 0, 0, 1, 1], [0, 1, 1, 0, 1, 1, 0, 0]], bool))
-    '2:4'
-    """
-    kept = np.asarray(kept, bool)
-    if kept.all() or not kept.any():
-        return ""
-    # Where rows or columns change, blocks meet: the distances have the block's size as a divisor.
-    rows = np.gcd.reduce(1 + np.flatnonzero((kept[1:] != kept[:-1]).any(axis=1))) or kept.shape[0]
-    cols = np.gcd.reduce(1 + np.flatnonzero((kept[:, 1:] != kept[:, :-1]).any(axis=0)))
-    if not cols:
-        return "channel"
-    if rows * cols > 1:
-        return f"block_{rows}x{cols}"
-    for m in (2, 4, 8, 16, 32):
-        whole = kept.shape[1] - kept.shape[1] % m
-        groups = kept[:, :whole].reshape(-1, m).sum(axis=1)
-        n = int(groups.max(initial=0))
-        rest = kept[:, whole:].sum(axis=1).max()
-        if 0 < n <= m // 2 and rest <= n and np.mean(groups == n) > 0.5:
-            return f"{n}:{m}"
-    return "unstructured"
 
 
 def get(identifier):
