@@ -12,6 +12,7 @@ import sys
 import tempfile
 
 import keras
+import numpy as np
 
 from keras_sparse import pruning, quickstart, reports, tflite
 from keras_sparse.quiet import quiet
@@ -93,7 +94,9 @@ def _parser():
     sub.add_argument("--output", metavar="DIR", default="quickstart", help="folder to write to (default: quickstart)")
 
     sub = add(_prune, "model.keras --sparsity 0.9 --filters conv dense_1 -o sparse.keras", loads_model=True)
-    sub.add_argument("--sparsity", type=float, required=True, help="share of weights to prune, in [0, 1)")
+    sub.add_argument(
+        "--sparsity", type=float, help="share of weights to prune, in [0, 1); a pattern such as 2:4 has its own"
+    )
     sub.add_argument(
         "--filters",
         nargs="+",
@@ -102,8 +105,18 @@ def _parser():
         help="prune only weights whose path a regular expression matches (default: all that multiply inputs, but for "
         "depthwise kernels and embeddings)",
     )
-    sub.add_argument("--allocation", choices=["uniform", "global"], default="uniform", help="default: uniform")
-    sub.add_argument("--criterion", choices=["magnitude", "random"], default="magnitude", help="default: magnitude")
+    sub.add_argument("--allocation", choices=["uniform", "global", "erk"], default="uniform", help="default: uniform")
+    sub.add_argument(
+        "--floor", type=float, metavar="SHARE", help="what stays of each weight at least, with --allocation global"
+    )
+    sub.add_argument("--pattern", help="unstructured (default), channel, or such as block_1x4 or 2:4")
+    sub.add_argument(
+        "--criterion",
+        choices=["magnitude", "random", "snip", "taylor", "gradient", "movement"],
+        default="magnitude",
+        help="which weights matter (default: magnitude); the last four need --data",
+    )
+    sub.add_argument("--data", metavar="FILE.npz", help="arrays `x` and `y` to take gradients on")
     sub.add_argument("-o", "--output", metavar="OUT.keras", required=True, help="file to write; may be the input")
 
     sub = add(_report, "model.keras --html report.html --plot report.png", loads_model=True)
@@ -148,14 +161,21 @@ def _quickstart(options, stderr):
 
 def _prune(options, stderr):
     """Prune a saved model in one shot, without training."""
+    allocation = options.allocation
+    if options.floor is not None:
+        if allocation != "global":
+            raise ValueError(f"`--floor` goes with `--allocation global`. Received: --allocation {allocation}")
+        allocation = pruning.Global(options.floor)
     with _replacing(options.output, ".keras") as path:
         model, notes = _load_compiled(options.model)
         report = pruning.prune(
             model,
             options.sparsity,
             criterion=options.criterion,
-            allocation=options.allocation,
+            pattern=options.pattern,
+            allocation=allocation,
             filters=options.filters,
+            data=_load_arrays(options.data) if options.data else None,
         )
         model.save(path)
     report.notes += [*notes, f"Written: {options.output}"]
@@ -224,6 +244,20 @@ def _load(path, compile=False):
         raise ValueError(
             f"The model cannot be loaded: the file is damaged, or it has custom classes (`--import MODULE` imports the "
             f"module that registers them). Received: {path!r} ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _load_arrays(path):
+    """`(x, y)` from an .npz file."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no such file. Received: {path!r}")
+    try:
+        with np.load(path) as file:
+            return file["x"], file["y"]
+    except Exception as error:  # whatever zip and NumPy readers raise on a damaged file
+        raise ValueError(
+            "Expected an .npz file with arrays `x` and `y`, as `numpy.savez(path, x=x, y=y)` writes it. "
+            f"Received: {path!r} ({type(error).__name__}: {_one_line(error)})"
         ) from error
 
 

@@ -174,6 +174,17 @@ def test_a_dense_kernel_moves_nothing_and_a_nearly_dense_one_what_is_dead():
     assert (first_update[0] & ~first_update[1]).sum() == 3
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("grow", ["gradient", "random"])
+def test_weights_that_diverged_are_counted_too(grow, value):
+    model, record = dense_model(), Masks()
+    diverge = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: model.layers[0].kernel.assign(np.full((12, 10), value))
+    )
+    fit(model, dynamic(0.5, grow=grow, allocation="uniform"), diverge, record)
+    assert record.live == [[60, 15]] * 18
+
+
 def test_zero_initialised_kernels_train():
     model = dense_model()
     model.layers[0].kernel.assign(np.zeros((12, 10)))

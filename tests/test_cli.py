@@ -91,6 +91,41 @@ def test_prune(saved, tmp_path, capsys, allocation, criterion):
     assert sorted(os.listdir(tmp_path)) == ["model.keras", "sparse.keras"]
 
 
+@pytest.mark.parametrize("criterion", ["snip", "taylor", "gradient", "movement"])
+def test_prune_by_gradients(saved, tmp_path, capsys, criterion):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(50, 40)), rng.normal(size=(50, 5))
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    out = tmp_path / "sparse.keras"
+    arguments = ["prune", saved, "--sparsity", 0.8, "--criterion", criterion, "--data", tmp_path / "data.npz"]
+    run_ok([*arguments, "--allocation", "erk", "-o", out], capsys)
+    expected = keras.saving.load_model(saved, compile=False)
+    expected.compile("adam", "mse")
+    ks.prune(expected, 0.8, criterion, allocation="erk", data=(x, y))
+    for value, other in zip(keras.saving.load_model(out).get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(value, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "zeros"),
+    [
+        (["--pattern", "2:4"], [2000, 2500, 120]),  # 50 inputs: the last two of each unit stay
+        (["--pattern", "block_1x4", "--sparsity", 0.5], None),
+        (["--pattern", "channel", "--sparsity", 0.6], [2400, 3000, 150]),
+        (["--allocation", "global", "--floor", 0.5, "--sparsity", 0.5], [2000, 2500, 125]),
+    ],
+    ids=["2:4", "block", "channel", "floor"],
+)
+def test_prune_in_patterns_and_with_a_floor(saved, tmp_path, capsys, arguments, zeros):
+    out = tmp_path / "sparse.keras"
+    rows = run_json(["prune", saved, *arguments, "-o", out], capsys)["rows"]
+    kernels = [row for row in rows if row["path"].endswith("kernel")]
+    if zeros is not None:
+        assert [row["zeros"] for row in kernels] == zeros
+    if arguments[0] == "--pattern":
+        assert [row["pattern"] for row in kernels[:2]] == [arguments[1]] * 2
+
+
 def test_prune_with_filters(saved, tmp_path, capsys):
     out = tmp_path / "sparse.keras"
     arguments = ["prune", saved, "--sparsity", 0.5, "--filters", "first", "--filters", "third", "-o", out]

@@ -204,6 +204,83 @@ def test_erk_in_one_shot_and_gradually(pattern):
     assert fewer == counts
 
 
+def layers_of_random_size(rng):
+    """A built model of three kernels that no block or group need divide."""
+    a, b, c, size = (int(n) for n in rng.integers((1, 1, 1, 1), (12, 14, 9, 4)))
+    conv = keras.layers.Conv2D if rng.random() < 0.5 else keras.layers.Conv2DTranspose
+    return keras.Sequential(
+        [
+            keras.Input((5, 5, a)),
+            conv(b, size),
+            keras.layers.DepthwiseConv2D(2, depth_multiplier=2),
+            keras.layers.Dense(c),
+        ]
+    )
+
+
+def random_weights(rng, kind, shape):
+    value = rng.normal(size=shape)
+    return {"normal": value, "ties": np.round(value) + 3.5, "equal": np.full(shape, 0.5)}[kind]
+
+
+PATTERNS = [None, "channel", "block_1x4", "block_3x2", "block_5x16", "2:4", "1:3", "5:7"]
+CRITERIA = ["magnitude", "random", "gradient", "taylor", "movement"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_counts_nesting_and_idempotence(pattern, seed):
+    rng = np.random.default_rng([seed, PATTERNS.index(pattern)])
+    model = layers_of_random_size(rng)
+    for weight in ks.selection.weights(model):
+        if weight.kernel:
+            kind = ["normal", "ties", "equal", "normal", "normal"][seed]
+            weight.variable.assign(random_weights(rng, kind, weight.variable.shape))
+    for criterion in CRITERIA:
+        check_along_the_schedule(model, pattern, criterion, rng, nan=0.3 if seed == 3 else 0.0)
+
+
+def check_along_the_schedule(model, pattern, criterion, rng, nan):
+    shape = ks.patterns.get(pattern)
+    target = shape.sparsity or float(rng.uniform(0.1, 0.95))
+    allocations = ["uniform", "global"] if shape.sparsity else ["uniform", "global", "erk"]
+    plan = ks.pruning.Plan(model, target, criterion, pattern, str(rng.choice(allocations)), filters="kernel")
+    masks = plan.present_masks()
+    pools = [goal.pool(np.zeros(mask.shape)).shape for goal, mask in zip(plan.goals, masks, strict=True)]
+    groups = [shape.groups(goal.weight.variable.shape, goal.weight.output_axes) for goal in plan.goals]
+    for fraction in (0.0, 0.21, 0.5, 0.83, 1.0):
+        statistics = None
+        if plan.criterion.statistic is not None:  # They change all the time, and may become NaN.
+            statistics = [rng.normal(size=mask.shape) for mask in masks]
+            for statistic in statistics:
+                statistic[rng.random(statistic.shape) < nan] = np.nan
+        new = plan.masks(masks, fraction, statistics)
+        assert all(not (now & ~before).any() for now, before in zip(new, masks, strict=True))
+        for again, now in zip(plan.masks(new, fraction, statistics), new, strict=True):
+            np.testing.assert_array_equal(again, now)
+        masks = new
+        # A group leaves as a whole or not at all, and as many leave as `count` says.
+        left = []
+        for mask, group in zip(masks, groups, strict=True):
+            kept, size = np.bincount(group[mask], minlength=group.max() + 1), np.bincount(group.reshape(-1))
+            assert ((kept == 0) | (kept == size)).all()
+            left.append(int((kept == 0).sum()))
+        if plan.allocation.shared:
+            assert sum(left) == shape.count(fraction * target, pools)
+        else:
+            goals = zip(plan.goals, pools, strict=True)
+            assert left == [shape.count(fraction * goal.sparsity, [pool]) for goal, pool in goals]
+        if not shape.sparsity:
+            total = sum(int(group.max()) + 1 for group in groups)
+            assert abs(sum(left) - fraction * target * total) <= len(left) / 2
+    assert plan.reached(masks)
+    if shape.sparsity:
+        for goal, mask in zip(plan.goals, masks, strict=True):
+            for row in ks.patterns.to_matrix(mask, goal.weight.output_axes):
+                parts = [row[start : start + shape.m] for start in range(0, len(row), shape.m)]
+                assert [int(part.sum()) for part in parts] == [min(shape.n, len(part)) for part in parts]
+
+
 BAD = [
     ((1.0,), {}, ValueError, "at least 0 and below 1.*Received: 1.0"),
     ((50,), {}, ValueError, "Did you mean 0.5"),

@@ -200,7 +200,9 @@ class DynamicSparseTraining(ScheduledMasks):
         live = int(np.count_nonzero(mask))
         count = min(round(fraction * live), mask.size - live)
         weight = goal.weight.numpy()
-        kept = mask & patterns.keep_highest(np.where(mask, np.abs(weight), np.inf), count)
+        # Live weights rank below dead ones, whatever became of them.
+        magnitude = np.fmin(np.abs(weight), np.finfo(weight.dtype).max)
+        kept = mask & patterns.keep_highest(np.where(mask, magnitude, np.inf), count)
         if self.grow == "random":
             scores = generator.random(mask.shape)
         else:

@@ -356,7 +356,8 @@ class NM(Pattern):
         return groups * (self.m - self.n) + max(0, rest - self.n)
 
     def pool(self, scores):
-        # What stays in its group cannot leave: +inf. The others compete with their own scores.
+        # What stays in its group cannot leave: +inf. The others compete with their own scores, NaN and inf below that.
+        highest = np.finfo(scores.dtype).max
         pooled = np.full_like(scores, np.inf)
         rows, inputs = scores.shape
         whole = inputs - inputs % self.m
@@ -366,7 +367,7 @@ class NM(Pattern):
                 # A stable sort: ties go to the lowest index, and NaN is the highest.
                 lowest = np.argsort(groups, axis=-1, kind="stable")[..., : size - self.n]
                 kept = np.full_like(groups, np.inf)
-                np.put_along_axis(kept, lowest, np.take_along_axis(groups, lowest, -1), -1)
+                np.put_along_axis(kept, lowest, np.fmin(np.take_along_axis(groups, lowest, -1), highest), -1)
                 pooled[:, part] = kept.reshape(rows, -1)
         return pooled
 
