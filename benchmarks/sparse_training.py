@@ -9,7 +9,8 @@ Two networks, each with one recipe for all methods:
   initial weights of networks that start sparse by 1 / sqrt(density of the kernel), as Liu et al. 2019, "Rethinking the
   value of network pruning" (https://arxiv.org/abs/1810.05270), do; without it many of them never begin to learn, as in
   Evci et al.
-* `lenet300`: LeNet-300-100, Adam at 0.01 with a cosine decay to 0, batch 128, 30 epochs.
+* `lenet300`: LeNet-300-100, Adam at 0.01 with a cosine decay to 0, batch 128, 30 epochs. With `--sgd` momentum and the
+  L2 penalty of `lenet5`, from 0.1: close to Lee et al. 2019, "SNIP" (https://arxiv.org/abs/1810.02340), who train long.
 
 The accuracy is that of the last epoch, never of the best. `--validate` trains on the first 50,000 training images and
 measures on the other 10,000: for choosing hyperparameters.
@@ -40,34 +41,35 @@ def mnist(validate):
     return (*(a[..., None].astype("float32") / 255 if a.ndim > 1 else a for a in (x, y, *test)),)
 
 
-def build(network, rate, steps):
+def build(network, rate, steps, sgd):
     """Return a compiled network whose learning rate decays over `steps`."""
     layers = keras.layers
+    options = {"kernel_regularizer": keras.regularizers.L2(5e-4)} if sgd else {}
+    hidden = options | {"activation": "relu"}
     if network == "lenet5":
-        options = {"activation": "relu", "kernel_regularizer": keras.regularizers.L2(5e-4)}
         body = [
-            layers.Conv2D(6, 5, **options),
+            layers.Conv2D(6, 5, **hidden),
             layers.MaxPooling2D(),
-            layers.Conv2D(16, 5, **options),
+            layers.Conv2D(16, 5, **hidden),
             layers.MaxPooling2D(),
             layers.Flatten(),
-            layers.Dense(120, **options),
-            layers.Dense(84, **options),
-            layers.Dense(10, kernel_regularizer=options["kernel_regularizer"]),
+            layers.Dense(120, **hidden),
+            layers.Dense(84, **hidden),
+            layers.Dense(10, **options),
         ]
     else:
         body = [
             layers.Flatten(),
-            layers.Dense(300, activation="relu"),
-            layers.Dense(100, activation="relu"),
-            layers.Dense(10),
+            layers.Dense(300, **hidden),
+            layers.Dense(100, **hidden),
+            layers.Dense(10, **options),
         ]
     model = keras.Sequential([layers.Input((28, 28, 1)), *body])
     decay = keras.optimizers.schedules.CosineDecay(rate, steps)
     momentum = keras.optimizers.SGD(decay, momentum=0.9)
     # Seven steps in one call, which divide an epoch of 469; masks move at the first call at or past the due step.
     model.compile(
-        momentum if network == "lenet5" else keras.optimizers.Adam(decay),
+        momentum if sgd else keras.optimizers.Adam(decay),
         LOSS,
         metrics=["accuracy"],
         jit_compile=False,
@@ -88,7 +90,7 @@ def train(method, args, seed, data):
     epochs = args.epochs // ROUNDS * ROUNDS if method == "lottery" else args.epochs
     steps = epochs * -(-len(x) // 128)
     keras.utils.set_random_seed(seed)
-    model = build(args.network, args.learning_rate, steps // (ROUNDS if method == "lottery" else 1))
+    model = build(args.network, args.learning_rate, steps // (ROUNDS if method == "lottery" else 1), args.sgd)
     callbacks = []
     if method == "magnitude":
         begin, end = (3000 / 11719, 7000 / 11719) if args.network == "lenet5" else (0.0, 0.5)
@@ -123,7 +125,8 @@ def main():
     parser.add_argument("--sparsity", type=float, help="default: 0.95 for lenet5, 0.98 for lenet300")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="default: 25 (50 for the lottery) for lenet5, 30 for lenet300")
-    parser.add_argument("--learning-rate", type=float, help="default: 0.05 for lenet5, 0.01 for lenet300")
+    parser.add_argument("--learning-rate", type=float, help="default: 0.05 for lenet5, 0.01 for lenet300, 0.1 by SGD")
+    parser.add_argument("--sgd", action="store_true", help="train lenet300 by SGD with momentum and an L2 penalty")
     parser.add_argument("--allocation", default="erk", choices=["erk", "uniform"], help="of rigl, set and static")
     parser.add_argument("--pruning-allocation", default="uniform", help="of magnitude and lottery")
     parser.add_argument("--rescale", action="store_true", help="larger initial weights for rigl, set and static")
@@ -135,7 +138,8 @@ def main():
     args = parser.parse_args()
     lenet5 = args.network == "lenet5"
     args.sparsity = args.sparsity or (0.95 if lenet5 else 0.98)
-    args.learning_rate = args.learning_rate or (0.05 if lenet5 else 0.01)
+    args.learning_rate = args.learning_rate or (0.05 if lenet5 else 0.1 if args.sgd else 0.01)
+    args.sgd |= lenet5
     epochs = args.epochs
     load, data, rows = result.load(), mnist(args.validate), []
     for method in args.methods:
