@@ -1,12 +1,11 @@
 """Baking folds what only training needs into the weights, so that a plain Keras model is left."""
 
 import contextlib
-import re
 
 import keras
 import numpy as np
 
-from keras_sparse import reports, selection
+from keras_sparse import graph, reports, selection
 from keras_sparse.layers import L0, gated_layers
 
 __all__ = ["add_l0", "bake"]
@@ -191,17 +190,6 @@ def _copy_compilation(source, target):
             target.compile_from_config(source.get_compile_config())
 
 
-# Layers and activations whose output channels depend on nothing but the input channel of the same index.
-_CHANNELWISE = tuple(
-    getattr(keras.layers, name)
-    for name in dir(keras.layers)
-    if re.fullmatch(
-        r"(Alpha|Gaussian|Spatial)?Dropout(\dD)?|GaussianNoise|ReLU|LeakyReLU|PReLU|ELU|BatchNormalization|Activation|"
-        r"(Global)?(Average|Max)Pooling\dD|ZeroPadding\dD|Cropping\dD|UpSampling\dD|Add|Subtract|Average|Maximum|Minimum",
-        name,
-    )
-)
-_MIXING = ("softmax", "log_softmax", "sparsemax", "glu")
 _PRODUCERS = (keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
 
 
@@ -213,7 +201,7 @@ def _silence(model):
     if not getattr(model, "inputs", None):
         return
     layers = {layer.name: layer for layer in model.layers}
-    consumers = _consumers(model)
+    consumers = graph.consumers(model)
     known = {}
 
     def unused(name):
@@ -237,51 +225,14 @@ def _silence(model):
             after, shape = unused(name), layer.input.shape
             return None if after is None else after.reshape(-1, shape[-1]).all(axis=0)
         last = getattr(layer, "axis", -1) in (-1, len(layer.output.shape) - 1)
-        if isinstance(layer, _CHANNELWISE) and last and _elementwise(layer):
+        if isinstance(layer, graph.CHANNELWISE) and last and graph.elementwise(layer):
             return unused(name)
         return None
 
     for name in reversed(layers):  # A unit that falls silent takes those with it that only it listened to.
         layer = layers[name]
-        if isinstance(layer, _PRODUCERS) and _elementwise(layer) and consumers.get(name):
+        if isinstance(layer, _PRODUCERS) and graph.elementwise(layer) and consumers.get(name):
             dead = unused(name)
             for variable in [layer.kernel, layer.bias] if dead is not None and dead.any() else []:
                 if variable is not None:
                     variable.assign(np.where(dead, 0, selection.as_array(variable)))
-
-
-def _elementwise(layer):
-    """Whether the layer's activation, if it has one, is one of Keras's that keep channels apart."""
-    activation = getattr(layer, "activation", None)
-    name = getattr(activation, "__name__", "")
-    return activation is None or (getattr(keras.activations, name, None) is activation and name not in _MIXING)
-
-
-def _consumers(model):
-    """The names of the layers that each layer's output goes to, `{name: [name or None]}`; `None` stands for others.
-
-    Layers that are called more than once are others, and so is the outside of the model.
-    """
-    if isinstance(model, keras.Sequential):
-        names = [layer.name for layer in model.layers]
-        return dict(zip(names, [[name] for name in [*names[1:], None]], strict=True))
-    config = model.get_config()
-    found = {}
-    for layer in config["layers"]:
-        nodes = layer["inbound_nodes"]
-        for source in _references(nodes):
-            found.setdefault(source, []).append(layer["name"] if len(nodes) == 1 else None)
-        if len(nodes) > 1:
-            found.setdefault(layer["name"], []).append(None)
-    for source in _references(config["output_layers"]):
-        found.setdefault(source, []).append(None)
-    return found
-
-
-def _references(value):
-    """The names of layers in the part of a config that says whose outputs are meant: `[name, node, tensor]`."""
-    if isinstance(value, (list, tuple)) and len(value) == 3 and [type(v) for v in value] == [str, int, int]:
-        return [value[0]]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [name for item in value for name in _references(item)] if isinstance(value, (list, tuple)) else []

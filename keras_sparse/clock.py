@@ -7,6 +7,7 @@ when the last update was) are variables of the `SparseOptimizer`.
 
 import numbers
 
+from keras_sparse.registry import is_real
 from keras_sparse.selection import as_array
 
 __all__ = ["Clock"]
@@ -165,7 +166,7 @@ def number(variable):
 
 
 def _check_time(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_real(value):
         raise TypeError(
             f"`{name}` is a float in [0, 1], a fraction of the fit, or an int, a number of steps. "
             f"Received: {name}={value!r} of type {type(value).__name__}"

@@ -1,11 +1,10 @@
 """A gate is a random factor between 0 and 1 for weights that leave together: the hard concrete distribution."""
 
 import math
-import numbers
 
 from keras import ops
 
-from keras_sparse.registry import Configurable, serializable
+from keras_sparse.registry import Configurable, is_real, serializable
 
 __all__ = ["HardConcrete"]
 
@@ -36,9 +35,9 @@ class HardConcrete(Configurable):
     """
 
     def __init__(self, temperature=2 / 3, limits=(-0.1, 1.1)):
-        if not _is_number(temperature) or not 0 < temperature < math.inf:
+        if not is_real(temperature) or not 0 < temperature < math.inf:
             raise ValueError(f"`temperature` must be a positive number. Received: temperature={temperature!r}")
-        pair = isinstance(limits, (tuple, list)) and len(limits) == 2 and all(map(_is_number, limits))
+        pair = isinstance(limits, (tuple, list)) and len(limits) == 2 and all(map(is_real, limits))
         if not pair or not (-math.inf < limits[0] < 0 and 1 < limits[1] < math.inf):
             raise ValueError(
                 "`limits` must be a pair of a negative number and a number above 1, such as (-0.1, 1.1). "
@@ -87,7 +86,3 @@ class HardConcrete(Configurable):
     def _stretch(self, value):
         low, high = self.limits
         return ops.clip(value * (high - low) + low, 0.0, 1.0)
-
-
-def _is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -6,7 +6,7 @@ import numbers
 
 import keras
 
-__all__ = ["Configurable", "Registry", "check_penalty", "serializable"]
+__all__ = ["Configurable", "Registry", "check_penalty", "is_real", "serializable"]
 
 
 def serializable(cls):
@@ -126,5 +126,12 @@ def check_penalty(name, value):
 
 
 def is_real(value):
-    """Whether `value` is a real number; booleans are none."""
+    """Whether `value` is a real number; booleans are none.
+
+    Example:
+
+    >>> from keras_sparse.registry import is_real
+    >>> is_real(0.5), is_real(True)
+    (True, False)
+    """
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

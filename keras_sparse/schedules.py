@@ -4,9 +4,8 @@ Both `progress` and the fraction lie in [0, 1]. `Pruning` multiplies the fractio
 """
 
 import math
-import numbers
 
-from keras_sparse.registry import Configurable, Registry
+from keras_sparse.registry import Configurable, Registry, is_real
 
 __all__ = ["Cosine", "Exponential", "Linear", "OneShot", "Polynomial", "Schedule", "get"]
 
@@ -39,7 +38,7 @@ class Schedule(Configurable):
 
 
 def _positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+    if not is_real(value) or not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be a positive, finite number. Received: {name}={value!r}")
     return float(value)
 

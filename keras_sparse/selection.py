@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import keras
 import numpy as np
 
-__all__ = ["Weight", "check_model", "layers", "select", "weights"]
+__all__ = ["NO_KERNELS", "Weight", "check_model", "layers", "select", "weights"]
 
 _KERNELS = ("kernel", "recurrent_kernel", "pointwise_kernel")
-_NEVER = ("bias", "gamma", "beta", "alpha")
+NO_KERNELS = ("bias", "gamma", "beta", "alpha")
 _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 _TRANSPOSED = tuple(getattr(keras.layers, f"Conv{n}DTranspose") for n in (1, 2, 3))
 
@@ -273,7 +273,7 @@ def _weight(variable, layer, trainable):
     depthwise = isinstance(layer, _DEPTHWISE) or name == "depthwise_kernel"
     kernel = name in _KERNELS or depthwise or embedding or (not own and rank >= 2)
     skipped = None
-    if not kernel or name in _NEVER or name.endswith("log_alpha") or rank < 1:
+    if not kernel or name in NO_KERNELS or name.endswith("log_alpha") or rank < 1:
         kernel, skipped = False, f"{of}: not a kernel"
     elif "float" not in variable.dtype:
         kernel, skipped = False, f"{of}: {variable.dtype}, not floating point"

@@ -29,7 +29,7 @@ ROWS = (
     {"registry", "quiet"},
     {"schedules", "patterns", "criteria"},
     {"selection", "optimizers", "gates"},
-    {"reports", "clock", "batches"},
+    {"reports", "clock", "batches", "graph"},
     {"neurons", "pruning", "channels", "regularizers", "layers"},
     {"baking"},
     {"callbacks", "tflite", "compat"},

@@ -43,5 +43,5 @@ def test_every_public_class_has_a_name(module):
 NAMES = {
     "schedules": ["polynomial", "linear", "cosine", "exponential", "one_shot"],
     "patterns": ["unstructured", "channel", "block", "2:4"],
-    "criteria": ["magnitude", "random", "gradient", "taylor", "movement"],
+    "criteria": ["magnitude", "random", "gradient", "taylor", "movement", "snip"],
 }

@@ -1,13 +1,11 @@
 """Dynamic sparse training keeps a model at one sparsity while it trains, and moves the live weights around."""
 
-import numbers
-
 import keras
 import numpy as np
 
 from keras_sparse import clock, criteria, optimizers, patterns, pruning, reports, schedules, selection
 from keras_sparse.callbacks.masks import ScheduledMasks, plain_filters
-from keras_sparse.registry import serializable
+from keras_sparse.registry import is_real, serializable
 
 __all__ = ["DynamicSparseTraining"]
 
@@ -107,7 +105,7 @@ class DynamicSparseTraining(ScheduledMasks):
                 "`grow` must be 'gradient' (RigL), 'random' (SET), or 'static' or None, which move nothing. "
                 f"Received: grow={grow!r}"
             )
-        if isinstance(drop_fraction, bool) or not isinstance(drop_fraction, numbers.Real) or not 0 < drop_fraction <= 1:
+        if not is_real(drop_fraction) or not 0 < drop_fraction <= 1:
             raise ValueError(
                 "`drop_fraction` must be above 0 and at most 1, the share of live weights that an update moves; "
                 f"`grow=None` moves none. Received: drop_fraction={drop_fraction!r}"

@@ -1,7 +1,6 @@
 """A gate callback logs how far the gates of `L0` layers are closed, and moves the price of open ones in `model.fit`."""
 
 import math
-import numbers
 from types import SimpleNamespace
 
 import keras
@@ -9,7 +8,7 @@ import numpy as np
 
 from keras_sparse import clock, schedules, selection
 from keras_sparse.layers import gated_layers
-from keras_sparse.registry import Configurable, serializable
+from keras_sparse.registry import Configurable, is_real, serializable
 
 __all__ = ["L0Penalty"]
 
@@ -186,7 +185,7 @@ def _way(layer, gate, log_alpha):
 
 
 def _check_target(value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_real(value):
         raise TypeError(
             "`target_sparsity` must be a number in (0, 1). "
             f"Received: target_sparsity={value!r} of type {type(value).__name__}"

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_sparse import clock, optimizers, pruning, reports, selection
 from keras_sparse.callbacks.masks import ScheduledMasks, plain_filters
-from keras_sparse.registry import serializable
+from keras_sparse.registry import is_real, serializable
 
 __all__ = ["LotteryTicket"]
 
@@ -71,7 +71,7 @@ class LotteryTicket(ScheduledMasks):
                 "`rounds` must be a whole number of at least 2: the first trains the dense network, the last the "
                 f"ticket. Received: rounds={rounds!r}"
             )
-        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < rate < 1:
+        if not is_real(rate) or not 0 < rate < 1:
             raise ValueError(
                 "`rate` must be above 0 and below 1, the share of the remaining weights that a round prunes. "
                 f"Received: rate={rate!r}"

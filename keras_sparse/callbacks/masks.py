@@ -215,7 +215,7 @@ class ScheduledMasks(MaskCallback):
 
 
 def count_zeros(sparse):
-    """Return how many weights that have masks are zero, and how many there are.
+    """Return how many weights that have masks are zero, and how many there are; biases and the like do not count.
 
     Example:
 
@@ -223,7 +223,7 @@ def count_zeros(sparse):
     >>> ks.callbacks.masks.count_zeros(ks.optimizers.SparseOptimizer("adam"))
     (0, 0)
     """
-    values = [selection.as_array(variable) for variable, _ in sparse.masks]
+    values = [selection.as_array(variable) for variable, _ in sparse.masks if variable.name not in selection.NO_KERNELS]
     size = sum(value.size for value in values)
     return size - sum(int(np.count_nonzero(value)) for value in values), size
 

@@ -134,7 +134,12 @@ class ProximalL1(ScheduledMasks):
         if any(isinstance(user, ProximalL1) and user is not self for user in sparse.users):
             raise ValueError("One `fit` takes one `ProximalL1`: name all weights in its `filters`. Received: two")
         plan = _FreePlan(
-            model, self.target_sparsity or 0.0, pattern=self.group, allocation="global", filters=self.filters
+            model,
+            self.target_sparsity or 0.0,
+            pattern=self.group,
+            allocation="global",
+            filters=self.filters,
+            whole_units=False,
         )
         weights = [goal.weight for goal in plan.goals]
         if self.group is not None:

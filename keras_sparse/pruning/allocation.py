@@ -18,6 +18,8 @@ _REGISTRY = Registry("allocation")
 class Goal:
     """How sparse one weight should become, in which pattern.
 
+    `units` are the variables whose entries leave with output units, for whole channels: see `ks.graph.unit_variables`.
+
     Example:
 
     >>> import keras, keras_sparse as ks
@@ -30,6 +32,11 @@ class Goal:
     weight: selection.Weight
     sparsity: float
     pattern: patterns.Pattern
+    units: tuple = ()
+
+    def unit_mask(self, mask):
+        """Which output units have a weight that stays, a boolean vector."""
+        return patterns.to_matrix(mask, self.weight.output_axes).any(axis=1)
 
     @property
     def groups(self):

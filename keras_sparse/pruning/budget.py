@@ -1,10 +1,10 @@
 """A budget is the share of weights to set to zero, as a user gives it."""
 
 import math
-import numbers
 
 from keras_sparse import patterns, selection
 from keras_sparse.pruning import allocation as allocations
+from keras_sparse.registry import is_real
 
 __all__ = ["check_target", "final_target", "per_weight"]
 
@@ -65,7 +65,7 @@ def final_target(target_sparsity, allocation, pattern):
 
 
 def _check_sparsity(value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not is_real(value):
         raise TypeError(
             "A sparsity is a number in [0, 1), the share of weights to set to zero, or a dict of such numbers. "
             f"Received: {value!r} of type {type(value).__name__}"

@@ -51,7 +51,9 @@ def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="unif
     statistics = _statistics(model, plan, data)
     optimizer = optimizers.find(model)
     present = plan.present_masks()
-    for goal, mask in zip(plan.goals, plan.masks(present, statistics=statistics), strict=True):
+    masks = plan.masks(present, statistics=statistics)
+    plan.silence(masks, optimizer)
+    for goal, mask in zip(plan.goals, masks, strict=True):
         variable = goal.weight.variable
         variable.assign(optimizers.masked_value(variable, mask))
         state = optimizer.mask_of(variable) if optimizer is not None else None

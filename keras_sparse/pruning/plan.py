@@ -1,8 +1,10 @@
 """A plan says how sparse each weight of a model should be, and leads to the masks."""
 
+from dataclasses import replace
+
 import numpy as np
 
-from keras_sparse import criteria, patterns, selection
+from keras_sparse import criteria, graph, optimizers, patterns, selection
 from keras_sparse.pruning import allocation as allocations
 from keras_sparse.pruning.allocation import Goal
 from keras_sparse.pruning.budget import check_target, per_weight
@@ -22,6 +24,8 @@ class Plan:
         allocation: An `Allocation` or its name: `"uniform"`, `"global"` or `"erk"`.
         filters: As in `ks.selection.select`.
         frozen: Whether kernels that are not trainable take part.
+        whole_units: Whether the pattern `Channel` takes bias and batch normalization along, and skips kernels whose
+            units would not be zero by that.
 
     Example:
 
@@ -41,6 +45,7 @@ class Plan:
         allocation="uniform",
         filters=None,
         frozen=False,
+        whole_units=True,
     ):
         check_target(target_sparsity, allocation)
         self.criterion = criteria.get(criterion)
@@ -51,13 +56,44 @@ class Plan:
         self.goals = [
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
         ]
+        reasons = self._complete_units(model) if whole_units else {}
         self.goals = self.allocation.share(self.goals)
         chosen = {id(goal.weight.variable) for goal in self.goals}
         self.skipped = {
-            id(w.variable): w.skipped or "no key of `target_sparsity` matches"
+            id(w.variable): w.skipped or reasons.get(id(w.variable), "no key of `target_sparsity` matches")
             for w in weights
             if id(w.variable) not in chosen
         }
+
+    def _complete_units(self, model):
+        """Find what belongs to whole channels; drop the goals for which that fails and return `{id: reason}`."""
+        reasons, goals = {}, []
+        for goal in self.goals:
+            if isinstance(goal.pattern, patterns.Channel):
+                units = graph.unit_variables(model, goal.weight)
+                if isinstance(units, str):
+                    reasons[id(goal.weight.variable)] = units
+                    continue
+                goal = replace(goal, units=units)
+            goals.append(goal)
+        if not goals:
+            raise ValueError(
+                "There is nothing to prune in whole channels: "
+                + "; ".join(f"{goal.weight.path}: {reasons[id(goal.weight.variable)]}" for goal in self.goals[:8])
+            )
+        self.goals = goals
+        return reasons
+
+    def silence(self, masks, optimizer=None):
+        """Set what belongs to units without live weights to zero, and keep it there if `optimizer` has masks for it."""
+        for goal, mask in zip(self.goals, masks, strict=True):
+            alive = goal.unit_mask(mask) if goal.units else None
+            for variable in goal.units:
+                kept = alive.reshape(variable.shape)
+                variable.assign(optimizers.masked_value(variable, kept))
+                state = optimizer.mask_of(variable) if optimizer is not None else None
+                if state is not None:
+                    state.assign(kept)
 
     def masks(self, masks, fraction=1.0, statistics=None):
         """Return the masks at `fraction` of the way to the goals.
@@ -98,7 +134,8 @@ class Plan:
         Returns whether any of that was new.
         """
         new = [goal.weight for goal in self.goals if optimizer.mask_of(goal.weight.variable) is None]
-        created = optimizer.add_masks([weight.variable for weight in new])
+        units = [v for goal in self.goals for v in goal.units if v.trainable]
+        created = optimizer.add_masks([*(weight.variable for weight in new), *units])
         for weight in new:
             optimizer.mask_of(weight.variable).assign(_nonzero(weight.numpy()))
         kind = self.criterion.statistic
@@ -112,6 +149,7 @@ class Plan:
         masks = self.masks([selection.as_array(mask) for mask in variables], fraction, self._read(optimizer, fraction))
         for variable, mask in zip(variables, masks, strict=True):
             variable.assign(mask)
+        self.silence(masks, optimizer)
         optimizer.apply_masks()
         return masks
 
