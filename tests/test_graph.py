@@ -125,6 +125,29 @@ def test_units_are_dead_in_one_shot(name):
         np.testing.assert_array_equal(value, other)
 
 
+@pytest.mark.parametrize("name", ["dense", "no shift", "swish", "normalized twice", "residual"])
+def test_dead_units_stay_dead_in_fine_tuning(name):
+    make, outputs = MODELS[name]
+    model = make()
+    ks.prune(model, 0.5, pattern="channel")
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=(64, *model.inputs[0].shape[1:])), rng.normal(size=(64, *model.outputs[0].shape[1:]))
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[ks.callbacks.KeepSparsity()])
+    check_dead(model, outputs, lambda units: round(0.5 * units))
+
+
+def test_units_that_are_dead_by_chance_train():
+    # Before training, biases are zero because they are so initialised.
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((5,)), L.Dense(8, name="k")])
+    model.compile("adam", "mse")
+    kernel = np.array(ks.selection.as_array(model.get_layer("k").kernel))
+    kernel[:, :2], kernel[[0, 1, 2, 4], [3, 5, 4, 7]] = 0, 0
+    model.get_layer("k").kernel.assign(kernel)
+    model.fit(np.ones((32, 5)), np.ones((32, 8)), verbose=0, callbacks=[ks.callbacks.KeepSparsity()])
+    assert (ks.selection.as_array(model.get_layer("k").bias) != 0).all()
+
+
 def test_what_is_frozen_falls_silent_too():
     model = build(L.Dense(8, name="k"), L.BatchNormalization(name="bn"), L.ReLU(name="a"), shape=(5,))
     model.get_layer("bn").trainable = False

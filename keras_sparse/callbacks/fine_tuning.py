@@ -40,7 +40,9 @@ class KeepSparsity(MaskCallback):
             )
             return None
         chosen = {id(w.variable) for w in sparse}
-        return pruning.Plan(model, 0.0, filters=lambda variable: id(variable) in chosen)
+        plan = pruning.Plan(model, 0.0, filters=lambda variable: id(variable) in chosen)
+        plan.keep_units(model)
+        return plan
 
 
 @serializable

@@ -84,6 +84,14 @@ class Plan:
         self.goals = goals
         return reasons
 
+    def keep_units(self, model):
+        """Let what belongs to dead units stay zero, in kernels whose zeros are whole channels already."""
+        for index, goal in enumerate(self.goals):
+            if patterns.recognize(patterns.to_matrix(goal.weight.numpy() != 0, goal.weight.output_axes)) == "channel":
+                units = graph.unit_variables(model, goal.weight)
+                if not isinstance(units, str):
+                    self.goals[index] = replace(goal, units=units)
+
     def silence(self, masks, optimizer=None):
         """Set what belongs to units without live weights to zero, and keep it there if `optimizer` has masks for it."""
         for goal, mask in zip(self.goals, masks, strict=True):
@@ -134,10 +142,13 @@ class Plan:
         Returns whether any of that was new.
         """
         new = [goal.weight for goal in self.goals if optimizer.mask_of(goal.weight.variable) is None]
-        units = [v for goal in self.goals for v in goal.units if v.trainable]
-        created = optimizer.add_masks([*(weight.variable for weight in new), *units])
+        units = [(goal, v) for goal in self.goals for v in goal.units if v.trainable and optimizer.mask_of(v) is None]
+        created = optimizer.add_masks([*(weight.variable for weight in new), *(variable for _, variable in units)])
         for weight in new:
             optimizer.mask_of(weight.variable).assign(_nonzero(weight.numpy()))
+        for goal, variable in units:
+            alive = goal.unit_mask(selection.as_array(optimizer.mask_of(goal.weight.variable)))
+            optimizer.mask_of(variable).assign(alive.reshape(variable.shape) | (selection.as_array(variable) != 0))
         kind = self.criterion.statistic
         if kind is not None:
             created |= optimizer.add_statistics(kind, [goal.weight.variable for goal in self.goals])
