@@ -231,7 +231,10 @@ def _fault(files, reference, tolerance, verified_on):
     if not parity.relative <= tolerance:
         return f"output {parity.worst!r} differs from the model's by {parity.relative:.3g} of its magnitude", None
     if any(use.sparse for use in uses(model)):
-        emulated = reference.compare_without_avx(files["sparse"])
+        try:
+            emulated = reference.compare_without_avx(files["sparse"])
+        except ValueError as error:
+            return f"a CPU without AVX cannot run it ({str(error).strip().splitlines()[0][-200:]})", None
         if emulated is not None:
             if not emulated.relative <= tolerance:
                 return f"on a CPU without AVX, output {emulated.worst!r} differs by {emulated.relative:.3g}", None

@@ -1,13 +1,9 @@
 """A parity check runs a .tflite file and its Keras model on the same inputs and measures how far the outputs differ."""
 
-import contextlib
 import itertools
-import os
 import platform
 import shutil
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 
 import keras
@@ -15,19 +11,13 @@ import numpy as np
 
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.convert import ExportError, first_line
+from keras_sparse.tflite.runtimes import Worker
 from keras_sparse.tflite.signatures import output_names
 
 __all__ = ["Parity", "Reference", "no_avx_runtime", "one_by_one", "random_batches", "representative_batches"]
 
 _ANY = 32  # size of a dimension that the model leaves open, other than the batch
 _MAX_SAMPLES = 128  # of representative data: a check, not an evaluation
-# What runs under qemu: NumPy and the interpreter alone, because importing Keras there takes minutes.
-_RUN_FILE = """
-import sys, numpy as np
-from ai_edge_litert.interpreter import Interpreter
-run = Interpreter(model_path=sys.argv[1], num_threads=1).get_signature_runner("serving_default")
-np.savez(sys.argv[3], **run(**np.load(sys.argv[2])))
-"""
 
 
 @dataclass(frozen=True)
@@ -109,27 +99,19 @@ class Reference:
 
         Returns:
             A `Parity`, or `None` if there is no such runtime here or it took longer than `timeout` seconds.
+
+        Raises:
+            ValueError: If the file cannot be loaded or run there.
         """
-        emulator = no_avx_runtime()
-        if emulator is None:
+        if no_avx_runtime() is None:
             return None
-        with tempfile.TemporaryDirectory(prefix="keras_sparse-") as folder:
-            model, inputs, outputs = (os.path.join(folder, name) for name in ("m.tflite", "x.npz", "y.npz"))
-            with open(model, "wb") as file:
-                file.write(content)
-            np.savez(inputs, **self._inputs[0])
-            # OpenBLAS asks the real CPU, finds AVX, and dies of an illegal instruction.
-            environment = os.environ | {
-                "OPENBLAS_CORETYPE": "Nehalem",
-                "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
-            }
-            command = [emulator, "-cpu", "Nehalem", sys.executable, "-c", _RUN_FILE, model, inputs, outputs]
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout)
-            if not os.path.exists(outputs):
-                return None
-            with np.load(outputs) as found:
-                return self._parity([dict(found)])
+        try:
+            with Worker(content, "x86-no-avx", timeout=timeout) as worker:
+                wanted = {leaf["name"] for leaf in worker.inputs}
+                worker.feed({name: value for name, value in self._inputs[0].items() if name in wanted})
+                return self._parity([worker.run()])
+        except TimeoutError:
+            return None
 
     def _parity(self, results):
         absolute, relative, worst = 0.0, 0.0, ""

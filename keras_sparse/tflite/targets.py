@@ -178,6 +178,9 @@ class _Graph:
                 for after in (c for n in operator.outputs for c in self._following(n)):
                     if operator.name == "MEAN" and self._is_compatible(after):
                         return _Cluster(broken=f"{self._label(after)} follows the pooling that ends the sparse part")
+                # What reads a shape of four axes, such as a Dense layer's reshaping, reads it channel-first.
+                if operator.name == "MEAN" and self._rank(operator.outputs[0]) == 4:
+                    return _Cluster(broken=f"{self._label(operator)} keeps the axes that it pools (`keepdims=True`)")
             elif operator not in entries:
                 if not self._is_compatible(operator):
                     return _Cluster(broken=f"{self._label(operator)} has no channel-first form")
