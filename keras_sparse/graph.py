@@ -1,5 +1,6 @@
 """A graph says which layers a layer's output goes to, and what else belongs to the units of a kernel."""
 
+import contextlib
 import re
 import warnings
 
@@ -10,41 +11,48 @@ from keras_sparse import selection
 
 __all__ = ["CHANNELWISE", "consumers", "elementwise", "unit_variables"]
 
+
+def _keras_layers(regex):
+    return tuple(getattr(keras.layers, name) for name in dir(keras.layers) if re.fullmatch(regex, name))
+
+
 # Layers and activations whose output channels depend on nothing but the input channel of the same index.
-CHANNELWISE = tuple(
-    getattr(keras.layers, name)
-    for name in dir(keras.layers)
-    if re.fullmatch(
-        r"(Alpha|Gaussian|Spatial)?Dropout(\dD)?|GaussianNoise|ReLU|LeakyReLU|PReLU|ELU|BatchNormalization|Activation|"
-        r"(Global)?(Average|Max)Pooling\dD|ZeroPadding\dD|Cropping\dD|UpSampling\dD|Add|Subtract|Average|Maximum|Minimum",
-        name,
-    )
+CHANNELWISE = _keras_layers(
+    r"(Alpha|Gaussian|Spatial)?Dropout(\dD)?|GaussianNoise|ReLU|LeakyReLU|PReLU|ELU|BatchNormalization|Activation|"
+    r"(Global)?(Average|Max)Pooling\dD|ZeroPadding\dD|Cropping\dD|UpSampling\dD|Add|Subtract|Average|Maximum|Minimum"
 )
 _MIXING = ("softmax", "log_softmax", "sparsemax", "glu")
-_KERAS_KERNELS = tuple(
-    getattr(keras.layers, name)
-    for name in dir(keras.layers)
-    if re.fullmatch(r"Dense|EinsumDense|(Depthwise|Separable)?Conv\dD(Transpose)?", name)
-)
+
+_KERAS_KERNELS = _keras_layers(r"Dense|EinsumDense|(Depthwise|Separable)?Conv\dD(Transpose)?")
 _ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
 # What a unit that is zero passes through and stays zero, besides activations.
-_TRANSPARENT = tuple(
-    getattr(keras.layers, name)
-    for name in dir(keras.layers)
-    if re.fullmatch(
-        r"(Spatial)?Dropout(\dD)?|(Global)?(Average|Max)Pooling\dD|(ZeroPadding|Cropping|UpSampling)\dD", name
-    )
+_TRANSPARENT = _keras_layers(
+    r"(Spatial)?Dropout(\dD)?|(Global)?(Average|Max)Pooling\dD|(ZeroPadding|Cropping|UpSampling)\dD"
 )
-_ACTIVATIONS = tuple(
-    getattr(keras.layers, name) for name in ("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "Softmax")
+_ACTIVATIONS = _keras_layers("Activation|ReLU|LeakyReLU|PReLU|ELU|Softmax")
+# They mix the units of a sample, as kernels do: a unit that is zero is an input of zero to them.
+_NORMALIZATIONS = _keras_layers("(Layer|Group|RMS|Unit)Normalization")
+# Layers and operations of Keras behind which units have no axis of their own.
+_MOVING = re.compile(
+    "Flatten|Reshape|Permute|RepeatVector|Transpose|Swapaxes|Moveaxis|ExpandDims|Squeeze|Ravel|Split|GetItem|Repeat|Tile"
 )
+
+
+class _Alive(Exception):
+    """Says why a unit would not be zero."""
 
 
 def unit_variables(model, weights):
     """Return for each kernel the variables that hold one number for each output unit, besides the kernel itself.
 
     With their entries and its slice of the kernel at zero, a unit's output is exactly zero: the bias of its layer, and
-    scale and shift of the batch normalizations behind it, up to the first layer that mixes units or adds others.
+    scale and shift of the batch normalizations behind it, up to the first layer that mixes units or adds others. Nested
+    models are followed inwards and outwards. A layer or operation without weights, such as a `Lambda`, is asked by
+    evaluating it (in inference) on units of which some are zero; one that does not leave those at zero keeps the unit
+    alive, and so does a layer that hides a batch normalization or has weights of its own that are no kernel.
+
+    Where no graph can be seen (subclassed models, layers that are called several times), kernels count as followed by a
+    batch normalization if the model has any, and by no other obstacle: what comes after the layer is up to its author.
 
     Args:
         model: The built Keras model that the weights are in.
@@ -65,77 +73,160 @@ def unit_variables(model, weights):
     """
     every = selection.layers(model)
     attention = {id(inner) for x in every if isinstance(x, _ATTENTION) for inner in selection.layers(x)}
-    normalizations = [x for x in every if isinstance(x, keras.layers.BatchNormalization)]
-    # A Sequential keeps a functional model of the same layers: itself first.
-    models = sorted((x for x in every if getattr(x, "inputs", None)), key=lambda x: not isinstance(x, keras.Sequential))
-    graphs = [_Graph(x, x is model, normalizations) for x in models]
-    return [_unit_variables(weight, attention, normalizations, graphs) for weight in weights]
+    graphs = _Graphs(model, every)
+
+    def find(weight):
+        try:
+            return _unit_variables(weight, attention, graphs)
+        except _Alive as reason:
+            return f"channels: {reason}"
+
+    return [find(weight) for weight in weights]
 
 
-def _unit_variables(weight, attention, normalizations, graphs):
+def _unit_variables(weight, attention, graphs):
     layer = weight.layer
     kind = type(layer).__name__
     known = isinstance(layer, _KERAS_KERNELS) and weight.variable.name in ("kernel", "pointwise_kernel")
     if id(layer) in attention or not known:
-        return f"channels: the units of {kind} are not known to be zero when their weights are"
+        raise _Alive(f"the units of {kind} are not known to be zero when their weights are")
     if not _keeps_zero(layer):
-        return f"channels: the activation of {kind} does not map 0 to 0"
+        raise _Alive(f"the activation of {kind} does not map 0 to 0")
     units = int(np.prod([weight.variable.shape[axis] for axis in weight.output_axes]))
+    axis = 1 if getattr(layer, "data_format", "channels_last") == "channels_first" else -1
     found = [] if getattr(layer, "bias", None) is None else [layer.bias]
-    graph = next((graph for graph in graphs if graph.layers.get(layer.name) is layer), None)
-    if graph is None and normalizations:
-        return "channels: a batch normalization behind it cannot be found, because it is in no functional model"
-    if graph is not None:
-        behind = graph.behind(layer)
-        if isinstance(behind, str):
-            return behind
-        found += behind
+    if isinstance(layer, keras.layers.EinsumDense):
+        inputs, kernel, output = re.split(",|->", layer.equation.replace(" ", ""))
+        letters = [letter for letter in kernel if letter not in inputs]
+        axis = axis if letters == [output[-1]] else None
+        if found and [letter for letter in output if letter in layer.bias_axes] != letters:
+            raise _Alive(f"the bias of {kind} is shared by several units, or has them in another order")
+    found += graphs.behind(layer, axis)
     if any(int(np.prod(variable.shape)) != units for variable in found):
-        return f"channels: the bias or normalization of {kind} is shared by several units"
+        raise _Alive(f"the bias or normalization of {kind} is shared by several units")
     return tuple(found)
 
 
 class _Graph:
-    """A functional model, `outermost` or nested in one that has these `normalizations`."""
+    """The layers and operations of one functional or Sequential model, by name."""
 
-    def __init__(self, model, outermost, normalizations):
-        self.layers = {layer.name: layer for layer in model.layers}
-        self._consumers = consumers(model)
-        self._normalized = bool(normalizations)
-        inside = {id(layer) for layer in model.layers}
-        self._normalized_outside = not outermost and any(id(x) not in inside for x in normalizations)
+    def __init__(self, model):
+        self.model = model
+        self.readers = consumers(model)
         if isinstance(model, keras.Sequential):
-            self._outputs = {model.layers[-1].name}
+            names = [layer.name for layer in model.layers]
+            self.operations = dict(zip(names, model.layers, strict=True))
+            self.entries, self.outputs = [names[:1]], names[-1:]
+            self.calls = {name: ((layer.input,), {}) for name, layer in self.operations.items()}
         else:
-            self._outputs = set(_references(_config(model)["output_layers"]))
+            config = _config(model)
+            self.operations = {operation.name: operation for operation in model.operations}
+            self.entries = [self.readers.get(name, []) for name in _references(config["input_layers"])]
+            self.outputs = _references(config["output_layers"])
+            self.calls = {
+                layer["name"]: (layer["inbound_nodes"][0]["args"], layer["inbound_nodes"][0]["kwargs"])
+                for layer in config["layers"]
+                if layer["inbound_nodes"]
+            }
 
-    def behind(self, layer):
-        """Scale and shift of the normalizations behind `layer`, or a sentence that says why there are none to tell."""
-        found = {}
-        channels_first = getattr(layer, "data_format", "channels_last") == "channels_first"
-        stack = [(layer.name, name) for name in self._consumers.get(layer.name, [])]
+
+class _Graphs:
+    """The graphs of a model and of the models nested in it, as one."""
+
+    def __init__(self, model, every):
+        self._root = model
+        self._normalized = any(isinstance(x, keras.layers.BatchNormalization) for x in every)
+        self._graphs = []
+        models = [x for x in every if getattr(x, "inputs", None)]
+        # A Sequential keeps a functional model of the same layers.
+        sequential = [{id(layer) for layer in x.layers} for x in models if isinstance(x, keras.Sequential)]
+        for x in models:
+            inside = {id(layer) for layer in x.layers if not isinstance(layer, keras.layers.InputLayer)}
+            if isinstance(x, keras.Sequential) or inside not in sequential:
+                with contextlib.suppress(Exception):  # A layer without a config: such a graph cannot be seen.
+                    self._graphs.append(_Graph(x))
+        self._wrappers = {}
+        for wrapper in (x for x in every if isinstance(x, keras.layers.Wrapper)):
+            self._wrappers[id(wrapper.layer)] = wrapper
+
+    def behind(self, layer, axis):
+        """List scale and shift of the batch normalizations behind `layer`, whose units lie along `axis`, if any does.
+
+        Raises:
+            _Alive: If a unit that is zero would not stay so, or nobody can tell.
+        """
+        found, stack = {}, [(reader, axis) for reader in self._readers(layer)]
         while stack:
-            source, name = stack.pop()
-            if name is None:
-                # The model's output, or calls that cannot be told apart.
-                if source not in self._outputs and self._normalized:
-                    return f"channels: {source} or what follows is called several times, with a normalization perhaps"
-                if self._normalized_outside:
-                    return "channels: a batch normalization behind it, outside of the nested model, cannot be found"
+            (graph, operation), axis = stack.pop()
+            if graph is None:
+                if self._normalized:
+                    raise _Alive(operation)
                 continue
-            after = self.layers[name]
-            if isinstance(after, keras.layers.BatchNormalization):
-                rank = len(after.output.shape)
-                if after.axis % rank != (1 if channels_first else rank - 1) or after.gamma is None:
-                    return f"channels: {name} behind it has no scale for each unit (scale=False, or another axis)"
-                found |= {id(variable): variable for variable in (after.gamma, after.beta) if variable is not None}
-            elif isinstance(after, _ACTIVATIONS):
-                if not _keeps_zero(after):
-                    return f"channels: the activation {name} behind it does not map 0 to 0"
-            elif not isinstance(after, _TRANSPARENT):
+            name = operation.name
+            call = graph.calls[name]
+            if isinstance(operation, keras.layers.BatchNormalization):
+                rank = len(operation.output.shape)
+                if axis is None or operation.axis % rank != axis % rank or operation.gamma is None:
+                    raise _Alive(f"{name} behind it has no scale for each unit (scale=False, or another axis)")
+                found |= {id(v): v for v in (operation.gamma, operation.beta) if v is not None}
+            elif _hides_normalization(operation):
+                raise _Alive(f"a batch normalization behind it, inside of {name}, cannot be found")
+            elif len(_references(call)) > 1 or _mixes(operation):
                 continue
-            stack += [(name, consumer) for consumer in self._consumers.get(name, [])]
+            elif isinstance(operation, _ACTIVATIONS):
+                if not _keeps_zero(operation):
+                    raise _Alive(f"the activation {name} behind it does not map 0 to 0")
+            elif type(operation).__module__.startswith("keras.") and _MOVING.fullmatch(type(operation).__name__):
+                axis = None
+            elif not isinstance(operation, _TRANSPARENT) and not _keeps_units(operation, call, axis):
+                raise _Alive(f"{name} behind it is not seen to keep a unit at 0")
+            stack += [(reader, axis) for reader in self._readers(operation)]
         return list(found.values())
+
+    def _readers(self, operation):
+        """What reads an output, as pairs `(graph, operation)`; `(None, reason)` for what cannot be seen."""
+        while id(operation) in self._wrappers:
+            operation = self._wrappers[id(operation)]
+        name, found = operation.name, []
+        places = [graph for graph in self._graphs if graph.operations.get(name) is operation]
+        for graph in places:
+            names, outputs = graph.readers.get(name, []), graph.outputs.count(name)
+            if names.count(None) > outputs:
+                text = f"{name} or what follows is called several times, with a normalization perhaps"
+                found.append((None, text))
+            if outputs and graph.model is not self._root:
+                found += self._readers(graph.model)
+            found += self._enter(graph, names)
+        if not places:
+            text = "a batch normalization behind it cannot be found, because it is in no functional model"
+            found.append((None, text))
+        return found
+
+    def _enter(self, graph, names):
+        """The named layers of a graph; in place of a model that is nested there, what reads its input."""
+        found = []
+        for name in names:
+            nested = next((g for g in self._graphs if name and g.model is graph.operations[name]), None)
+            if name is not None and nested is None:
+                found.append((graph, graph.operations[name]))
+            elif nested is not None and len(nested.entries) == 1:
+                found += self._enter(nested, nested.entries[0])
+            elif nested is not None:
+                found.append((None, f"a batch normalization in {name}, which has several inputs, cannot be found"))
+        return found
+
+
+def _hides_normalization(operation):
+    return isinstance(operation, keras.layers.Layer) and any(
+        isinstance(x, keras.layers.BatchNormalization) for x in selection.layers(operation)
+    )
+
+
+def _mixes(operation):
+    """Whether a layer has kernels of its own, or normalizes over units."""
+    return isinstance(operation, (*_KERAS_KERNELS, *_NORMALIZATIONS)) or (
+        isinstance(operation, keras.layers.Layer) and any(weight.kernel for weight in selection.weights(operation))
+    )
 
 
 def _keeps_zero(layer):
@@ -147,12 +238,58 @@ def _keeps_zero(layer):
     activation = getattr(layer, "activation", None)
     if activation is None:
         return True
-    x = keras.ops.convert_to_tensor(np.array([[0.0, 1.0, -2.0, 3.0]], "float32"))
+    x = np.array([[0, 1, -2, 3], [0, -1, -2, -3], [0, 1, 2, 3]], "float32")
     try:
-        value = keras.ops.convert_to_numpy(activation(x))
+        value = keras.ops.convert_to_numpy(activation(keras.ops.convert_to_tensor(x)))
     except Exception:  # a function of the user's that wants another shape
         return False
-    return value.shape == (1, 4) and value[0, 0] == 0
+    return value.shape == x.shape and (value[:, 0] == 0).all()
+
+
+def _keeps_units(operation, call, axis):
+    """Whether an operation without weights leaves zero what is zero along `axis`, whatever the others are.
+
+    Without an axis: whether it leaves zero what is all zeros.
+    """
+    if getattr(operation, "weights", None):
+        return False
+    rng = np.random.default_rng(0)
+    try:
+        for low, high in ((-3, 3), (-3, -1), (1, 3)):
+            drawn = []
+
+            def draw(shape, low=low, high=high, drawn=drawn):
+                drawn.append(
+                    rng.uniform(low, high, [2, *(16 if n is None else n for n in shape[1:])]).astype("float32")
+                )
+                _half(drawn[0], axis)[...] = 0
+                return keras.ops.convert_to_tensor(drawn[0])
+
+            args, kwargs = _with_tensors(call, draw)
+            value = keras.ops.convert_to_numpy(operation(*args, **kwargs))
+            if (axis is not None and value.shape[axis] != drawn[0].shape[axis]) or _half(value, axis).any():
+                return False
+    except Exception:  # not made for such shapes, or with arguments that a config cannot hold
+        return False
+    return True
+
+
+def _half(value, axis):
+    """A view of every second unit; of everything if there is no axis for units."""
+    return value if axis is None else np.moveaxis(value, axis, 0)[::2]
+
+
+def _with_tensors(value, make):
+    """Part of a call as a config or a layer tells it, with `make(shape)` in place of each symbolic tensor."""
+    if isinstance(value, keras.KerasTensor):
+        return make(value.shape)
+    if isinstance(value, dict) and value.get("class_name") == "__keras_tensor__":
+        return make(value["config"]["shape"])
+    if isinstance(value, dict) and "class_name" in value:
+        return keras.saving.deserialize_keras_object(value)
+    if isinstance(value, dict):
+        return {key: _with_tensors(item, make) for key, item in value.items()}
+    return type(value)(_with_tensors(item, make) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def elementwise(layer):
@@ -200,7 +337,8 @@ def consumers(model):
 def _config(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lambdas in it are not safe to load; nobody will.
-        return model.get_config()
+        # Of the same graph as a plain model: a class of the user's may have no config, or one without layers.
+        return keras.Model(model.inputs, model.outputs).get_config()
 
 
 def _references(value):
