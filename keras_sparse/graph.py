@@ -1,6 +1,7 @@
 """A graph says which layers a layer's output goes to, and what else belongs to the units of a kernel."""
 
 import re
+import warnings
 
 import keras
 import numpy as np
@@ -34,22 +35,24 @@ _TRANSPARENT = tuple(
         r"(Spatial)?Dropout(\dD)?|(Global)?(Average|Max)Pooling\dD|(ZeroPadding|Cropping|UpSampling)\dD", name
     )
 )
-_ACTIVATIONS = tuple(getattr(keras.layers, name) for name in ("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU"))
+_ACTIVATIONS = tuple(
+    getattr(keras.layers, name) for name in ("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "Softmax")
+)
 
 
-def unit_variables(model, weight):
-    """Return the variables that hold one number for each output unit of a kernel, besides the kernel itself.
+def unit_variables(model, weights):
+    """Return for each kernel the variables that hold one number for each output unit, besides the kernel itself.
 
     With their entries and its slice of the kernel at zero, a unit's output is exactly zero: the bias of its layer, and
     scale and shift of the batch normalizations behind it, up to the first layer that mixes units or adds others.
 
     Args:
-        model: The built Keras model that `weight` is in.
-        weight: A `selection.Weight`.
+        model: The built Keras model that the weights are in.
+        weights: List of `selection.Weight`, kernels.
 
     Returns:
-        Tuple of variables with as many elements as there are units, in the order of the matrix view, or a sentence that
-        says why such a unit would not be zero.
+        List with, for each weight, a tuple of variables with as many elements as there are units, in the order of the
+        matrix view, or a sentence that says why such a unit would not be zero.
 
     Example:
 
@@ -57,73 +60,88 @@ def unit_variables(model, weight):
     >>> layers = [keras.layers.Dense(5, name="a"), keras.layers.BatchNormalization(), keras.layers.ReLU()]
     >>> model = keras.Sequential([keras.Input((4,)), *layers])
     >>> kernel = ks.selection.weights(model)[0]
-    >>> [variable.name for variable in ks.graph.unit_variables(model, kernel)]
-    ['bias', 'gamma', 'beta']
+    >>> [[variable.name for variable in found] for found in ks.graph.unit_variables(model, [kernel])]
+    [['bias', 'gamma', 'beta']]
     """
+    every = selection.layers(model)
+    attention = {id(inner) for x in every if isinstance(x, _ATTENTION) for inner in selection.layers(x)}
+    normalizations = [x for x in every if isinstance(x, keras.layers.BatchNormalization)]
+    # A Sequential keeps a functional model of the same layers: itself first.
+    models = sorted((x for x in every if getattr(x, "inputs", None)), key=lambda x: not isinstance(x, keras.Sequential))
+    graphs = [_Graph(x, x is model, normalizations) for x in models]
+    return [_unit_variables(weight, attention, normalizations, graphs) for weight in weights]
+
+
+def _unit_variables(weight, attention, normalizations, graphs):
     layer = weight.layer
     kind = type(layer).__name__
-    every = selection.layers(model)
-    attention = any(isinstance(x, _ATTENTION) and any(y is layer for y in selection.layers(x)) for x in every)
     known = isinstance(layer, _KERAS_KERNELS) and weight.variable.name in ("kernel", "pointwise_kernel")
-    if attention or not known:
+    if id(layer) in attention or not known:
         return f"channels: the units of {kind} are not known to be zero when their weights are"
     if not _keeps_zero(layer):
         return f"channels: the activation of {kind} does not map 0 to 0"
     units = int(np.prod([weight.variable.shape[axis] for axis in weight.output_axes]))
     found = [] if getattr(layer, "bias", None) is None else [layer.bias]
-    normalizations = [x for x in every if isinstance(x, keras.layers.BatchNormalization)]
-    graph = next((x for x in every if getattr(x, "inputs", None) and any(y is layer for y in x.layers)), None)
+    graph = next((graph for graph in graphs if graph.layers.get(layer.name) is layer), None)
     if graph is None and normalizations:
         return "channels: a batch normalization behind it cannot be found, because it is in no functional model"
     if graph is not None:
-        reason = _follow(model, graph, layer, found, normalizations)
-        if reason:
-            return reason
+        behind = graph.behind(layer)
+        if isinstance(behind, str):
+            return behind
+        found += behind
     if any(int(np.prod(variable.shape)) != units for variable in found):
         return f"channels: the bias or normalization of {kind} is shared by several units"
     return tuple(found)
 
 
-def _follow(model, graph, layer, found, normalizations):
-    """Append scale and shift of the normalizations behind `layer` to `found`, or return why that is not possible."""
-    layers = {x.name: x for x in graph.layers}
-    following = consumers(graph)
-    outside = [x for x in normalizations if not any(x is y for y in graph.layers)]
-    channels_first = getattr(layer, "data_format", "channels_last") == "channels_first"
-    stack = [(layer.name, name) for name in following.get(layer.name, [])]
-    while stack:
-        source, name = stack.pop()
-        if name is None:
-            # The model's output, or calls that cannot be told apart.
-            if source not in _outputs(graph) and normalizations:
-                return f"channels: {source} or what follows is called several times, with a normalization perhaps"
-            if graph is not model and outside:
-                return "channels: a batch normalization behind it, outside of the nested model, cannot be found"
-            continue
-        after = layers[name]
-        if isinstance(after, keras.layers.BatchNormalization):
-            rank = len(after.output.shape)
-            if after.axis % rank != (1 if channels_first else rank - 1) or after.gamma is None:
-                return f"channels: {name} behind it has no scale for each unit (scale=False, or another axis)"
-            found += [variable for variable in (after.gamma, after.beta) if variable is not None]
-        elif isinstance(after, _ACTIVATIONS):
-            if not _keeps_zero(after):
-                return f"channels: the activation {name} behind it does not map 0 to 0"
-        elif not isinstance(after, _TRANSPARENT):
-            continue
-        stack += [(name, consumer) for consumer in following.get(name, [])]
-    return None
+class _Graph:
+    """A functional model, `outermost` or nested in one that has these `normalizations`."""
 
+    def __init__(self, model, outermost, normalizations):
+        self.layers = {layer.name: layer for layer in model.layers}
+        self._consumers = consumers(model)
+        self._normalized = bool(normalizations)
+        inside = {id(layer) for layer in model.layers}
+        self._normalized_outside = not outermost and any(id(x) not in inside for x in normalizations)
+        if isinstance(model, keras.Sequential):
+            self._outputs = {model.layers[-1].name}
+        else:
+            self._outputs = set(_references(_config(model)["output_layers"]))
 
-def _outputs(model):
-    """The names of the layers whose output is the model's."""
-    if isinstance(model, keras.Sequential):
-        return {model.layers[-1].name}
-    return set(_references(model.get_config()["output_layers"]))
+    def behind(self, layer):
+        """Scale and shift of the normalizations behind `layer`, or a sentence that says why there are none to tell."""
+        found = {}
+        channels_first = getattr(layer, "data_format", "channels_last") == "channels_first"
+        stack = [(layer.name, name) for name in self._consumers.get(layer.name, [])]
+        while stack:
+            source, name = stack.pop()
+            if name is None:
+                # The model's output, or calls that cannot be told apart.
+                if source not in self._outputs and self._normalized:
+                    return f"channels: {source} or what follows is called several times, with a normalization perhaps"
+                if self._normalized_outside:
+                    return "channels: a batch normalization behind it, outside of the nested model, cannot be found"
+                continue
+            after = self.layers[name]
+            if isinstance(after, keras.layers.BatchNormalization):
+                rank = len(after.output.shape)
+                if after.axis % rank != (1 if channels_first else rank - 1) or after.gamma is None:
+                    return f"channels: {name} behind it has no scale for each unit (scale=False, or another axis)"
+                found |= {id(variable): variable for variable in (after.gamma, after.beta) if variable is not None}
+            elif isinstance(after, _ACTIVATIONS):
+                if not _keeps_zero(after):
+                    return f"channels: the activation {name} behind it does not map 0 to 0"
+            elif not isinstance(after, _TRANSPARENT):
+                continue
+            stack += [(name, consumer) for consumer in self._consumers.get(name, [])]
+        return list(found.values())
 
 
 def _keeps_zero(layer):
     """Whether the layer's activation maps a unit of 0 to 0, whatever the other units are."""
+    if isinstance(layer, keras.layers.Softmax):
+        return False
     if isinstance(layer, keras.layers.ReLU):
         return layer.threshold == 0 or layer.negative_slope == 0
     activation = getattr(layer, "activation", None)
@@ -166,7 +184,7 @@ def consumers(model):
     if isinstance(model, keras.Sequential):
         names = [layer.name for layer in model.layers]
         return dict(zip(names, [[name] for name in [*names[1:], None]], strict=True))
-    config = model.get_config()
+    config = _config(model)
     found = {}
     for layer in config["layers"]:
         nodes = layer["inbound_nodes"]
@@ -177,6 +195,12 @@ def consumers(model):
     for source in _references(config["output_layers"]):
         found.setdefault(source, []).append(None)
     return found
+
+
+def _config(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lambdas in it are not safe to load; nobody will.
+        return model.get_config()
 
 
 def _references(value):

@@ -25,6 +25,14 @@ def alive(model, seed=0):
     return model
 
 
+def branches():
+    """Two ways to one normalization."""
+    inputs = keras.Input((5,))
+    x = L.Dense(8, name="k")(inputs)
+    x = L.BatchNormalization(name="bn")(x)
+    return keras.Model(inputs, [L.ReLU(name="a")(x), L.LeakyReLU(name="b")(x)])
+
+
 def residual():
     inputs = keras.Input((8, 8, 3))
     x = L.Conv2D(8, 3, padding="same", name="stem")(inputs)
@@ -77,6 +85,7 @@ MODELS = {
     ),
     "einsum": (lambda: build(L.EinsumDense("ab,bc->ac", 8, bias_axes="c", name="k"), shape=(5,)), {"k": "k"}),
     "1D": (lambda: build(L.Conv1D(8, 3, name="k"), L.BatchNormalization(name="bn"), shape=(8, 3)), {"k": "bn"}),
+    "branches": (lambda: alive(branches()), {"k": "b"}),
     "residual": (lambda: alive(residual()), {"stem": "bn", "body": "bn2"}),
 }
 
@@ -104,7 +113,8 @@ def test_units_are_dead_after_training(name):
     model = make()
     rng = np.random.default_rng(2)
     x = rng.normal(size=(64, *model.inputs[0].shape[1:]))
-    y = rng.normal(size=(64, *model.outputs[0].shape[1:]))
+    y = [rng.normal(size=(64, *output.shape[1:])) for output in model.outputs]
+    y = y if len(y) > 1 else y[0]
     history = model.fit(x, y, epochs=3, verbose=0, callbacks=[ks.callbacks.Pruning(0.5, pattern="channel", end=0.6)])
     check_dead(model, outputs, lambda units: round(0.5 * units))
     rows = [row for row in ks.report(model).rows if row["path"].split("/")[-1] in ("kernel", "pointwise_kernel")]
@@ -203,6 +213,7 @@ class SelfAttention(L.Layer):
 SKIPPED = {
     "softmax": (lambda: build(L.Dense(8, "softmax", name="k"), shape=(5,)), "does not map 0 to 0"),
     "sigmoid layer": (lambda: build(L.Dense(8, name="k"), L.Activation("sigmoid"), shape=(5,)), "does not map 0 to 0"),
+    "softmax layer": (lambda: build(L.Dense(8, name="k"), L.Softmax(), shape=(5,)), "does not map 0 to 0"),
     "own activation": (
         lambda: build(L.Dense(8, activation=lambda x: x + 1, name="k"), shape=(5,)),
         "does not map 0 to 0",

@@ -61,7 +61,8 @@ def test_pattern_of_every_kind_of_kernel(pattern):
     assert set(before.values()) == {""}
     assert {row["pattern"] for row in report.rows if row["status"] == "pruned"} == {pattern}
     assert {row["pattern"] for row in report.rows if row["status"] != "pruned"} == {""}
-    assert sum(row["status"] == "pruned" for row in report.rows) == 10
+    # The units of GRU and attention cannot be silenced one by one.
+    assert sum(row["status"] == "pruned" for row in report.rows) == (4 if pattern == "channel" else 10)
     assert pattern in str(report)
 
 

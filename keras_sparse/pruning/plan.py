@@ -67,15 +67,17 @@ class Plan:
 
     def _complete_units(self, model):
         """Find what belongs to whole channels; drop the goals for which that fails and return `{id: reason}`."""
+        if not any(isinstance(goal.pattern, patterns.Channel) for goal in self.goals):
+            return {}
         reasons, goals = {}, []
-        for goal in self.goals:
-            if isinstance(goal.pattern, patterns.Channel):
-                units = graph.unit_variables(model, goal.weight)
-                if isinstance(units, str):
-                    reasons[id(goal.weight.variable)] = units
-                    continue
-                goal = replace(goal, units=units)
-            goals.append(goal)
+        found = graph.unit_variables(model, [goal.weight for goal in self.goals])
+        for goal, units in zip(self.goals, found, strict=True):
+            if not isinstance(goal.pattern, patterns.Channel):
+                goals.append(goal)
+            elif isinstance(units, str):
+                reasons[id(goal.weight.variable)] = units
+            else:
+                goals.append(replace(goal, units=units))
         if not goals:
             raise ValueError(
                 "There is nothing to prune in whole channels: "
@@ -86,11 +88,12 @@ class Plan:
 
     def keep_units(self, model):
         """Let what belongs to dead units stay zero, in kernels whose zeros are whole channels already."""
-        for index, goal in enumerate(self.goals):
-            if patterns.recognize(patterns.to_matrix(goal.weight.numpy() != 0, goal.weight.output_axes)) == "channel":
-                units = graph.unit_variables(model, goal.weight)
-                if not isinstance(units, str):
-                    self.goals[index] = replace(goal, units=units)
+        kept = [patterns.to_matrix(goal.weight.numpy() != 0, goal.weight.output_axes) for goal in self.goals]
+        whole = [i for i, matrix in enumerate(kept) if patterns.recognize(matrix) == "channel"]
+        found = graph.unit_variables(model, [self.goals[i].weight for i in whole]) if whole else []
+        for i, units in zip(whole, found, strict=True):
+            if not isinstance(units, str):
+                self.goals[i] = replace(self.goals[i], units=units)
 
     def silence(self, masks, optimizer=None):
         """Set what belongs to units without live weights to zero, and keep it there if `optimizer` has masks for it."""
