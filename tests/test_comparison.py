@@ -179,12 +179,14 @@ def test_every_number_of_keras_models(folder):
         {"dense": dense, "sparse": sparse, "path": folder / "dense.keras"},
         X,
         LABELS,
-        metrics=[*CLASSIFICATION, "sparse_categorical_crossentropy", "sparse_top_k_categorical_accuracy"],
+        metrics=[*CLASSIFICATION, "sparse_categorical_crossentropy", keras.metrics.SparseTopKCategoricalAccuracy(2)],
         batch_size=16,
         seconds=0.01,
     )
     for row, model in zip(report.rows, (dense, sparse, dense), strict=True):
-        model.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy", "sparse_top_k_categorical_accuracy"])
+        model.compile(
+            loss="sparse_categorical_crossentropy", metrics=["accuracy", keras.metrics.SparseTopKCategoricalAccuracy(2)]
+        )
         loss, accuracy, top = model.evaluate(X, LABELS, verbose=0)
         np.testing.assert_allclose(row["sparse_categorical_crossentropy"], loss, rtol=1e-5)
         np.testing.assert_allclose(row["sparse_top_k_categorical_accuracy"], top, rtol=1e-6)
