@@ -20,7 +20,7 @@ def resolve(metrics):
             `(y_true, y_pred)`.
 
     Returns:
-        A list of strings and `keras.metrics.Metric`s.
+        A list of strings and `keras.metrics.Metric` objects.
 
     Raises:
         ValueError: If Keras knows no metric or loss of that name, or a name is given twice or to another column.
