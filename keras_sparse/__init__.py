@@ -41,6 +41,8 @@ __all__ = [
     "baking",
     "batches",
     "callbacks",
+    "compare",
+    "comparison",
     "criteria",
     "gates",
     "graph",
@@ -63,7 +65,9 @@ __all__ = [
 
 
 def __getattr__(name):
-    # `tflite` brings the TFLite runtime and converter, which only those who export should pay for.
-    if name == "tflite":
-        return importlib.import_module("keras_sparse.tflite")
+    # `tflite` brings the TFLite runtime and converter, which only those who use them should pay for.
+    if name in ("tflite", "comparison"):
+        return importlib.import_module(f"keras_sparse.{name}")
+    if name == "compare":
+        return importlib.import_module("keras_sparse.comparison").compare
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,11 @@
-"""Batches of a model's inputs, from any data that `predict` takes."""
+"""Batches of a model's inputs, from any data that `predict` takes, and of targets, from any that `evaluate` takes."""
 
 import numbers
 
 import keras
 import numpy as np
 
-__all__ = ["check", "of"]
+__all__ = ["check", "count", "labelled", "of"]
 
 
 def check(data, batch_size=32):
@@ -73,17 +73,96 @@ def of(data, batch_size=32):
     [(2, 3), (2, 3), (1, 3)]
     """
     if _are_arrays(data):
-        arrays = keras.tree.flatten(data)
-        for start in range(0, int(arrays[0].shape[0]) if arrays else 0, batch_size):
-            yield keras.tree.map_structure(lambda array, at=start: _as_array(array[at : at + batch_size]), data)
+        yield from _slices(data, batch_size)
         return
-    parts = data
-    if isinstance(data, keras.utils.PyDataset):
-        parts = (data[index] for index in range(data.num_batches))
-    for batch in parts:
+    for batch in _parts(data):
         yield keras.tree.map_structure(_as_array, keras.utils.unpack_x_y_sample_weight(batch)[0])
 
 
+def labelled(x, y=None, sample_weight=None, batch_size=32):
+    """Yield batches `(x, y, sample_weight)` of NumPy arrays, from what `evaluate` takes; `None` for what is not there.
+
+    Args:
+        x: Inputs as for `check`. What yields batches brings targets and sample weights itself.
+        y: Targets for arrays `x`: an array, or a list or dict of them for several outputs.
+        sample_weight: An array of numbers, one for each sample.
+        batch_size: Samples in a batch if `x` are arrays.
+
+    Raises:
+        ValueError: If arrays have different lengths, or `y` comes on top of batches that have their own; as `check`.
+        TypeError: As `check`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_sparse import batches
+    >>> [y.tolist() for _, y, _ in batches.labelled(np.zeros((3, 4)), [0, 1, 1], batch_size=2)]
+    [[0, 1], [1]]
+    """
+    check(x, batch_size)
+    if not _are_arrays(x):
+        if y is not None or sample_weight is not None:
+            raise ValueError(
+                "`y` and `sample_weight` go with arrays. A dataset or generator yields batches `(x, y)` or "
+                f"`(x, y, sample_weight)` itself. Received: x of type {type(x).__name__}, and y or sample_weight"
+            )
+        unpacked = (keras.utils.unpack_x_y_sample_weight(batch) for batch in _parts(x))
+        return (tuple(keras.tree.map_structure(_as_array, part) for part in batch) for batch in unpacked)
+    given = [x]
+    for name, part in (("y", y), ("sample_weight", sample_weight)):
+        part = part if part is None or _hold_arrays(part) else np.asarray(part)
+        lengths = {int(a.shape[0]) if getattr(a, "shape", ()) else 0 for a in keras.tree.flatten([x, part])}
+        if part is not None and len(lengths) > 1:
+            raise ValueError(f"`x` and `{name}` must have the same number of samples. Received: {sorted(lengths)}")
+        given.append(part)
+    present = [part for part in given if part is not None]
+
+    def padded(batch):
+        rest = iter(batch)
+        return tuple(None if part is None else next(rest) for part in given)
+
+    return (padded(batch) for batch in _slices(present, batch_size))
+
+
+def count(data, batch_size=32):
+    """How many batches `of` or `labelled` will yield; `None` where nobody knows.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_sparse import batches
+    >>> batches.count(np.zeros((5, 3)), batch_size=2)
+    3
+    """
+    if _are_arrays(data):
+        arrays = keras.tree.flatten(data)
+        return -(-int(arrays[0].shape[0]) // batch_size) if arrays else 0
+    if isinstance(data, keras.utils.PyDataset):
+        return data.num_batches
+    if hasattr(data, "cardinality"):
+        size = int(data.cardinality())
+        return size if size >= 0 else None
+    return len(data) if hasattr(data, "__len__") else None
+
+
+def _hold_arrays(data):
+    return all(getattr(leaf, "shape", ()) for leaf in keras.tree.flatten(data))
+
+
+def _slices(data, batch_size):
+    arrays = keras.tree.flatten(data)
+    for start in range(0, int(arrays[0].shape[0]) if arrays else 0, batch_size):
+        yield keras.tree.map_structure(lambda array, at=start: _as_array(array[at : at + batch_size]), data)
+
+
+def _parts(data):
+    if isinstance(data, keras.utils.PyDataset):
+        return (data[index] for index in range(data.num_batches))
+    return data
+
+
 def _as_array(value):
+    if value is None:
+        return None
     array = keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else np.asarray(value)
     return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array

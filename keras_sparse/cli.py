@@ -11,10 +11,9 @@ import os
 import sys
 import tempfile
 
-import keras
 import numpy as np
 
-from keras_sparse import pruning, quickstart, reports, tflite
+from keras_sparse import comparison, pruning, quickstart, reports, tflite
 from keras_sparse.quiet import quiet
 
 __all__ = ["main"]
@@ -64,7 +63,7 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"%(prog)s {sys.modules[__package__].__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(command, example, loads_model=False):
+    def add(command, example, loads=None):
         name, summary = command.__name__.strip("_").replace("_", "-"), command.__doc__
         sub = commands.add_parser(
             name,
@@ -75,8 +74,9 @@ def _parser():
         )
         sub.set_defaults(command=command, modules=[])
         sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
-        if loads_model:
+        if loads == "model":
             sub.add_argument("model", metavar="MODEL.keras", help="a saved Keras model")
+        if loads:
             sub.add_argument(
                 "--import",
                 dest="modules",
@@ -93,7 +93,7 @@ def _parser():
     sub.add_argument("--epochs", type=int, help="epochs of each of the two trainings (default: as suits the dataset)")
     sub.add_argument("--output", metavar="DIR", default="quickstart", help="folder to write to (default: quickstart)")
 
-    sub = add(_prune, "model.keras --sparsity 0.9 --filters conv dense_1 -o sparse.keras", loads_model=True)
+    sub = add(_prune, "model.keras --sparsity 0.9 --filters conv dense_1 -o sparse.keras", loads="model")
     sub.add_argument(
         "--sparsity", type=float, help="share of weights to prune, in [0, 1); a pattern such as 2:4 has its own"
     )
@@ -119,11 +119,11 @@ def _parser():
     sub.add_argument("--data", metavar="FILE.npz", help="arrays `x` and `y` to take gradients on")
     sub.add_argument("-o", "--output", metavar="OUT.keras", required=True, help="file to write; may be the input")
 
-    sub = add(_report, "model.keras --html report.html --plot report.png", loads_model=True)
+    sub = add(_report, "model.keras --html report.html --plot report.png", loads="model")
     sub.add_argument("--html", metavar="FILE", help="write the table as an HTML page, too")
     sub.add_argument("--plot", metavar="FILE", help="draw the sparsity of each weight (.png, .svg, .pdf)")
 
-    sub = add(_export, "model.keras model.tflite --quantize float16", loads_model=True)
+    sub = add(_export, "model.keras model.tflite --quantize float16", loads="model")
     sub.add_argument("output", metavar="OUT.tflite", help="file to write")
     sub.add_argument("--dense", action="store_true", help="do not use a sparse encoding, however small")
     sub.add_argument("--quantize", choices=["float16"], help="how to store the weights (default: float32)")
@@ -142,6 +142,21 @@ def _parser():
     )
     sub.add_argument("--threads", type=int, default=1, help="threads of the interpreter (default: 1)")
     sub.add_argument("--seconds", type=float, default=1.0, help="of measuring, for each file (default: 1)")
+
+    sub = add(_compare, "dense.keras pruned.keras m.tflite --data data.npz --metrics accuracy f1", loads="models")
+    sub.add_argument("models", metavar="MODEL", nargs="+", help=".keras and .tflite files; the first is the measure")
+    sub.add_argument("--data", metavar="FILE.npz", required=True, help="arrays `x` and `y`")
+    sub.add_argument(
+        "--metrics",
+        nargs="*",
+        default=["accuracy"],
+        metavar="NAME",
+        help="accuracy (default), precision, recall, f1, or what Keras knows by name; none for a table without",
+    )
+    sub.add_argument("--threshold", type=float, help="from where on a single output means class 1 (default: 0.5)")
+    sub.add_argument("--seconds", type=float, default=1.0, help="of measuring latency, for each; 0: none (default: 1)")
+    sub.add_argument("--html", metavar="FILE", help="write the tables as an HTML page, too")
+    sub.add_argument("--plot", metavar="FILE", help="draw the first metric over sparsity and size (.png, .svg, .pdf)")
 
     add(_setup_arm64, "")
     return parser
@@ -184,19 +199,14 @@ def _prune(options, stderr):
 
 def _report(options, stderr):
     """Tell what is sparse in a saved model, what is not, and why."""
-    report = reports.report(_load(options.model))
-    if options.html:
-        with _replacing(options.html) as path, open(path, "w", encoding="utf-8") as file:
-            file.write(reports.html_page(report.title, report))
-    if options.plot:
-        with _replacing(options.plot) as path:
-            report.plot().savefig(path)
-    return report
+    return _drawn(reports.report(comparison.load(options.model)), options)
 
 
 def _export(options, stderr):
     """Write a saved model as a .tflite file that is verified against it."""
-    return tflite.export(_load(options.model), options.output, sparse=not options.dense, quantize=options.quantize)
+    return tflite.export(
+        comparison.load(options.model), options.output, sparse=not options.dense, quantize=options.quantize
+    )
 
 
 def _inspect(options, stderr):
@@ -215,10 +225,41 @@ def _benchmark(options, stderr):
     )
 
 
+def _compare(options, stderr):
+    """Put models and .tflite files in one table: metrics, sparsity, size, latency. Files are run: trust them."""
+    from rich.console import Console
+
+    names = [os.path.basename(path) for path in options.models]
+    twice = {path for path in options.models if options.models.count(path) > 1}
+    if twice:
+        raise ValueError(f"Each file can be compared once. Received twice: {sorted(twice)}")
+    models = {path if names.count(name) > 1 else name: path for name, path in zip(names, options.models, strict=True)}
+    report = comparison.compare(
+        models,
+        *_load_arrays(options.data),
+        metrics=options.metrics,
+        threshold=options.threshold,
+        seconds=options.seconds,
+        console=Console(file=stderr),
+    )
+    return _drawn(report, options)
+
+
 def _setup_arm64(options, stderr):
     """Set up the emulated ARM64 CPU of `benchmark --runtime arm64`, on Debian with qemu-user and a C compiler."""
     folder = str(tflite.setup_arm64())
     return reports.Report("ARM64 runtime", [{"folder": folder}], {})
+
+
+def _drawn(report, options):
+    """The report, once it is written where `--html` and `--plot` say."""
+    if options.html:
+        with _replacing(options.html) as path, open(path, "w", encoding="utf-8") as file:
+            file.write(reports.html_page(report.title, report))
+    if options.plot:
+        with _replacing(options.plot) as path:
+            report.plot().savefig(path)
+    return report
 
 
 def _import(modules):
@@ -229,22 +270,6 @@ def _import(modules):
             importlib.import_module(module)
         except Exception as error:
             raise ImportError(f"`--import {module}` failed: {type(error).__name__}: {error}") from error
-
-
-def _load(path, compile=False):
-    if not path.endswith(".keras"):
-        raise ValueError(f"Expected the path of a .keras file. Received: {path!r}")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no such file. Received: {path!r}")
-    try:
-        return keras.saving.load_model(path, compile=compile)
-    except Exception as error:  # whatever zip, JSON and HDF5 readers raise on a damaged file
-        reason = _one_line(error)
-        reason = reason if len(reason) < 300 else f"{reason[:300]}..."
-        raise ValueError(
-            f"The model cannot be loaded: the file is damaged, or it has custom classes (`--import MODULE` imports the "
-            f"module that registers them). Received: {path!r} ({type(error).__name__}: {reason})"
-        ) from error
 
 
 def _load_arrays(path):
@@ -264,10 +289,10 @@ def _load_arrays(path):
 def _load_compiled(path):
     """The model, with its optimizer and losses if they can be loaded, and notes."""
     try:
-        return _load(path, compile=True), []
+        return comparison.load(path, compile=True), []
     except ValueError as error:
         reason = _one_line(error)
-    return _load(path), [f"Optimizer and losses were left out, because they cannot be loaded. {reason}"]
+    return comparison.load(path), [f"Optimizer and losses were left out, because they cannot be loaded. {reason}"]
 
 
 @contextlib.contextmanager

@@ -11,9 +11,8 @@ import tempfile
 import time
 
 import keras
-import numpy as np
 
-from keras_sparse import callbacks, reports, tflite
+from keras_sparse import callbacks, comparison, reports, tflite
 
 __all__ = ["DATASETS", "FILES", "build", "run"]
 
@@ -44,10 +43,10 @@ def run(dataset="digits", sparsity=0.9, epochs=None, output="quickstart", seed=0
         console: A `rich.console.Console` for the progress bar. `None`: no progress bar.
 
     Returns:
-        A `Report` with the rows `dense` and `sparse`. Columns: `model`, `accuracy` (on test data), `sparsity`, `bytes`
-        and `gzip_bytes` of the .tflite file, `parity` (largest absolute difference between the outputs of file and
-        Keras model), `latency_ms` (median, batch size 1). Totals: `dataset`, `epochs`, `parameters`, `times_smaller`
-        (bytes dense over bytes sparse), `accuracy_lost` (dense - sparse), `seconds`.
+        A `Report` with the rows `dense` and `sparse`, about the .tflite files, as `ks.compare` has them: `model`,
+        `accuracy` (on test data), `sparsity`, `bytes`, `gzip_bytes`, `latency_ms`; and `parity`, the largest absolute
+        difference between the outputs of file and Keras model. Totals: `dataset`, `epochs`, `parameters`,
+        `times_smaller` (bytes dense over bytes sparse), `accuracy_lost` (dense - sparse), `seconds`.
 
     Raises:
         ValueError: If an argument is out of range, or an export failed.
@@ -78,17 +77,12 @@ def run(dataset="digits", sparsity=0.9, epochs=None, output="quickstart", seed=0
         bars = [add_bar("dense training", steps), add_bar("pruned training", steps), add_bar("export", 3)]
         dense, dense_history = _train(data, epochs, seed, [_Advance(bars[0])])
         sparse, sparse_history = _train(data, epochs, seed, [pruning, _Advance(bars[1])])
-        exported, latencies = _export(dense, sparse, folder, data[2][:256], bars[2])
-        rows = [
-            _row(name, model, data, file, latency)
-            for name, model, file, latency in zip(
-                ("dense", "sparse"), (dense, sparse), exported, latencies, strict=True
-            )
-        ]
-        report = _report(dataset, epochs, sparse, rows, exported[1], output, time.perf_counter() - start)
+        exported = _export({"dense": dense, "sparse": sparse}, folder, data[2][:256], bars[2])
+        rows = _compare(exported, data, bars[2])
+        report = _report(dataset, epochs, sparse, rows, exported["sparse"], output, time.perf_counter() - start)
         figure = _plot(rows, dense_history, sparse_history)
         figure.savefig(os.path.join(folder, "plot.png"), dpi=120)
-        _write_page(os.path.join(folder, "report.html"), [report, reports.report(sparse), exported[1]], figure)
+        _write_page(os.path.join(folder, "report.html"), [report, reports.report(sparse), exported["sparse"]], figure)
     return report
 
 
@@ -215,32 +209,28 @@ def _staged(output):
             os.replace(os.path.join(folder, name), os.path.join(output, name))
 
 
-def _export(dense, sparse, folder, x, advance):
-    """Write the three models; return the two `ExportReport`s and the two rows of their benchmark."""
-    sparse.save(os.path.join(folder, "model.keras"))
-    exported = []
-    for name, model in (("dense", dense), ("sparse", sparse)):
+def _export(models, folder, x, advance):
+    """Write the sparse model and both .tflite files; return their `ExportReport`s."""
+    models["sparse"].save(os.path.join(folder, "model.keras"))
+    exported = {}
+    for name, model in models.items():
         file = f"model_{name}.tflite"
         path = os.path.join(folder, file)
-        exported.append(tflite.export(model, path, sparse=name == "sparse", representative_data=x))
-        exported[-1].title = f"Export to {file}"  # the folder is a temporary one
+        exported[name] = tflite.export(model, path, sparse=name == "sparse", representative_data=x)
+        exported[name].title = f"Export to {file}"  # the folder is a temporary one
         advance()
-    timing = tflite.benchmark(exported[1].path, baseline=exported[0].path)
+    return exported
+
+
+def _compare(exported, data, advance):
+    from rich.console import Console
+
+    files = {name: file.path for name, file in exported.items()}
+    # A bar of its own would get in the way of the one that is shown.
+    rows = comparison.compare(files, data[2], data[3], console=Console(file=io.StringIO())).rows
     advance()
-    return exported, timing.rows
-
-
-def _row(name, model, data, exported, latency):
-    correct = np.argmax(model.predict(data[2], batch_size=256, verbose=0), axis=-1) == data[3]
-    return {
-        "model": name,
-        "accuracy": float(np.mean(correct)),
-        "sparsity": reports.report(model).totals["sparsity"],
-        "bytes": exported.bytes_file,
-        "gzip_bytes": exported.bytes_gzip,
-        "parity": exported.parity,
-        "latency_ms": latency["median"],
-    }
+    columns = ("model", "accuracy", "sparsity", "bytes", "gzip_bytes", "latency_ms")
+    return [{name: row[name] for name in columns} | {"parity": exported[row["model"]].parity} for row in rows]
 
 
 def _report(dataset, epochs, model, rows, exported, output, seconds):

@@ -63,8 +63,7 @@ class Report:
         bars = [(self._label(row), row["sparsity"]) for row in self.rows if row.get("sparsity") is not None]
         if not bars:
             raise ValueError(f"There is nothing to plot: no row of {self.title!r} has a value for `sparsity`.")
-        figure_class = _figure_class()
-        figure = figure_class(figsize=(8, 0.8 + 0.3 * len(bars)), layout="constrained")
+        figure = figure_class()(figsize=(8, 0.8 + 0.3 * len(bars)), layout="constrained")
         axes = figure.add_subplot()
         labels, values = zip(*bars, strict=True)
         positions = range(len(bars))
@@ -145,7 +144,8 @@ class Report:
         return str(next(iter(row.values())))
 
 
-def _figure_class():
+def figure_class():
+    """Return matplotlib's class `Figure`, or raise an ImportError that says how to install it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -33,6 +33,7 @@ ROWS = (
     {"neurons", "pruning", "channels", "regularizers", "layers"},
     {"baking"},
     {"callbacks", "tflite", "compat"},
+    {"comparison"},
     {"search", "quickstart"},
     {"cli"},
 )

@@ -12,7 +12,7 @@ import pytest
 import keras_sparse as ks
 from keras_sparse.cli import main
 
-COMMANDS = ["quickstart", "prune", "report", "export", "inspect", "benchmark"]
+COMMANDS = ["quickstart", "prune", "report", "export", "inspect", "benchmark", "compare"]
 
 
 def small_model(compile=True):
@@ -248,6 +248,31 @@ def test_import_finds_custom_classes(tmp_path, monkeypatch, capsys):
     sys.modules.pop("my_layers_of_cli", None)
 
 
+def test_compare(saved, sparse_file, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 40)), rng.integers(0, 5, 40)
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    html, plot = tmp_path / "out.html", tmp_path / "out.png"
+    (tmp_path / "other").mkdir()
+    again = tmp_path / "other" / "model.keras"
+    again.write_bytes(saved.read_bytes())
+    arguments = ["compare", saved, sparse_file, "--data", tmp_path / "data.npz", "--seconds", 0.01]
+    report = run_json([*arguments, "--metrics", "accuracy", "f1", "--html", html, "--plot", plot], capsys)
+    expected = ks.compare({"a": saved, "b": sparse_file}, x, y, ["accuracy", "f1"], seconds=0).rows
+    assert [row["model"] for row in report["rows"]] == ["model.keras", "sparse.tflite"]
+    for row, other in zip(report["rows"], expected, strict=True):
+        for name in ("accuracy", "f1", "sparsity", "bytes", "gzip_bytes", "parameters"):
+            assert row[name] == other[name]
+        assert row["latency_ms"] > 0
+    assert len(report["differences"]) == 1
+    assert "Against model.keras" in html.read_text(encoding="utf-8")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    text = run_ok(["compare", saved, again, "--data", tmp_path / "data.npz", "--seconds", 0, "--metrics"], capsys)
+    assert str(again) in text  # two files of one name go by their paths
+    assert "accuracy" not in text
+    check_error(run([*arguments, "--metrics", "nope"], capsys), "nope")
+
+
 # Wrong input: exit code 1 and one line.
 
 
@@ -342,6 +367,9 @@ def test_full_disk_leaves_the_old_file(command, saved, tmp_path, capsys):
         (["report", "{folder}"], "Expected the path of a .keras file"),
         (["report", "{model}", "--plot", "{folder}/plot.xyz"], "xyz"),
         (["benchmark", "{tflite}", "--threads", "0"], "positive integer"),
+        (["compare", "{model}", "--data", "{folder}/no.npz"], "no.npz"),
+        (["compare", "{model}", "{model}", "--data", "{model}"], "Received twice"),
+        (["compare", "{model}", "--data", "{model}"], "Expected an .npz file"),
         (["quickstart", "--epochs", "0"], "at least 1"),
         (["quickstart", "--sparsity", "1"], "below 1"),
         (["quickstart", "--output", "{model}"], "model.keras"),

@@ -31,10 +31,11 @@ def mutate(content, seed):
 
 def outcome(path, timeout=20, **options):
     """Inspect and benchmark a file of unknown content: `(what inspect did, what benchmark did)`, in one word each."""
-    return _try(_inspect, path), _try(lambda: _benchmark(path, timeout, **options))
+    return attempt(_inspect, path), attempt(lambda: _benchmark(path, timeout, **options))
 
 
-def _try(function, *arguments):
+def attempt(function, *arguments):
+    """What came of a call, in one word: `"answer"`, or the name of a clean error. Any other error is raised."""
     try:
         function(*arguments)
     except (ValueError, OSError) as error:

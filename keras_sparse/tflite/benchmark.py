@@ -17,7 +17,7 @@ from keras_sparse.tflite.flatmodel import damaged, read
 from keras_sparse.tflite.runtimes import TIMEOUT, Worker
 from keras_sparse.tflite.targets import uses
 
-__all__ = ["BenchmarkReport", "benchmark"]
+__all__ = ["BenchmarkReport", "benchmark", "in_turns"]
 
 _RUNTIMES = {
     "native": "ai-edge-litert on this machine's CPU",
@@ -150,21 +150,41 @@ def benchmark(path, baseline=None, runtime="native", threads=1, seconds=1.0, tim
     return BenchmarkReport("Benchmark", rows, totals, formats, Report("Operators", operators, {}), commands)
 
 
-def _times(workers, runtime, seconds):
-    repeats = [max(1, min(1000, math.ceil(_TURN / worker.time()))) for worker in workers]
+def in_turns(timers, seconds):
+    """Measure several programs in turns, so that all of them meet the same load of the machine.
+
+    Args:
+        timers: List of functions `timer(repeats) -> seconds`, the mean over that many runs.
+        seconds: How long to measure each; at least 20 rounds, or for ten times as long.
+
+    Returns:
+        A list with an array for each timer: the seconds of a run, one number for each round.
+
+    Example:
+
+    >>> import time
+    >>> from keras_sparse.tflite.benchmark import in_turns
+    >>> [len(times) for times in in_turns([lambda repeats: 1e-3, lambda repeats: 2e-3], seconds=1e-9)]
+    [1, 1]
+    """
+    repeats = [max(1, min(1000, math.ceil(_TURN / timer(1)))) for timer in timers]
     times, start = [], time.perf_counter()
     for done in range(_ROUNDS[1]):
-        elapsed = (time.perf_counter() - start) / len(workers)
+        elapsed = (time.perf_counter() - start) / len(timers)
         if done and (elapsed > _PATIENCE * seconds or (done >= _ROUNDS[0] and elapsed > seconds)):
             break
         # The one that goes first finds the machine as the other left it: take turns at that, too.
-        order = range(len(workers)) if done % 2 else reversed(range(len(workers)))
-        times.append([0.0] * len(workers))
+        order = range(len(timers)) if done % 2 else reversed(range(len(timers)))
+        times.append([0.0] * len(timers))
         for i in order:
-            times[-1][i] = 1e3 * workers[i].time(repeats[i])
+            times[-1][i] = timers[i](repeats[i])
+    return list(np.transpose(times))
+
+
+def _times(workers, runtime, seconds):
     rows = []
-    for worker, own in zip(workers, np.transpose(times), strict=True):
-        p25, median, p75 = (float(q) for q in np.quantile(own, (0.25, 0.5, 0.75)))
+    for worker, own in zip(workers, in_turns([worker.time for worker in workers], seconds), strict=True):
+        p25, median, p75 = (1e3 * float(q) for q in np.quantile(own, (0.25, 0.5, 0.75)))
         # In Node the compiler of WebAssembly takes more memory, at its own times, than a file does.
         memory = {} if runtime == "wasm" else {"memory": worker.memory()}
         row = {"load": 1e3 * worker.load} | memory | {"p25": p25, "median": median, "p75": p75}

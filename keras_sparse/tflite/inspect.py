@@ -16,6 +16,7 @@ _OUTPUT_AXES = {
     "CONV_3D_TRANSPOSE": (3,), "BATCH_MATMUL": (-1,), "GATHER": (-1,), "EMBEDDING_LOOKUP": (-1,),
     "UNIDIRECTIONAL_SEQUENCE_LSTM": (0,), "LSTM": (0,),
 }  # fmt: skip
+_COUNTING = ("int32", "int64", "uint32", "uint64", "bool")  # shapes, axes, indices; and the biases of int8 kernels
 _UNPACK = ("DENSIFY", "DEQUANTIZE")
 _FEW = 0.02  # single zeros up to this share are no pattern: quantisation to int8 rounds some weights to zero
 _MOST = 1024  # elements for each stored byte: a hostile file may describe an array that fills the memory
@@ -34,7 +35,8 @@ def inspect(path):
         `"sparse-block-csr"`), `block` (such as `"1x4"`), `zeros`, `sparsity` (share of zeros), `pattern` (where the
         zeros of a kernel stand, as `ks.patterns.recognize` names it, however they are encoded; `""` for other tensors
         and for kernels with less than 2 % single zeros), `bytes`. Totals: of the file, and over all stored tensors;
-        `bytes_gzip` is what the file takes inside an app's package.
+        `bytes_gzip` is what the file takes inside an app's package; `kernel_sparsity` is the share of zeros over the
+        kernels alone (`None` without any), `parameters` counts the elements of all but integers such as shapes.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -49,13 +51,18 @@ def inspect(path):
     FileNotFoundError: There is no such file. Received: path='missing.tflite'
     """
     model = read(path)
-    rows = []
+    rows, parameters, kernel_size, kernel_zeros = [], 0, 0, 0
     with damaged(path):
         for number, subgraph in enumerate(model.subgraphs):
-            kernels = _kernels(subgraph)
+            kernels, added = _kernels(subgraph), _added(subgraph)
             for index, tensor in enumerate(subgraph.tensors):
-                if tensor.stored is not None:
-                    rows.append(_row(tensor, number, kernels.get(index)))
+                if tensor.stored is None:
+                    continue
+                rows.append(_row(tensor, number, kernels.get(index)))
+                if tensor.zeros is not None and (index in added or tensor.dtype not in _COUNTING):
+                    parameters += tensor.size
+                if tensor.zeros is not None and index in kernels:
+                    kernel_size, kernel_zeros = kernel_size + tensor.size, kernel_zeros + tensor.zeros
     numbers = [row for row in rows if row["zeros"] is not None]
     size, zeros = sum(math.prod(row["shape"]) for row in numbers), sum(row["zeros"] for row in numbers)
     totals = {
@@ -66,9 +73,15 @@ def inspect(path):
         "size": size,
         "zeros": zeros,
         "sparsity": zeros / size if size else 0.0,
+        "kernel_sparsity": kernel_zeros / kernel_size if kernel_size else None,
+        "parameters": parameters,
     }
-    formats = dict.fromkeys(("bytes", "bytes_gzip", "size", "zeros"), ",d")
-    formats |= {"sparsity": ".2%", "shape": lambda shape: "x".join(map(str, shape)) or "scalar"}
+    formats = dict.fromkeys(("bytes", "bytes_gzip", "size", "zeros", "parameters"), ",d")
+    formats |= {
+        "sparsity": ".2%",
+        "kernel_sparsity": ".2%",
+        "shape": lambda shape: "x".join(map(str, shape)) or "scalar",
+    }
     return Report(f"Tensors of {os.path.basename(path)}", rows, totals, formats=formats)
 
 
@@ -83,6 +96,11 @@ def _kernels(subgraph):
             if number >= 0 and len(subgraph.tensors[number].shape) >= 2:
                 found.setdefault(number, _OUTPUT_AXES[operator.name])
     return found
+
+
+def _added(subgraph):
+    """Numbers of the tensors that the kernels' operators take behind their first input: kernels, and biases."""
+    return {n for operator in subgraph.operators if operator.name in _OUTPUT_AXES for n in operator.inputs[1:]}
 
 
 def _pattern(tensor, zeros, output_axes):

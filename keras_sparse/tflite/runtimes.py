@@ -86,6 +86,8 @@ class Worker:
     Attributes:
         inputs: List of `{"name", "dtype", "shape"}`: what the file takes, with an open batch size as 1.
         outputs: Names of its outputs.
+        scales: `{name: (scale, zero point)}` of the inputs and outputs that are quantised: a stored integer `q` means
+            `scale * (q - zero point)`. Empty on `"wasm"`, which does not tell.
         load: Seconds that loading took, by the process's own clock; instructions where the runtime counts them.
 
     Raises:
@@ -121,6 +123,7 @@ class Worker:
             self.inputs = [leaf | {"shape": [max(1, n) for n in leaf["shape"]]} for leaf in loaded["inputs"]]
             self._check_types(self.inputs)
             self.outputs = loaded["outputs"]
+            self.scales = {name: tuple(scale) for name, scale in loaded.get("scales", {}).items()}
             self.load = self._counts(-2) if runtime == "arm64" else loaded["seconds"]
             self._stack = stack.pop_all()
 
@@ -132,8 +135,34 @@ class Worker:
 
     def feed(self, inputs=None):
         """Set the inputs of the next runs: a dict from name to array, or `None` for random numbers of a fixed seed."""
-        if inputs is None:
-            inputs = self._random()
+        arrays = self._write(self._random() if inputs is None else inputs)
+        self._ask("feed", arrays=arrays, path=str(self._folder / "inputs"))
+
+    def run(self):
+        """Run once: a dict from the name of each output to an array."""
+        path = self._folder / "outputs"
+        return self._read(self._ask("run", path=str(path)), path)
+
+    def predict(self, inputs):
+        """Run on many samples, as many at a time as the file is made for: a phone's one, if the batch size is open.
+
+        Args:
+            inputs: Dict from the name of each input to an array with the samples along its first axis.
+
+        Returns:
+            Dict from the name of each output to an array, likewise. Not on `"wasm"`.
+        """
+        self._check_size()
+        step = self.inputs[0]["shape"][0] if self.inputs and self.inputs[0]["shape"] else 1
+        count = len(next(iter(inputs.values()))) if inputs else 0
+        filled = {name: _fill(np.asarray(values), -count % step) for name, values in inputs.items()}
+        arrays = self._write(filled)
+        path = self._folder / "outputs"
+        answer = self._ask("stack", arrays=arrays, inputs=str(self._folder / "inputs"), outputs=str(path), step=step)
+        return {name: values[:count] for name, values in self._read(answer, path).items()}
+
+    def _write(self, inputs):
+        """Write arrays to a file for the process, and tell where each stands."""
         if not isinstance(inputs, dict):
             raise TypeError(
                 "`inputs` must be a dict from the name of each input to an array, or a list of such dicts. "
@@ -159,15 +188,12 @@ class Worker:
                 file.write(values.tobytes())
                 arrays.append({"name": name, "dtype": leaf["dtype"], "shape": list(values.shape), "offset": offset})
                 offset += values.nbytes
-        self._ask("feed", arrays=arrays, path=str(self._folder / "inputs"))
+        return arrays
 
-    def run(self):
-        """Run once: a dict from the name of each output to an array."""
-        path = self._folder / "outputs"
+    def _read(self, answer, path):
         outputs = {}
-        arrays = self._ask("run", path=str(path))["arrays"]
-        self._check_types(arrays)
-        for array in arrays:
+        self._check_types(answer["arrays"])
+        for array in answer["arrays"]:
             count = int(np.prod(array["shape"]))
             values = np.fromfile(path, array["dtype"], count, offset=array["offset"])
             outputs[array["name"]] = values.reshape(array["shape"])
@@ -186,6 +212,11 @@ class Worker:
         """Bytes that loading and running the file added to the most that the process has held. Not on `"wasm"`."""
         return self._ask("memory")["bytes"]
 
+    def _check_size(self):
+        size = sum(float(np.prod(leaf["shape"], dtype=float)) * 8 for leaf in self.inputs)
+        if size > _OUTPUT:
+            raise ValueError(f"The file takes more than {_OUTPUT >> 30} GiB of inputs. Received: {self._what}")
+
     def _check_types(self, tensors):
         others = sorted({tensor["dtype"] for tensor in tensors} - _TYPES)
         if others:
@@ -196,10 +227,8 @@ class Worker:
         return counts[position + 1] - counts[position]
 
     def _random(self):
+        self._check_size()
         rng = np.random.default_rng(0)
-        size = sum(float(np.prod(leaf["shape"], dtype=float)) * 8 for leaf in self.inputs)
-        if size > _OUTPUT:
-            raise ValueError(f"The file takes more than {_OUTPUT >> 30} GiB of inputs. Received: {self._what}")
         inputs = {}
         for leaf in self.inputs:
             # 0 and 1 are valid for token numbers, masks and quantised inputs alike; time does not depend on the values
@@ -261,6 +290,10 @@ class Worker:
         else:
             died = f"the process ended with exit status {status}"
         return f"{died}: {lines[-1]}" if lines else died
+
+
+def _fill(values, missing):
+    return np.concatenate([values, np.repeat(values[-1:], missing, axis=0)]) if missing else values
 
 
 def _check(runtime, threads):

@@ -65,7 +65,13 @@ class _Session:
             {"name": name, "dtype": np.dtype(d["dtype"]).name, "shape": [int(n) for n in d["shape"]]}
             for name, d in self._inputs.items()
         ]
-        return {"inputs": inputs, "outputs": list(self._outputs), "seconds": seconds}
+        scales = {
+            name: [float(scale), int(zero_point)]
+            for name, d in [*self._inputs.items(), *self._outputs.items()]
+            for scale, zero_point in [d["quantization"]]
+            if scale
+        }
+        return {"inputs": inputs, "outputs": list(self._outputs), "scales": scales, "seconds": seconds}
 
     def _signature_names(self):
         """Names that the first signature gives to the tensors."""
@@ -76,32 +82,38 @@ class _Session:
         return {}
 
     def feed(self, arrays, path):
-        resized = False
-        for array in arrays:
-            detail = self._inputs[array["name"]]
-            current = self._interpreter.get_input_details()
-            shape = next(list(d["shape"]) for d in current if d["index"] == detail["index"])
-            if shape != array["shape"]:
-                self._interpreter.resize_tensor_input(detail["index"], array["shape"], strict=True)
-                resized = True
-        if resized:
-            self._interpreter.allocate_tensors()
-        for array in arrays:
-            count = int(np.prod(array["shape"]))
-            values = np.fromfile(path, array["dtype"], count, offset=array["offset"]).reshape(array["shape"])
-            self._interpreter.set_tensor(self._inputs[array["name"]]["index"], values)
+        self._set(_read(arrays, path))
         return {}
 
     def run(self, path):
         self._interpreter.invoke()
-        arrays, offset = [], 0
-        with open(path, "wb") as file:
-            for name, detail in self._outputs.items():
-                values = np.ascontiguousarray(self._interpreter.get_tensor(detail["index"]))
-                file.write(values.tobytes())
-                arrays.append({"name": name, "dtype": values.dtype.name, "shape": values.shape, "offset": offset})
-                offset += values.nbytes
-        return {"arrays": arrays}
+        return {"arrays": _write(self._get(), path)}
+
+    def stack(self, arrays, inputs, outputs, step):
+        """Run on a stack of samples, `step` of them at a time: one request for many runs."""
+        stacks, parts = _read(arrays, inputs), []
+        for start in range(0, arrays[0]["shape"][0], step):
+            self._set({name: values[start : start + step] for name, values in stacks.items()})
+            self._interpreter.invoke()
+            parts.append(self._get())
+        return {"arrays": _write({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, outputs)}
+
+    def _set(self, inputs):
+        resized = False
+        for name, values in inputs.items():
+            detail = self._inputs[name]
+            current = self._interpreter.get_input_details()
+            shape = next(list(d["shape"]) for d in current if d["index"] == detail["index"])
+            if shape != list(values.shape):
+                self._interpreter.resize_tensor_input(detail["index"], list(values.shape), strict=True)
+                resized = True
+        if resized:
+            self._interpreter.allocate_tensors()
+        for name, values in inputs.items():
+            self._interpreter.set_tensor(self._inputs[name]["index"], values)
+
+    def _get(self):
+        return {name: self._interpreter.get_tensor(detail["index"]) for name, detail in self._outputs.items()}
 
     def time(self, repeats):
         self._interpreter.invoke()  # the process that ran meanwhile left its own data in the caches
@@ -120,6 +132,26 @@ class _Session:
 
     def memory(self):
         return {"bytes": max(0, _peak_memory() - self._base)}
+
+
+def _read(arrays, path):
+    """The arrays that the process that asks has written to a file: `{name: array}`."""
+    return {
+        a["name"]: np.fromfile(path, a["dtype"], int(np.prod(a["shape"])), offset=a["offset"]).reshape(a["shape"])
+        for a in arrays
+    }
+
+
+def _write(values, path):
+    """Write arrays to a file, and tell where each stands."""
+    arrays, offset = [], 0
+    with open(path, "wb") as file:
+        for name, value in values.items():
+            value = np.ascontiguousarray(value)
+            file.write(value.tobytes())
+            arrays.append({"name": name, "dtype": value.dtype.name, "shape": value.shape, "offset": offset})
+            offset += value.nbytes
+    return arrays
 
 
 def _mark():

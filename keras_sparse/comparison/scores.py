@@ -1,0 +1,284 @@
+"""A score says how well outputs meet targets: it takes them batch by batch and ends in numbers."""
+
+import keras
+import numpy as np
+
+from keras_sparse import selection
+
+__all__ = ["CLASSIFICATION", "Scores", "resolve"]
+
+CLASSIFICATION = ("accuracy", "precision", "recall", "f1")
+_COLUMNS = {"model", "form", "sparsity", "parameters", "bytes", "gzip_bytes", "latency_ms", "spread_ms"}
+
+
+def resolve(metrics):
+    """Turn metrics, in the forms that `compile` takes, into names of `CLASSIFICATION` and Keras metrics.
+
+    Args:
+        metrics: A list, or one alone: names of `CLASSIFICATION`; names of Keras metrics and losses such as `"mse"` or
+            `"sparse_categorical_crossentropy"`; `keras.metrics.Metric` and `keras.losses.Loss` objects; functions of
+            `(y_true, y_pred)`.
+
+    Returns:
+        A list of strings and `keras.metrics.Metric` objects.
+
+    Raises:
+        ValueError: If Keras knows no metric or loss of that name, or a name is given twice or to another column.
+        TypeError: If one is of another type.
+
+    Example:
+
+    >>> from keras_sparse.comparison import scores
+    >>> [getattr(metric, "name", metric) for metric in scores.resolve(["f1", "mse"])]
+    ['f1', 'mean_squared_error']
+    """
+    metrics = list(metrics) if isinstance(metrics, (list, tuple)) else [metrics]
+    found = [_resolve(metric) for metric in metrics]
+    names = [metric if isinstance(metric, str) else metric.name for metric in found]
+    taken = sorted(set(names) & _COLUMNS)
+    if taken:
+        raise ValueError(
+            f"These columns are in the table already: pass another `name=` to the metric. Received: {taken}"
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Each metric needs a name of its own: pass `name=` to one of them. Received twice: {twice}")
+    return found
+
+
+def _resolve(metric):
+    if metric in ("acc", *CLASSIFICATION):  # Keras has a class `Accuracy`, which is about equality
+        return "accuracy" if metric == "acc" else metric
+    if isinstance(metric, str):
+        for module in (keras.metrics, keras.losses):
+            try:
+                known = module.get(metric)
+            except ValueError:
+                continue
+            return known if isinstance(known, keras.metrics.Metric) else _mean(known, metric)
+        raise ValueError(
+            f"`metrics` must be {', '.join(map(repr, CLASSIFICATION))}, names that Keras knows (a loss by its own "
+            f"name, such as 'sparse_categorical_crossentropy'), or objects. Received: {metric!r}"
+        )
+    if isinstance(metric, keras.metrics.Metric):
+        return metric
+    if isinstance(metric, keras.losses.Loss):
+        return _mean(metric.call, metric.name)
+    if callable(metric) and not isinstance(metric, type):
+        return _mean(metric, getattr(metric, "__name__", type(metric).__name__))
+    raise TypeError(
+        "`metrics` must hold names, `keras.metrics.Metric` or `keras.losses.Loss` objects, or functions of "
+        f"(y_true, y_pred). Received: {metric!r} of type {type(metric).__name__}"
+    )
+
+
+def _mean(function, name):
+    return keras.metrics.MeanMetricWrapper(function, name=name)
+
+
+class Scores:
+    """Metrics of one output of one model.
+
+    Accuracy, precision, recall and F1 are scikit-learn's, the last three macro-averaged over the classes, with 0 where
+    nothing can be divided. Outputs of several columns are classes, the largest wins, and targets are whole numbers or
+    one-hot; targets of several ones or none in a row are multi-label. An output of one column is the probability of
+    class 1. NaN is no class, so it is wrong.
+
+    Args:
+        metrics: What `resolve` returns. Keras metrics may be shared between several `Scores`: each keeps a state of its
+            own (the metric's variables).
+        threshold: From where on an output of one column, or of a label, means 1. `None`: 0.5, and an error if an output
+            is no probability.
+
+    Attributes:
+        nan: How many outputs were NaN.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_sparse.comparison.scores import Scores
+    >>> scores = Scores(["accuracy"])
+    >>> scores.update(np.array([0, 1]), np.array([[0.9, 0.1], [0.8, 0.2]]))
+    >>> scores.results()
+    {'accuracy': 0.5}
+    """
+
+    def __init__(self, metrics, threshold=None):
+        self._metrics = metrics
+        self._states = {}
+        self._classes = _Classes(threshold) if any(isinstance(metric, str) for metric in metrics) else None
+        self.nan = 0
+
+    def update(self, targets, outputs, sample_weight=None):
+        """Take a batch.
+
+        Args:
+            targets: Array of shape `(batch, ...)`.
+            outputs: Array of shape `(batch, ..., columns)` or `(batch,)`.
+            sample_weight: `None`, or an array that broadcasts from the left to the targets.
+
+        Raises:
+            ValueError: If they do not go together.
+        """
+        if len(targets) != len(outputs):
+            raise ValueError(f"There are {len(targets)} targets for {len(outputs)} outputs in a batch. Received: both")
+        self.nan += int(np.sum(np.isnan(outputs)))
+        if self._classes is not None:
+            self._classes.update(targets, outputs, sample_weight)
+        for metric in self._metrics:
+            if not isinstance(metric, str):
+                self._update(metric, targets, outputs, sample_weight)
+
+    def _update(self, metric, targets, outputs, sample_weight):
+        self._resume(metric)
+        if outputs.shape == (*targets.shape, 1):  # functions of users would broadcast one against the other
+            targets = targets[..., None]
+        try:
+            metric.update_state(targets, outputs, sample_weight=sample_weight)
+        except Exception as error:  # each backend has its own
+            raise ValueError(
+                f"The metric {metric.name!r} does not take such targets and outputs. Received: targets of shape "
+                f"{targets.shape}, outputs of shape {outputs.shape} ({_first_line(error)})"
+            ) from error
+        self._states[metric.name] = [np.array(selection.as_array(variable)) for variable in metric.variables]
+
+    def _resume(self, metric):
+        state = self._states.get(metric.name)
+        if state is None:
+            metric.reset_state()
+        else:
+            for variable, value in zip(metric.variables, state, strict=True):
+                variable.assign(value)
+
+    def results(self):
+        """The metrics over all batches, `{name: float}`, or a list of floats for a metric that has several."""
+        found = {}
+        for metric in self._metrics:
+            if isinstance(metric, str):
+                found[metric] = self._classes.results()[metric]
+                continue
+            self._resume(metric)
+            value = np.asarray(keras.ops.convert_to_numpy(metric.result()), "float64")
+            found[metric.name] = float(value) if value.ndim == 0 else value.ravel().tolist()
+            metric.reset_state()
+        return found
+
+
+class _Classes:
+    """Right, predicted and actual members of each class. Which kind of targets it is, all batches decide together."""
+
+    def __init__(self, threshold):
+        self._threshold, self._any = (0.5, False) if threshold is None else (threshold, True)
+        self._single = self._labels = None
+        self._one_hot = True
+
+    def update(self, targets, outputs, sample_weight):
+        columns = outputs.shape[-1] if outputs.ndim > 1 else 1
+        if columns == 1 and targets.size == outputs.size:
+            labels, scores = _whole(targets.reshape(-1), 2), outputs.reshape(-1)
+            self._check_range(scores)
+            predicted = np.where(np.isnan(scores), -1, scores > self._threshold).astype(int)
+            weights = _weights(sample_weight, outputs.shape[:-1] or outputs.shape)
+            self._single = self._single or _Counts(2)
+            self._single.add(labels, predicted, weights)
+            return
+        rows = outputs.reshape(-1, columns)
+        predicted = np.where(np.isnan(rows).any(axis=1), -1, np.argmax(rows, axis=1))
+        weights = _weights(sample_weight, outputs.shape[:-1])
+        if columns > 1 and targets.shape in (outputs.shape[:-1], (*outputs.shape[:-1], 1)):
+            labels = _whole(targets.reshape(-1), columns)
+        elif columns > 1 and targets.shape == outputs.shape:
+            truth = _whole(targets.reshape(-1, columns), 2)
+            labels = np.argmax(truth, axis=1)
+            self._one_hot &= bool(np.all(truth.sum(axis=1) == 1))
+            self._labels = self._labels or _Counts(columns, multilabel=True)
+            self._labels.add(truth, np.where(np.isnan(rows), 1 - truth, rows > self._threshold).astype(int), weights)
+            self._labels.outside |= bool(np.any((rows < 0) | (rows > 1)))
+            if not self._one_hot and self._labels.outside and not self._any:
+                self._check_range(None)
+        else:
+            raise ValueError(
+                "Targets must be classes as whole numbers, of the outputs' shape without its last axis, or 0 and 1 in "
+                f"the outputs' shape. Received: targets of shape {targets.shape}, outputs of shape {outputs.shape}"
+            )
+        self._single = self._single or _Counts(columns)
+        self._single.add(labels, predicted, weights)
+
+    def _check_range(self, scores):
+        if not self._any and (scores is None or np.any((scores < 0) | (scores > 1))):
+            raise ValueError(
+                "The outputs are no probabilities in [0, 1], so 0.5 does not tell the classes apart: pass "
+                "`threshold=0.0` for logits. Received: outputs outside of [0, 1]"
+            )
+
+    def results(self):
+        return (self._single if self._one_hot else self._labels).results()
+
+
+class _Counts:
+    def __init__(self, classes, multilabel=False):
+        self._classes, self._multilabel = classes, multilabel
+        self._right, self._predicted, self._actual = np.zeros((3, classes))
+        self._present = np.full(classes, multilabel)  # scikit-learn averages over labels that occur; or over columns
+        self._hits = self._total = 0.0
+        self.outside = False
+
+    def add(self, labels, predicted, weights):
+        if self._multilabel:
+            self._right += weights @ (labels & predicted)
+            self._predicted += weights @ predicted
+            self._actual += weights @ labels
+            hit = np.all(labels == predicted, axis=1)
+        else:
+            hit, valid = labels == predicted, predicted >= 0
+            self._right += self._count(labels[hit], weights[hit])
+            self._predicted += self._count(predicted[valid], weights[valid])
+            self._actual += self._count(labels, weights)
+            self._present[labels] = self._present[predicted[valid]] = True
+        self._hits += float(weights[hit].sum())
+        self._total += float(weights.sum())
+
+    def _count(self, classes, weights):
+        return np.bincount(classes, weights, self._classes)
+
+    def results(self):
+        shares = (
+            _share(self._right, self._predicted),
+            _share(self._right, self._actual),
+            _share(2 * self._right, self._predicted + self._actual),
+        )
+        accuracy = float(_share(np.array(self._hits), np.array(self._total)))
+        means = (float(share[self._present].mean()) for share in shares)
+        return dict(zip(CLASSIFICATION, (accuracy, *means), strict=True))
+
+
+def _share(part, whole):
+    return np.divide(part, whole, out=np.zeros_like(part, dtype=float), where=whole != 0)
+
+
+def _whole(targets, classes):
+    """Targets as whole numbers below `classes`."""
+    labels = targets.astype("int64")
+    if np.any(labels != targets) or (labels.size and not 0 <= labels.min() <= labels.max() < classes):
+        raise ValueError(
+            f"Accuracy, precision, recall and F1 are for classes: here, targets must be whole numbers from 0 to "
+            f"{classes - 1}. For a regression pass Keras metrics such as 'mse'. Received: targets from "
+            f"{np.min(targets)} to {np.max(targets)} of type {targets.dtype}"
+        )
+    return labels
+
+
+def _weights(sample_weight, shape):
+    if sample_weight is None:
+        return np.ones(int(np.prod(shape)))
+    weights = np.asarray(sample_weight, "float64")
+    if weights.ndim > len(shape) and weights.shape[-1] == 1:
+        weights = weights[..., 0]
+    if weights.shape != tuple(shape[: weights.ndim]):
+        raise ValueError(f"Sample weights must fit targets of shape {tuple(shape)}. Received: shape {weights.shape}")
+    return np.broadcast_to(weights.reshape(weights.shape + (1,) * (len(shape) - weights.ndim)), shape).reshape(-1)
+
+
+def _first_line(error):
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
