@@ -61,7 +61,7 @@ def test_arm64(folder):
 
 
 def test_operators(folder):
-    """Block-sparse Dense layers run sparse everywhere; convolutions are another matter (test_tflite_targets.py)."""
+    """Block-sparse Dense layers run sparse everywhere; convolutions are another matter (test_tflite_xnnpack.py)."""
     report = ks.tflite.benchmark(folder / "mlp.tflite", baseline=folder / "mlp_dense.tflite", seconds=0.05)
     ran = {(row["file"], row["operator"]): (row["count"], row["ran_sparse"]) for row in report.operators.rows}
     assert ran["mlp.tflite", "FULLY_CONNECTED"] == (2, 2) and ran["mlp_dense.tflite", "FULLY_CONNECTED"] == (2, 0)

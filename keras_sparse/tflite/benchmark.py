@@ -15,7 +15,7 @@ import numpy as np
 from keras_sparse.reports import Report
 from keras_sparse.tflite.flatmodel import damaged, read
 from keras_sparse.tflite.runtimes import TIMEOUT, Worker
-from keras_sparse.tflite.targets import uses
+from keras_sparse.tflite.xnnpack import uses
 
 __all__ = ["BenchmarkReport", "benchmark", "in_turns"]
 

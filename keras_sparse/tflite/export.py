@@ -14,7 +14,7 @@ from keras_sparse.tflite.convert import ExportError, convert
 from keras_sparse.tflite.flatmodel import gzip_size, read
 from keras_sparse.tflite.parity import Reference, one_by_one, random_batches, representative_batches
 from keras_sparse.tflite.signatures import signature
-from keras_sparse.tflite.targets import hazard, uses
+from keras_sparse.tflite.xnnpack import hazard, uses
 
 __all__ = ["ExportError", "ExportReport", "export"]
 

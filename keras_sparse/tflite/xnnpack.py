@@ -1,4 +1,4 @@
-"""A target is a runtime a file ships to: here, what XNNPACK and TFLite's own kernels do with sparse-encoded weights.
+"""What XNNPACK and TFLite's own kernels do with the sparse-encoded weights of a file, operator by operator.
 
 The rules are those of XNNPACK's `xnn_subgraph_rewrite_for_nchw` (src/subgraph.c), which rewrites a cluster of
 operators to channel-first sparse kernels on CPUs without AVX (ARM, WebAssembly, old x86), and of TFLite's sparse
@@ -49,7 +49,7 @@ def uses(model):
     Example:
 
     >>> from keras_sparse.tflite.flatmodel import FlatModel
-    >>> from keras_sparse.tflite.targets import uses
+    >>> from keras_sparse.tflite.xnnpack import uses
     >>> uses(FlatModel(subgraphs=[], content=b""))
     []
     """
@@ -90,7 +90,7 @@ def hazard(model):
     Example:
 
     >>> from keras_sparse.tflite.flatmodel import FlatModel
-    >>> from keras_sparse.tflite.targets import hazard
+    >>> from keras_sparse.tflite.xnnpack import hazard
     >>> hazard(FlatModel(subgraphs=[], content=b"")) is None
     True
     """

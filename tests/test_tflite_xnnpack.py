@@ -14,7 +14,7 @@ from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.parity import Reference, no_avx_runtime, random_batches
 from keras_sparse.tflite.signatures import signature
-from keras_sparse.tflite.targets import hazard, uses
+from keras_sparse.tflite.xnnpack import hazard, uses
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")
 
