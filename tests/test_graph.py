@@ -1,5 +1,7 @@
 """What belongs to the units of a kernel: whole channels are truly dead."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -41,6 +43,25 @@ def residual():
     y = L.Conv2D(8, 3, padding="same", use_bias=False, name="body")(y)
     y = L.BatchNormalization(name="bn2")(y)
     return keras.Model(inputs, L.Add(name="sum")([x, y]))
+
+
+def operations():
+    """Arithmetic of tensors in place of layers."""
+    inputs = keras.Input((8, 8, 3))
+    x = L.Conv2D(8, 3, use_bias=False, name="k")(inputs)
+    x = L.BatchNormalization(name="bn")(x)
+    y = keras.ops.relu6(x * 3.0) / 6.0
+    y = L.Multiply(name="swish")([x, y])
+    y = keras.ops.abs(y) * 2.0
+    return keras.Model(inputs, L.BatchNormalization(name="bn2")(y))
+
+
+def head(*layers):
+    inputs = keras.Input((8, 8, 3))
+    x = L.Conv2D(8, 8, name="k")(inputs)
+    for layer in layers:
+        x = layer(x)
+    return keras.Model(inputs, x)
 
 
 def nested():
@@ -87,6 +108,8 @@ MODELS = {
     "1D": (lambda: build(L.Conv1D(8, 3, name="k"), L.BatchNormalization(name="bn"), shape=(8, 3)), {"k": "bn"}),
     "branches": (lambda: alive(branches()), {"k": "b"}),
     "residual": (lambda: alive(residual()), {"stem": "bn", "body": "bn2"}),
+    "operations": (lambda: alive(operations()), {"k": "swish"}),
+    "reshaped": (lambda: alive(head(L.Flatten(name="flat"), L.Dense(3))), {"k": "flat"}),
 }
 
 
@@ -167,6 +190,18 @@ def test_what_is_frozen_falls_silent_too():
     check_dead(model, {"k": "a"}, lambda units: 4)
 
 
+def nested_before_normalization():
+    block = keras.Sequential([keras.Input((8, 8, 3)), L.Conv2D(6, 3), L.ReLU()], name="block")
+    return keras.Sequential([keras.Input((8, 8, 3)), block, L.BatchNormalization(name="outside"), L.ReLU()])
+
+
+def test_normalization_outside_of_a_nested_model():
+    model = alive(nested_before_normalization())
+    ks.prune(model, 0.5, pattern="channel")
+    for variable in (model.get_layer("outside").gamma, model.get_layer("outside").beta):
+        assert (ks.selection.as_array(variable) == 0).sum() == 3
+
+
 def test_nested_models():
     model = alive(nested())
     ks.prune(model, 0.5, pattern="channel")
@@ -214,6 +249,16 @@ SKIPPED = {
     "softmax": (lambda: build(L.Dense(8, "softmax", name="k"), shape=(5,)), "does not map 0 to 0"),
     "sigmoid layer": (lambda: build(L.Dense(8, name="k"), L.Activation("sigmoid"), shape=(5,)), "does not map 0 to 0"),
     "softmax layer": (lambda: build(L.Dense(8, name="k"), L.Softmax(), shape=(5,)), "does not map 0 to 0"),
+    "softmax behind a reshaping": (lambda: alive(head(L.Reshape((8,)), L.Softmax())), "does not map 0 to 0"),
+    "sigmoid behind a flattening": (
+        lambda: alive(head(L.Flatten(), L.Activation("sigmoid"))),
+        "does not map 0 to 0",
+    ),
+    "shifted by an operation": (lambda: alive(head(lambda x: x + 1.0)), "not seen to keep a unit at 0"),
+    "normalized along another axis": (
+        lambda: alive(head(L.Reshape((2, 4)), L.BatchNormalization())),
+        "no scale for each unit",
+    ),
     "own activation": (
         lambda: build(L.Dense(8, activation=lambda x: x + 1, name="k"), shape=(5,)),
         "does not map 0 to 0",
@@ -268,6 +313,26 @@ def test_scores_are_those_of_torch(name):
     ks.prune(model, 0.5, pattern="channel", filters="/k|^k")
     kept = ks.patterns.to_matrix(weight.numpy(), weight.output_axes) != 0
     np.testing.assert_array_equal(kept, module.weight_mask.numpy() != 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, head",
+    [
+        ("MobileNet", "conv_preds: channels: the activation predictions behind it does not map 0 to 0"),
+        ("MobileNetV2", "predictions: channels: the activation of Dense does not map 0 to 0"),
+        ("MobileNetV3Small", "logits: channels: the activation predictions? behind it does not map 0 to 0"),
+        ("EfficientNetB0", "predictions: channels: the activation of Dense does not map 0 to 0"),
+        ("ResNet50V2", "predictions: channels: the activation of Dense does not map 0 to 0"),
+    ],
+)
+def test_applications(name, head):
+    """Their shapes and operations are taken in, and no probability is pruned away."""
+    model = getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3), classes=10)
+    report = ks.prune(model, 0.5, pattern="channel")
+    skipped = [row for row in report.rows if row["path"].endswith("kernel") and row["reason"].startswith("channels")]
+    assert any(re.fullmatch(head, f"{row['path'].split('/')[-2]}: {row['reason']}") for row in skipped), skipped
+    assert np.isfinite(keras.ops.convert_to_numpy(model(np.ones((1, 32, 32, 3))))).all()
 
 
 @pytest.mark.slow
