@@ -126,7 +126,19 @@ def _parser():
     sub = add(_export, "model.keras model.tflite --quantize float16", loads="model")
     sub.add_argument("output", metavar="OUT.tflite", help="file to write")
     sub.add_argument("--dense", action="store_true", help="do not use a sparse encoding, however small")
-    sub.add_argument("--quantize", choices=["float16"], help="how to store the weights (default: float32)")
+    sub.add_argument(
+        "--quantize",
+        choices=["float16", "dynamic", "int8"],
+        help="how to store the weights (default: float32); int8 needs --representative-data",
+    )
+    sub.add_argument(
+        "--representative-data",
+        metavar="FILE.npz",
+        help="inputs, by name or as `x`, to compare on and to calibrate int8",
+    )
+    sub.add_argument(
+        "--verify", choices=["auto", "strict"], default="auto", help="strict: runtimes with sparse kernels must agree"
+    )
 
     sub = add(_inspect, "model.tflite")
     sub.add_argument("file", metavar="FILE.tflite")
@@ -204,8 +216,16 @@ def _report(options, stderr):
 
 def _export(options, stderr):
     """Write a saved model as a .tflite file that is verified against it."""
+    data = None
+    if options.representative_data:
+        data = _load_arrays(options.representative_data, "inputs, by name or as `x`", _inputs)
     return tflite.export(
-        comparison.load(options.model), options.output, sparse=not options.dense, quantize=options.quantize
+        comparison.load(options.model),
+        options.output,
+        sparse=not options.dense,
+        quantize=options.quantize,
+        representative_data=data,
+        verify=options.verify,
     )
 
 
@@ -272,18 +292,23 @@ def _import(modules):
             raise ImportError(f"`--import {module}` failed: {type(error).__name__}: {error}") from error
 
 
-def _load_arrays(path):
-    """`(x, y)` from an .npz file."""
+def _load_arrays(path, what="`x` and `y`", read=lambda file: (file["x"], file["y"])):
+    """What `read` takes from an .npz file: `(x, y)`."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no such file. Received: {path!r}")
     try:
         with np.load(path) as file:
-            return file["x"], file["y"]
+            return read(file)
     except Exception as error:  # whatever zip and NumPy readers raise on a damaged file
         raise ValueError(
-            "Expected an .npz file with arrays `x` and `y`, as `numpy.savez(path, x=x, y=y)` writes it. "
+            f"Expected an .npz file with arrays: {what}, as `numpy.savez(path, x=x, ...)` writes it. "
             f"Received: {path!r} ({type(error).__name__}: {_one_line(error)})"
         ) from error
+
+
+def _inputs(file):
+    arrays = {name: file[name] for name in file.files if name != "y"}
+    return arrays["x"] if list(arrays) == ["x"] else arrays
 
 
 def _load_compiled(path):

@@ -1,4 +1,4 @@
-"""Conversion: both encodings, and silence."""
+"""Conversion, and silence."""
 
 import os
 import sys
@@ -11,11 +11,11 @@ from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.signatures import signature
 
 
-def test_both_encodings_are_models():
+@pytest.mark.parametrize("quantize", [None, "float16", "dynamic"])
+def test_a_conversion_is_a_model(quantize):
     model = mlp()
-    conversion = convert(model, signature(model), ["dense", "sparse"])
-    assert list(conversion.files) == ["dense", "sparse"] and not conversion.fixed_batch
-    assert all(content[4:8] == b"TFL3" for content in conversion.files.values())
+    conversion = convert(model, signature(model), quantize)
+    assert conversion.content[4:8] == b"TFL3" and not conversion.fixed_batch
 
 
 def test_quiet_restores_what_it_redirects(capfd):

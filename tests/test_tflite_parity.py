@@ -7,7 +7,8 @@ from keras import layers
 from tflite_models import attention, dict_of_inputs, mlp, nested, several, token_floats
 
 from keras_sparse.tflite.convert import ExportError, convert
-from keras_sparse.tflite.parity import Reference, no_avx_runtime, one_by_one, random_batches, representative_batches
+from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches, representative_batches
+from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
 
 IMAGE, AGE = np.ones((5, 8, 8, 1)), np.zeros((5, 1))
@@ -84,7 +85,7 @@ def test_representative_data_of_one_input(data):
     batches = representative_batches(data, signature(mlp()))
     assert sum(len(batch[0]) for batch in batches) == 5
     assert all(batch[0].shape[1:] == (64,) for batch in batches)
-    assert [len(batch[0]) for batch in one_by_one(batches)] == [1] * 5
+    assert [len(batch[0]) for batch in in_batches_of(1, batches)] == [1] * 5
 
 
 def test_endless_generator():
@@ -122,7 +123,7 @@ def test_a_difference_is_found():
     inputs = keras.Input((4,))
     first, second = (keras.Model(inputs, layers.Dense(3, name="d")(inputs)) for _ in range(2))
     called = signature(first)
-    content = convert(first, called, ["dense"]).files["dense"]
+    content = convert(first, called).content
     batches = random_batches(first, called)
     assert Reference(first, called, batches).compare(content).relative < 1e-5
     found = Reference(second, called, batches).compare(content)
@@ -147,11 +148,14 @@ def test_a_model_that_fails_on_random_inputs():
         Reference(model, called, random_batches(model, called))
 
 
-@pytest.mark.skipif(no_avx_runtime() is None, reason="needs qemu-x86_64")
-def test_without_avx():
+@pytest.mark.parametrize("runtime", ["native", "x86-no-avx", "wasm"])
+def test_other_runtimes(runtime):
+    if available()[runtime] is not None:
+        pytest.skip(available()[runtime])
     model = mlp()
     called = signature(model)
     reference = Reference(model, called, random_batches(model, called))
-    content = convert(model, called, ["dense"]).files["dense"]
-    assert reference.compare_without_avx(content).relative < 1e-5
-    assert reference.compare_without_avx(content, timeout=0.01) is None
+    content = convert(model, called).content
+    assert reference.compare_on(runtime, content).relative < 1e-5
+    with pytest.raises(TimeoutError):
+        reference.compare_on(runtime, content, timeout=0.01)

@@ -5,6 +5,7 @@ import numpy as np
 from keras import layers
 
 from keras_sparse.tflite.convert import convert
+from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.signatures import signature
 
 
@@ -158,10 +159,10 @@ def stem(inputs, same=False):
     return layers.Conv2D(16, 3, 2, activation="relu")(layers.ZeroPadding2D(1)(inputs))
 
 
-def image_model(body):
-    """A model of 32x32 images whose 1x1 convolutions are 90 % zeros; `body` maps the input to the output."""
+def image_model(body, size=32):
+    """A model of images of that size whose 1x1 convolutions are 90 % zeros; `body` maps the input to the output."""
     keras.utils.set_random_seed(0)
-    inputs = keras.Input((32, 32, 3))
+    inputs = keras.Input((size, size, 3))
     model = keras.Model(inputs, body(inputs))
     for weight in model.weights:
         if weight.name == "kernel" and tuple(weight.shape[:2]) == (1, 1):
@@ -184,16 +185,16 @@ def qualifying():
 
 
 def encodings():
-    """Dense and sparse encodings of models at 80 % zeros: `encodings()[kind, blocks, quantize][encoding]`."""
+    """Dense and sparse encodings of models at 90 % zeros: `encodings()[kind, blocks, quantize][encoding]`."""
     keras.utils.set_random_seed(0)
     made = {}
     for build, blocks, quantize in [
         (mlp, False, None), (mlp, True, None), (cnn, False, None), (lstm, False, None),
         (mlp, True, "float16"), (cnn, False, "float16"),
     ]:  # fmt: skip
-        model = sparsify(build(), 0.8, blocks)
-        files = convert(model, signature(model), ["dense", "sparse"], quantize).files
-        made[build.__name__, blocks, quantize] = files
+        model = sparsify(build(), 0.9, blocks)
+        dense = convert(model, signature(model), quantize).content
+        made[build.__name__, blocks, quantize] = {"dense": dense, "sparse": encode(dense).content}
     return made
 
 

@@ -186,8 +186,7 @@ class Plan:
             scores = self.criterion(goal.weight.numpy(), statistic)
         except ValueError as error:
             raise ValueError(f"{goal.weight.path}: {error}") from error
-        # Below every live score, -inf included. (By the index of what lives, which is little most of the time: a boolean
-        # mask takes several times as long.)
+        # Below every live score, -inf included. (By index: a boolean mask takes several times as long.)
         live = np.flatnonzero(mask)
         found = np.full(scores.size, -np.inf, scores.dtype)
         found[live] = np.maximum(scores.reshape(-1)[live], np.finfo(scores.dtype).min)

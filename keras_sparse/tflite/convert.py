@@ -17,6 +17,7 @@ import zipfile
 from dataclasses import astuple, dataclass, replace
 
 import keras
+import numpy as np
 
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.signatures import HALF, Input, output_names, signature
@@ -40,27 +41,28 @@ class Conversion:
     """What a conversion made.
 
     Attributes:
-        files: The file's bytes for each encoding; an encoding that could not be made, other than the first, is absent.
+        content: The file's bytes; weights are stored dense.
         fixed_batch: Whether the file takes a batch of 1 only, though the model takes any.
 
     Example:
 
-    >>> Conversion({"dense": b""}, fixed_batch=False).fixed_batch
+    >>> Conversion(b"", fixed_batch=False).fixed_batch
     False
     """
 
-    files: dict
+    content: bytes
     fixed_batch: bool
 
 
-def convert(model, called, encodings, quantize=None):
+def convert(model, called, quantize=None, samples=None):
     """Convert a model to .tflite, with TensorFlow's converter and TFLite's built-in operators only.
 
     Args:
         model: A built Keras model, on any backend.
         called: Its `Signature`.
-        encodings: Which encodings of the weights are wanted: any of `"dense"` and `"sparse"`.
-        quantize: `None` or `"float16"`.
+        quantize: `None`, `"float16"`, `"dynamic"` or `"int8"`.
+        samples: For `"int8"`, what to calibrate with: a list of flat lists of arrays, one for each input, in
+            batches of one sample or of the model's fixed size.
 
     Returns:
         A `Conversion`.
@@ -75,33 +77,33 @@ def convert(model, called, encodings, quantize=None):
     >>> from keras_sparse.tflite.convert import convert
     >>> from keras_sparse.tflite.signatures import signature
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    >>> convert(model, signature(model), ["dense"]).files["dense"][4:8]
+    >>> convert(model, signature(model)).content[4:8]
     b'TFL3'
     """
     if keras.config.backend() == "tensorflow":
         with quiet():
-            return _convert_here(model, called, encodings, quantize)
-    return _convert_elsewhere(model, called, encodings, quantize)
+            return _convert_here(model, called, quantize, samples)
+    return _convert_elsewhere(model, called, quantize, samples)
 
 
-def _convert_here(model, called, encodings, quantize):
+def _convert_here(model, called, quantize, samples):
     if _computes_in_half(model):
         model = _in_float32(model)
     try:
-        return Conversion(_files(model, called, encodings, quantize, None), fixed_batch=False)
+        return Conversion(_content(model, called, quantize, samples, None), fixed_batch=False)
     except Exception as error:
         _raise_if_disk_full(error)
         # Recurrent layers need a fixed batch size: TFLite has no list of tensors of unknown shape.
         if all(leaf.shape[:1] != (None,) for leaf in called.inputs):
-            raise ExportError(_essence(model, error)) from error
+            raise _refusal(model.name, error) from error
     try:
-        return Conversion(_files(model, called, encodings, quantize, 1), fixed_batch=True)
+        return Conversion(_content(model, called, quantize, samples, 1), fixed_batch=True)
     except Exception as error:
         _raise_if_disk_full(error)
-        raise ExportError(_essence(model, error)) from error
+        raise _refusal(model.name, error) from error
 
 
-def _files(model, called, encodings, quantize, batch):
+def _content(model, called, quantize, samples, batch):
     import tensorflow as tf
 
     # TFLiteConverter.from_concrete_functions drops the weights of Keras 3 models (tensorflow 2.21): go by SavedModel.
@@ -114,27 +116,51 @@ def _files(model, called, encodings, quantize, batch):
         outputs = called.call(model, flat)
         return dict(zip(output_names(outputs), keras.tree.flatten(outputs), strict=True))
 
-    files = {}
     with tempfile.TemporaryDirectory(prefix="keras_sparse-") as folder:
         archive = keras.export.ExportArchive()
         archive.track(model)
         archive.add_endpoint("serve", serve, input_signature=specs)
         archive.write_out(folder, verbose=False)
-        for encoding in encodings:
-            converter = tf.lite.TFLiteConverter.from_saved_model(folder)
-            # Without this flag a model with state, such as a seed generator, needs operators that phones lack.
-            converter.experimental_enable_resource_variables = True
-            optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY] if encoding == "sparse" else []
-            if quantize == "float16":
-                optimizations.append(tf.lite.Optimize.DEFAULT)
-                converter.target_spec.supported_types = [tf.float16]
-            converter.optimizations = optimizations
-            try:
-                files[encoding] = converter.convert()
-            except Exception:
-                if not files:
-                    raise  # else: the dense encoding is there, and the caller says that the other could not be made
-    return files
+        if quantize == "int8":
+            return _calibrate_elsewhere(model, called, pathlib.Path(folder), samples)
+        return _converter(folder, quantize).convert()
+
+
+def _converter(folder, quantize):
+    import tensorflow as tf
+
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(folder))
+    # Without this flag a model with state, such as a seed generator, needs operators that phones lack.
+    converter.experimental_enable_resource_variables = True
+    converter.optimizations = [tf.lite.Optimize.DEFAULT] if quantize else []
+    if quantize == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    return converter
+
+
+def _calibrate_elsewhere(model, called, folder, samples):
+    """Convert to int8 in a process of its own: calibration may end it (that of an LSTM does, tensorflow 2.21)."""
+    arrays = {f"{i}_{j}": array for i, batch in enumerate(samples) for j, array in enumerate(batch)}
+    np.savez(folder / "samples.npz", **arrays)
+    (folder / "job.json").write_text(
+        json.dumps({"calibrate": [leaf.name for leaf in called.inputs], "name": model.name})
+    )
+    _run_elsewhere(model, folder)
+    return (folder / "model.tflite").read_bytes()
+
+
+def _calibrated(folder, names, model_name):
+    with np.load(folder / "samples.npz") as file:
+        samples = dict(file)
+    converter = _converter(folder, "int8")
+    converter.representative_dataset = lambda: (
+        {name: samples[f"{i}_{j}"] for j, name in enumerate(names)} for i in range(len(samples) // len(names))
+    )
+    try:
+        return Conversion(converter.convert(), fixed_batch=False)
+    except Exception as error:
+        _raise_if_disk_full(error)
+        raise _refusal(model_name, error) from error
 
 
 def _computes_in_half(layer):
@@ -181,7 +207,7 @@ def _float32_config(config):
     return config
 
 
-def _convert_elsewhere(model, called, encodings, quantize):
+def _convert_elsewhere(model, called, quantize, samples):
     with tempfile.TemporaryDirectory(prefix="keras_sparse-") as folder:
         folder = pathlib.Path(folder)
         with quiet():
@@ -189,32 +215,40 @@ def _convert_elsewhere(model, called, encodings, quantize):
         job = {
             "modules": _modules(folder / "model.keras"),
             "inputs": [astuple(leaf) for leaf in called.inputs],  # saving a model may change the names of its inputs
-            "encodings": list(encodings),
             "quantize": quantize,
+            "samples": len(samples or []),
         }
+        for number, batch in enumerate(samples or []):
+            np.savez(folder / f"samples_{number}.npz", *batch)
         (folder / "job.json").write_text(json.dumps(job))
-        environment = os.environ | {
-            "KERAS_BACKEND": "tensorflow",
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "CUDA_VISIBLE_DEVICES": "-1",  # the graphics card belongs to the caller
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
-        }
-        command = [sys.executable, "-m", "keras_sparse.tflite.convert", str(folder)]
-        run = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        try:
-            result = json.loads((folder / "result.json").read_text())
-        except (OSError, ValueError):
-            last = (run.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ExportError(
-                f"The conversion process of the model {model.name!r} ended without a result. Received: exit status "
-                f"{run.returncode} ({last[:300]})"
-            ) from None
-        if "disk" in result:
-            raise OSError(errno.ENOSPC, result["disk"])
-        if "error" in result:
-            raise ExportError(result["error"])
-        files = {name: (folder / f"{name}.tflite").read_bytes() for name in result["encodings"]}
-        return Conversion(files, result["fixed_batch"])
+        result = _run_elsewhere(model, folder)
+        return Conversion((folder / "model.tflite").read_bytes(), result["fixed_batch"])
+
+
+def _run_elsewhere(model, folder):
+    """Do the job in a folder in another Python process, under TensorFlow; returns its result."""
+    environment = os.environ | {
+        "KERAS_BACKEND": "tensorflow",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": "-1",  # the graphics card belongs to the caller
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
+    }
+    command = [sys.executable, "-m", "keras_sparse.tflite.convert", str(folder)]
+    run = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ExportError(
+            f"The conversion process of the model {model.name!r} ended without a result. "
+            + ("TensorFlow crashed; another `quantize` may work. " if run.returncode < 0 else "")
+            + f"Received: exit status {run.returncode} ({last[:300]})"
+        ) from None
+    if "disk" in result:
+        raise OSError(errno.ENOSPC, result["disk"])
+    if "error" in result:
+        raise ExportError(result["error"])
+    return result
 
 
 def _modules(path):
@@ -252,27 +286,40 @@ def _modules(path):
 
 
 def _main(folder):
-    """Convert `folder/model.keras` as `folder/job.json` says; leave the files and `result.json` there."""
+    """Do the job that `folder/job.json` describes; leave `model.tflite` and `result.json` there."""
     folder = pathlib.Path(folder)
     job = json.loads((folder / "job.json").read_text())
     try:
-        for module in job["modules"]:
-            importlib.import_module(module)
-        # This file was written a moment ago from the caller's own model: its Lambda layers are the caller's own code.
-        model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
-        inputs = [Input(name, tuple(shape), dtype) for name, shape, dtype in job["inputs"]]
-        called = replace(signature(model), inputs=inputs)
-        conversion = _convert_here(model, called, job["encodings"], job["quantize"])
-        for name, content in conversion.files.items():
-            (folder / f"{name}.tflite").write_bytes(content)
-        result = {"fixed_batch": conversion.fixed_batch, "encodings": list(conversion.files)}
+        if "calibrate" in job:
+            conversion = _calibrated(folder, job["calibrate"], job["name"])
+        else:
+            conversion = _convert_saved(folder, job)
+        (folder / "model.tflite").write_bytes(conversion.content)
+        result = {"fixed_batch": conversion.fixed_batch}
     except ExportError as error:
         result = {"error": str(error)}
     except OSError as error:
         result = {"disk": str(error)}
     except Exception as error:
-        result = {"error": f"The saved model cannot be loaded on the TensorFlow backend. ({first_line(error)})"}
+        result = {"error": f"The model cannot be converted ({first_line(error)})."}
     (folder / "result.json").write_text(json.dumps(result))
+
+
+def _convert_saved(folder, job):
+    for module in job["modules"]:
+        importlib.import_module(module)
+    try:
+        # This file was written a moment ago from the caller's own model: its Lambda layers are the caller's own code.
+        model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
+    except Exception as error:
+        reason = first_line(error)
+        raise ExportError(f"The saved model cannot be loaded on the TensorFlow backend. ({reason})") from error
+    samples = []
+    for number in range(job["samples"]):
+        with np.load(folder / f"samples_{number}.npz") as file:
+            samples.append(list(file.values()))
+    inputs = [Input(name, tuple(shape), dtype) for name, shape, dtype in job["inputs"]]
+    return _convert_here(model, replace(signature(model), inputs=inputs), job["quantize"], samples)
 
 
 def _raise_if_disk_full(error):
@@ -282,15 +329,17 @@ def _raise_if_disk_full(error):
         raise OSError(errno.ENOSPC, f"No space left for temporary files in {tempfile.gettempdir()!r}") from error
 
 
-def _essence(model, error):
+def _refusal(name, error):
     """What a user can act on, out of the converter's wall of text."""
+    if isinstance(error, ExportError):
+        return error
     missing = re.findall(r"^(?:TF Select|Custom) ops: *(.+)$", str(error), re.MULTILINE)
     if missing:
         operators = ", ".join(sorted({name.strip() for line in missing for name in line.split(",")}))
         reason = f"TFLite has no built-in operator for: {operators}. Replace the layer that uses it"
     else:
         reason = f"TensorFlow's converter gave up: {first_line(error)}"
-    return f"The model {model.name!r} cannot be converted to .tflite. {reason}."
+    return ExportError(f"The model {name!r} cannot be converted to .tflite. {reason}.")
 
 
 def first_line(error):

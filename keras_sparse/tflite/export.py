@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import platform
 
 import keras
 import numpy as np
@@ -11,19 +10,19 @@ from keras_sparse import selection
 from keras_sparse.layers import gated_layers
 from keras_sparse.reports import Report
 from keras_sparse.tflite.convert import ExportError, convert
+from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.flatmodel import gzip_size, read
-from keras_sparse.tflite.parity import Reference, one_by_one, random_batches, representative_batches
+from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches, representative_batches
 from keras_sparse.tflite.signatures import signature
-from keras_sparse.tflite.xnnpack import hazard, uses
+from keras_sparse.tflite.verification import TOLERANCE, Verification, sparse_runtimes
+from keras_sparse.tflite.xnnpack import uses
 
 __all__ = ["ExportError", "ExportReport", "export"]
 
-# How far an output may be from the model's, relative to that output's largest magnitude.
-# float32: two correct programs differ by the order of their sums and by the polynomials they use for exp and tanh: 1e-7
-# to 1e-6 in shallow models, below 1e-5 in the deepest of keras.applications. A wrong layout or weight costs 1e-1 and
-# more. Half precision rounds each weight or product to 2**-11 (float16) or 2**-8 (bfloat16), and layers add that up.
-_TOLERANCE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1e-1}
-_NOT_YET = ("dynamic", "int8")
+_QUANTIZE = (None, "float16", "dynamic", "int8")
+_INTEGERS = ("dynamic", "int8")
+_SAMPLES = 16  # of representative data that an int8 file is compared on, one by one
+_WEIGHTS = ("float32", "float16", "bfloat16", "int8")  # types that weights are stored in
 
 
 class ExportReport(Report):
@@ -38,7 +37,7 @@ class ExportReport(Report):
         bytes_gzip: Size of the file in a zip archive, such as an app's package.
         bytes_dense: Size of the dense encoding.
         bytes_gzip_dense: Size of the dense encoding in a zip archive.
-        bytes_sparse: Size of the sparse encoding; `None` if it was not asked for or could not be made.
+        bytes_sparse: Size of the sparse encoding; `None` if it was not asked for.
         parity: Largest absolute difference between the file's outputs and the model's.
         parity_relative: The same, relative to the largest magnitude of the output.
         zeros: List of `{"weight", "model", "file"}`: zeros of each kernel in the model and in the file; `"file"` is
@@ -70,21 +69,28 @@ class ExportReport(Report):
             setattr(self, name, totals[name])
 
 
-def export(model, path, sparse=True, quantize=None, representative_data=None):
+def export(model, path, sparse=True, quantize=None, representative_data=None, verify="auto"):
     """Write a model as a .tflite file that is proven to compute what the model computes.
 
-    The model is converted with dense and with sparse-encoded weights, and the smaller file is kept. The file is run
-    with ai-edge-litert and every output is compared with the Keras model's, on random and on representative inputs,
-    before anything is left at `path`. A sparse encoding that could compute wrong numbers on some CPU gives way to the
-    dense one, with a note.
+    The model is converted, and weights with many zeros are encoded without them: weight by weight, where the encoding
+    is smaller and known to be read right. The file is run and every output is compared with the Keras model's before
+    anything is left at `path`: with ai-edge-litert on this machine; and, if XNNPACK's sparse kernels could touch the
+    file, on those runtimes that are installed here and have these kernels on (x86 CPUs with AVX have not):
+    `"x86-no-avx"` and `"wasm"` of `ks.tflite.runtimes`. An encoding with which those kernels would compute wrong
+    numbers gives way to one that they do not touch, or to the dense one, with a note.
 
     Args:
         model: A built Keras model on any backend, or the path of a .keras file.
         path: Where to write; must end in `.tflite`. An existing file is replaced.
         sparse: Whether a sparse encoding may be used. `False`: dense encoding.
-        quantize: `None` for float32 weights, `"float16"` for weights stored in half precision.
-        representative_data: Inputs as the model will meet them, for the comparison: an array, a list, tuple or dict of
-            arrays, a dataset, a generator or a function that returns one.
+        quantize: `None` for float32 weights; `"float16"` for weights stored in half precision; `"dynamic"` for weights
+            stored in 8 bits, where they have more than 1,024 elements, and computation in floats; `"int8"` for
+            computation in integers of 8 bits, which needs `representative_data`. Inputs and outputs stay float32.
+        representative_data: Inputs as the model will meet them, for the comparison and, with `"int8"`, the calibration:
+            an array, a list, tuple or dict of arrays, a dataset, a generator or a function that returns one. The first
+            128 samples are used.
+        verify: `"auto"`, or `"strict"`: compare on all runtimes with sparse kernels that are installed, whatever is
+            known about the file, and raise if there is none.
 
     Returns:
         An `ExportReport`.
@@ -92,6 +98,7 @@ def export(model, path, sparse=True, quantize=None, representative_data=None):
     Raises:
         ExportError: If the model cannot be converted or the file's outputs differ from the model's. It is a
             `ValueError`; no file is left.
+        RuntimeMissing: If `verify="strict"` and no runtime has sparse kernels; an `OSError`.
         ValueError: If an argument is wrong.
         TypeError: If `model` is no Keras 3 model.
         OSError: If the file cannot be written.
@@ -106,17 +113,22 @@ def export(model, path, sparse=True, quantize=None, representative_data=None):
     >>> report.encoding, report.bytes_file < report.bytes_dense / 3
     ('sparse', True)
     """
-    _check_quantize(quantize)
+    _check_quantize(quantize, representative_data)
+    runtimes = sparse_runtimes(verify)
     path = _check_path(path)
     model = _model(model)
     called = signature(model)
-    batches = representative_batches(representative_data, called) if representative_data is not None else []
-    if batches and not called.typed:
-        called = called.with_dtypes([array.dtype for array in batches[0]])
-    conversion = convert(model, called, ["dense", "sparse"] if sparse else ["dense"], quantize)
-    batches = random_batches(model, called) + batches
-    reference = Reference(model, called, one_by_one(batches) if conversion.fixed_batch else batches)
-    tolerance = max(_TOLERANCE[name] for name in (_precision(model), quantize or "float32"))
+    samples = representative_batches(representative_data, called) if representative_data is not None else []
+    if samples and not called.typed:
+        called = called.with_dtypes([array.dtype for array in samples[0]])
+    step = called.inputs[0].shape[0] or 1
+    if quantize == "int8":
+        samples = _calibration(samples, called, step)
+    conversion = convert(model, called, quantize, samples)
+    # int8 clips what is beyond the calibrated range: random inputs would be.
+    batches = samples[:_SAMPLES] if quantize == "int8" else random_batches(model, called) + samples
+    reference = Reference(model, called, in_batches_of(1, batches) if conversion.fixed_batch else batches)
+    tolerance = max(TOLERANCE[name] for name in (_precision(model), quantize or "float32"))
 
     notes = []
     if conversion.fixed_batch:
@@ -129,26 +141,51 @@ def export(model, path, sparse=True, quantize=None, representative_data=None):
             "The file takes float32 inputs: a subclassed model does not record the types of its inputs. Pass integers "
             "as `representative_data` for a file that takes integers."
         )
-    encoding, parity, verified_on = _choose(conversion.files, reference, tolerance, sparse, notes)
-    if encoding is None:
+    check = Verification(conversion.content, reference, tolerance, quantize in _INTEGERS, runtimes, verify == "strict")
+    content, encoding, parity, size = _choose(conversion.content, check, sparse, notes)
+    if content is None:
         raise ExportError(
             f"The .tflite file of model {model.name!r} does not compute what the model computes, so it was not kept. "
-            "Report this model to keras_sparse if it has no random layer that is active in inference. "
-            f"Received: output {parity.worst!r} differs by {parity.absolute:.3g}, {parity.relative:.3g} of its "
+            + (
+                "Eight bits are too few for it, or the representative data do not cover what it meets: try "
+                "quantize='float16'. "
+                if quantize in _INTEGERS
+                else "Report this model to keras_sparse if it has no random layer that is active in inference. "
+            )
+            + f"Received: output {parity.worst!r} differs by {parity.absolute:.3g}, {parity.relative:.3g} of its "
             f"magnitude (allowed: {tolerance:.0e})"
         )
-    report = _report(model, path, conversion.files, encoding, parity, verified_on, notes)
-    _write(path, conversion.files[encoding])
+    if verify == "strict" and len(check.verified_on) == 1:
+        raise ExportError(
+            "verify='strict' needs a runtime on which sparse kernels are on and the file is right. Received: "
+            f"{' '.join(check.notes) or 'none that answered in time'}"
+        )
+    notes += check.notes
+    report = _report(model, path, conversion.content, content, encoding, size, parity, check.verified_on, notes)
+    _write(path, content)
     return report
 
 
-def _check_quantize(quantize):
-    if quantize in _NOT_YET:
+def _check_quantize(quantize, representative_data):
+    if quantize not in _QUANTIZE or isinstance(quantize, bool):
+        names = ", ".join(map(repr, _QUANTIZE))
+        raise ValueError(f"`quantize` must be one of {names}. Received: {quantize!r}")
+    if quantize == "int8" and representative_data is None:
         raise ValueError(
-            f"quantize={quantize!r} is not supported yet in this version. Use None or 'float16'. Received: {quantize!r}"
+            "quantize='int8' needs `representative_data`, inputs as the model will meet them, to find the range of "
+            "each activation: pass some of the training data. Received: representative_data=None"
         )
-    if quantize not in (None, "float16"):
-        raise ValueError(f"`quantize` must be None or 'float16'. Received: {quantize!r}")
+
+
+def _calibration(samples, called, step):
+    samples = in_batches_of(step, samples)
+    samples = [[a.astype(leaf.dtype) for a, leaf in zip(batch, called.inputs, strict=True)] for batch in samples]
+    if not samples:
+        raise ValueError(
+            f"`representative_data` must hold at least one batch of the model's fixed size of {step} for the input "
+            f"{called.inputs[0].name!r}. Received: fewer samples"
+        )
+    return samples
 
 
 def _check_path(path):
@@ -195,67 +232,54 @@ def _model(model):
 def _precision(layer):
     """The coarsest number format that a model computes in."""
     names = [_precision(inner) for inner in getattr(layer, "layers", ())]
-    names.append(layer.compute_dtype if layer.compute_dtype in _TOLERANCE else "float32")
-    return max(names, key=_TOLERANCE.get)
+    names.append(layer.compute_dtype if layer.compute_dtype in TOLERANCE else "float32")
+    return max(names, key=TOLERANCE.get)
 
 
-def _choose(files, reference, tolerance, sparse, notes):
-    """The smallest encoding that computes right numbers: `(encoding or None, parity, runtimes it was run on)`."""
-    here = f"ai-edge-litert on this {platform.machine()} CPU"
-    if sparse and "sparse" not in files:
-        notes.append("Stored dense: TensorFlow's converter cannot sparse-encode this model.")
-    elif sparse and len(files["sparse"]) >= len(files["dense"]):
-        notes.append("Stored dense: the sparse encoding is not smaller. It pays above about 50 % zeros in a layer.")
-    elif sparse:
-        verified_on = [here]
-        fault, parity = _fault(files, reference, tolerance, verified_on)
+def _choose(dense, check, sparse, notes):
+    """The smallest encoding that computes right numbers.
+
+    Returns:
+        `(content or None, encoding, parity, bytes of the sparse encoding or None)`.
+    """
+    size, faults = None, []
+    for engage in (True, False) if sparse else ():
+        encoded = encode(dense, engage)
+        if not engage and not encoded.moved:
+            break
+        size = len(encoded.content)
+        if size >= len(dense):
+            if not encoded.kept:
+                text = "Stored dense: the sparse encoding is not smaller. It pays above about 50 % zeros in a layer."
+                notes.append(text)
+            notes += _kept(encoded)
+            break
+        fault, parity = check.fault(encoded.content)
         if fault is None:
-            return "sparse", parity, verified_on
-        notes.append(f"Stored dense, because the sparse-encoded file would not be safe to run: {fault}.")
-    parity = reference.compare(files["dense"])
-    return ("dense" if parity.relative <= tolerance else None), parity, [here]
+            if faults:
+                notes.append(
+                    "Stored without zeros, but convolutions run dense: the file stays out of XNNPACK's sparse kernels. "
+                    f"With them, {faults[0]}."
+                )
+            notes += _kept(encoded)
+            return encoded.content, "sparse", parity, size
+        faults.append(fault)
+    if faults:
+        notes.append(f"Stored dense, because the sparse-encoded file would not be safe to run: {faults[-1]}.")
+    right, parity = check.dense()
+    return (dense if right else None), "dense", parity, size
 
 
-def _fault(files, reference, tolerance, verified_on):
-    """Why the sparse-encoded file must not be handed out, or `None`; and its parity on this machine."""
-    model = read(files["sparse"])
-    fault = hazard(model)
-    if fault is not None:
-        return fault, None
-    if not _same_weights(model, read(files["dense"])):
-        return "a decoded weight is not the dense file's", None
-    try:
-        parity = reference.compare(files["sparse"])
-    except RuntimeError as error:  # what the interpreter raises when it cannot load or run a file
-        return f"ai-edge-litert cannot run it ({str(error).strip().splitlines()[0][:200]})", None
-    if not parity.relative <= tolerance:
-        return f"output {parity.worst!r} differs from the model's by {parity.relative:.3g} of its magnitude", None
-    if any(use.sparse for use in uses(model)):
-        try:
-            emulated = reference.compare_without_avx(files["sparse"])
-        except ValueError as error:
-            return f"a CPU without AVX cannot run it ({str(error).strip().splitlines()[0][-200:]})", None
-        if emulated is not None:
-            if not emulated.relative <= tolerance:
-                return f"on a CPU without AVX, output {emulated.worst!r} differs by {emulated.relative:.3g}", None
-            verified_on.append("ai-edge-litert on an emulated x86_64 CPU without AVX")
-    return None, parity
+def _kept(encoded):
+    """Notes on weights that stay dense, by reason."""
+    reasons = {}
+    for name, reason in encoded.kept.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"Stored dense: {', '.join(names)}. {reason}." for reason, names in reasons.items()]
 
 
-def _same_weights(sparse, dense):
-    """Whether each sparse-encoded tensor decodes to a tensor of the dense file (names and order differ)."""
-
-    def key(tensor):
-        return tensor.shape, tensor.dtype, (tensor.values() + 0).tobytes()  # + 0: a sparse encoding keeps no -0.0
-
-    encoded = [t for graph in sparse.subgraphs for t in graph.tensors if t.levels is not None]
-    shapes = {t.shape for t in encoded}
-    known = {key(t) for graph in dense.subgraphs for t in graph.tensors if t.stored is not None and t.shape in shapes}
-    return all(key(tensor) in known for tensor in encoded)
-
-
-def _report(model, path, files, encoding, parity, verified_on, notes):
-    written, dense = read(files[encoding]), files["dense"]
+def _report(model, path, dense, content, encoding, bytes_sparse, parity, verified_on, notes):
+    written = read(content)
     how = {id(use.tensor): use for use in uses(written)}
     weights = _match(model, written)
     holder = {id(weight.variable): tensor for tensor, weight in weights if weight is not None}
@@ -292,7 +316,7 @@ def _report(model, path, files, encoding, parity, verified_on, notes):
         "bytes_gzip": written.bytes_gzip,
         "bytes_dense": len(dense),
         "bytes_gzip_dense": gzip_size(dense),
-        "bytes_sparse": len(files["sparse"]) if "sparse" in files else None,
+        "bytes_sparse": bytes_sparse,
         "parity": parity.absolute,
         "parity_relative": parity.relative,
         "zeros_model": sum(count["model"] for count in found),
@@ -312,7 +336,7 @@ def _match(model, written):
     pairs = []
     for graph in written.subgraphs:
         for tensor in graph.tensors:
-            if tensor.stored is None or len(tensor.shape) < 2 or not tensor.dtype.startswith(("float", "bfloat")):
+            if tensor.stored is None or len(tensor.shape) < 2 or tensor.dtype not in _WEIGHTS:
                 continue
             fits = [(w, n) for w, n in left if w.size == tensor.size]
             # Same number of zeros first; then the layer's name in the tensor's; then the model's order.

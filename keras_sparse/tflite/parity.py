@@ -1,9 +1,6 @@
 """A parity check runs a .tflite file and its Keras model on the same inputs and measures how far the outputs differ."""
 
 import itertools
-import platform
-import shutil
-import sys
 from dataclasses import dataclass
 
 import keras
@@ -11,10 +8,10 @@ import numpy as np
 
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.convert import ExportError, first_line
-from keras_sparse.tflite.runtimes import Worker
+from keras_sparse.tflite.runtimes import TIMEOUT, Worker
 from keras_sparse.tflite.signatures import output_names
 
-__all__ = ["Parity", "Reference", "no_avx_runtime", "one_by_one", "random_batches", "representative_batches"]
+__all__ = ["Parity", "Reference", "in_batches_of", "random_batches", "representative_batches"]
 
 _ANY = 32  # size of a dimension that the model leaves open, other than the batch
 _MAX_SAMPLES = 128  # of representative data: a check, not an evaluation
@@ -60,7 +57,7 @@ class Reference:
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> called = signature(model)
     >>> reference = Reference(model, called, random_batches(model, called))
-    >>> reference.compare(convert(model, called, ["dense"]).files["dense"]).absolute < 1e-5
+    >>> reference.compare(convert(model, called).content).absolute < 1e-5
     True
     """
 
@@ -82,7 +79,7 @@ class Reference:
             ) from error
 
     def compare(self, content):
-        """Run a file (bytes) with ai-edge-litert on this machine and compare it. Returns a `Parity`."""
+        """Run a file (bytes) with ai-edge-litert in this process and compare it. Returns a `Parity`."""
         from ai_edge_litert.interpreter import Interpreter
 
         with quiet():
@@ -94,24 +91,29 @@ class Reference:
                 run(**{name: value for name, value in inputs.items() if name in wanted}) for inputs in self._inputs
             )
 
-    def compare_without_avx(self, content, timeout=120):
-        """Run a file where XNNPACK's sparse kernels are on: under `qemu-x86_64`, as a CPU without AVX.
+    def compare_on(self, runtime, content, timeout=TIMEOUT):
+        """Run a file (bytes) in a process of its own and compare it.
+
+        Args:
+            runtime: One of `runtimes.RUNTIMES`. All but `"native"` run the first batch only: they are slow.
+            content: The file.
+            timeout: Seconds that loading and each run may take.
 
         Returns:
-            A `Parity`, or `None` if there is no such runtime here or it took longer than `timeout` seconds.
+            A `Parity`.
 
         Raises:
             ValueError: If the file cannot be loaded or run there.
+            TimeoutError: If it took longer than `timeout`.
+            RuntimeMissing: If the runtime is not installed; an `OSError`.
         """
-        if no_avx_runtime() is None:
-            return None
-        try:
-            with Worker(content, "x86-no-avx", timeout=timeout) as worker:
-                wanted = {leaf["name"] for leaf in worker.inputs}
-                worker.feed({name: value for name, value in self._inputs[0].items() if name in wanted})
-                return self._parity([worker.run()])
-        except TimeoutError:
-            return None
+        with Worker(content, runtime, timeout=timeout) as worker:
+            wanted = {leaf["name"] for leaf in worker.inputs}
+            results = []
+            for inputs in self._inputs if runtime == "native" else self._inputs[:1]:
+                worker.feed({name: value for name, value in inputs.items() if name in wanted})
+                results.append(worker.run())
+        return self._parity(results)
 
     def _parity(self, results):
         absolute, relative, worst = 0.0, 0.0, ""
@@ -141,18 +143,6 @@ def _difference(expected, found):
     largest = float(apart.max(initial=0.0))
     # The floor keeps an output of zeros from turning rounding noise into an infinite ratio.
     return largest, largest / max(float(finite.max(initial=0.0)), 1e-6)
-
-
-def no_avx_runtime():
-    """Path of a `qemu-x86_64` that can run this Python, or `None`.
-
-    Example:
-
-    >>> no_avx_runtime() is None or "qemu" in no_avx_runtime()
-    True
-    """
-    usable = sys.platform == "linux" and platform.machine() == "x86_64"
-    return shutil.which("qemu-x86_64") if usable else None
 
 
 def random_batches(model, signature, seed=0):
@@ -198,15 +188,16 @@ def _random(rng, shape, dtype, rows):
     return values.astype(dtype)
 
 
-def one_by_one(batches):
-    """The same samples in batches of 1.
+def in_batches_of(size, batches):
+    """The same samples in batches of another size; what is left over is dropped.
 
     Example:
 
-    >>> [batch[0].shape for batch in one_by_one([[np.ones((2, 4))], [np.ones((1, 4))]])]
+    >>> [batch[0].shape for batch in in_batches_of(1, [[np.ones((2, 4))], [np.ones((1, 4))]])]
     [(1, 4), (1, 4), (1, 4)]
     """
-    return [[array[i : i + 1] for array in batch] for batch in batches for i in range(len(batch[0]))]
+    arrays = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+    return [[array[start : start + size] for array in arrays] for start in range(0, len(arrays[0]) - size + 1, size)]
 
 
 def representative_batches(data, signature):

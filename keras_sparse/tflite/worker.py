@@ -58,9 +58,8 @@ class _Session:
         seconds = time.perf_counter() - start
         _mark()
         self._base = before
-        names = self._signature_names()
-        self._inputs = {names.get(d["index"], d["name"]): d for d in self._interpreter.get_input_details()}
-        self._outputs = {names.get(d["index"], d["name"]): d for d in self._interpreter.get_output_details()}
+        self._inputs = self._by_name("get_input_details")
+        self._outputs = self._by_name("get_output_details")
         inputs = [
             {"name": name, "dtype": np.dtype(d["dtype"]).name, "shape": [int(n) for n in d["shape"]]}
             for name, d in self._inputs.items()
@@ -73,13 +72,16 @@ class _Session:
         }
         return {"inputs": inputs, "outputs": list(self._outputs), "scales": scales, "seconds": seconds}
 
-    def _signature_names(self):
-        """Names that the first signature gives to the tensors."""
+    def _by_name(self, get):
+        """The inputs or outputs as the first signature calls them (one tensor may have several names), and the rest."""
+        details = {int(detail["index"]): detail for detail in getattr(self._interpreter, get)()}
+        found = {}
         for key in list(self._interpreter.get_signature_list())[:1]:
-            runner = self._interpreter.get_signature_runner(key)
-            details = runner.get_input_details() | runner.get_output_details()
-            return {int(detail["index"]): name for name, detail in details.items()}
-        return {}
+            for name, detail in getattr(self._interpreter.get_signature_runner(key), get)().items():
+                if int(detail["index"]) in details:
+                    found[name] = details[int(detail["index"])]
+        known = {int(detail["index"]) for detail in found.values()}
+        return found | {detail["name"]: detail for index, detail in details.items() if index not in known}
 
     def feed(self, arrays, path):
         self._set(_read(arrays, path))

@@ -7,7 +7,7 @@ operators to channel-first sparse kernels on CPUs without AVX (ARM, WebAssembly,
 
 from dataclasses import dataclass
 
-__all__ = ["Use", "hazard", "uses"]
+__all__ = ["Use", "hazard", "touched", "uses"]
 
 _SAME, _VALID = 0, 1  # schema.fbs, enum Padding
 # Element by element on 4-D tensors; the layout does not matter to them.
@@ -111,6 +111,27 @@ def hazard(model):
     return None
 
 
+def touched(model):
+    """Whether XNNPACK's sparse kernels could take a part of the file, by a wider rule than `uses` and `hazard` follow.
+
+    They look for clusters as soon as one weight is unpacked by `DENSIFY`, and each begins at a 3x3 convolution of three
+    channels with stride 2, here with any padding.
+
+    Args:
+        model: A `FlatModel`.
+
+    Example:
+
+    >>> from keras_sparse.tflite.flatmodel import FlatModel
+    >>> from keras_sparse.tflite.xnnpack import touched
+    >>> touched(FlatModel(subgraphs=[], content=b""))
+    False
+    """
+    graphs = [_Graph(subgraph) for subgraph in model.subgraphs]
+    entries = (graph.may_be_entry(operator) for graph in graphs if graph.densifies() for operator in graph.operators)
+    return any(use.sparse for use in uses(model)) or any(entries)
+
+
 @dataclass
 class _Cluster:
     """What XNNPACK would rewrite: its 1x1 convolutions, whether it does so, and why the result would be wrong."""
@@ -150,6 +171,11 @@ class _Graph:
     def is_sparse_half(self, number):
         constant = self.constant(number)
         return constant is not None and constant.levels is not None and constant.dtype == "float16"
+
+    def weights(self, number):
+        """The constant behind an input if XNNPACK takes it for one: it unpacks float32 and float16, not integers."""
+        constant = self.constant(number)
+        return constant if constant is not None and constant.dtype in ("float32", "float16") else None
 
     def cluster(self):
         """Follow the graph from the entry convolutions to the exits; see the module's docstring for the rules."""
@@ -219,17 +245,21 @@ class _Graph:
         return (*height, *width) if not any(batch + channels) else None
 
     def _kernel(self, operator):
-        weights = self.constant(operator.inputs[1])
+        weights = self.weights(operator.inputs[1])
         return weights.shape if weights is not None and len(weights.shape) == 4 else (0, 0, 0, 0)
 
     def _strides(self, operator):
         undilated = operator.options.get("DilationHFactor") == operator.options.get("DilationWFactor") == 1
         return (operator.options["StrideH"], operator.options["StrideW"]) if undilated else (0, 0)
 
-    def _is_entry(self, operator):
+    def may_be_entry(self, operator):
+        """Whether an operator is an entry, but for its padding."""
         if operator.name != "CONV_2D" or self._strides(operator) != (2, 2):
             return False
-        return self._kernel(operator)[1:] == (3, 3, 3) and self._padding(operator) == (1, 1, 1, 1)
+        return self._kernel(operator)[1:] == (3, 3, 3)
+
+    def _is_entry(self, operator):
+        return self.may_be_entry(operator) and self._padding(operator) == (1, 1, 1, 1)
 
     def _is_pointwise(self, operator):
         if operator.name != "CONV_2D" or self._kernel(operator)[1:3] != (1, 1):

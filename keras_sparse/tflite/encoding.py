@@ -1,0 +1,330 @@
+"""An encoding is a .tflite file rewritten so that zeros take no room: weight by weight, where that is safe and smaller.
+
+TensorFlow's own option, `Optimize.EXPERIMENTAL_SPARSITY`, encodes whatever has 30 % zeros, even if it becomes larger,
+and lets operators read weights that they misread. Here each weight is encoded by what its readers were seen to do
+(ai-edge-litert 2.3.0, LiteRT.js 2.5.3):
+
+* `FULLY_CONNECTED` reads float32 in blocks of 1x4, and int8 with integer inputs in blocks of 1x16, directly, by a
+  sparse kernel (tensorflow/lite/kernels/fully_connected.cc, `SupportedSparsityFormat`).
+* All others read what a `DENSIFY` operator restores when the model is loaded. Where float inputs meet int8 weights
+  (dynamic range), restored int8 does not load or is garbage: a `DEQUANTIZE` follows, and floats are multiplied.
+* float16 weights of `TRANSPOSE_CONV` become NaN under XNNPACK when restored, and `FULLY_CONNECTED` with integer inputs
+  does not load with restored weights: both stay dense.
+
+The storage is that of TFLite's converter: compressed sparse rows of single values or blocks, where rows are all axes
+but the last (schema.fbs, `SparsityParameters`).
+"""
+
+from dataclasses import dataclass, field
+
+import flatbuffers
+import numpy as np
+
+__all__ = ["Encoded", "encode"]
+
+_READERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")  # all read their kernel as input 1
+_FULLY_CONNECTED_SPARSE = 8  # the version of the operator that reads sparse weights
+_DEQUANTIZE_CHANNELS = 5  # the version of the operator that knows scales for each channel
+_WORTH = 0.85  # share of zero blocks from where on a sparse kernel is faster than XNNPACK's dense one (0.80 is not)
+_OVERHEAD = 300  # bytes of the tables that an encoded weight and its DENSIFY add
+
+
+@dataclass
+class Encoded:
+    """What `encode` made.
+
+    Attributes:
+        content: The file's bytes.
+        kept: `{name of a tensor: reason}` of weights with zeros that stay dense although an encoding were smaller.
+        moved: How many convolutions were kept out of XNNPACK's sparse kernels, see `encode`.
+
+    Example:
+
+    >>> Encoded(b"").kept
+    {}
+    """
+
+    content: bytes
+    kept: dict = field(default_factory=dict)
+    moved: int = 0
+
+
+def encode(content, engage=True):
+    """Rewrite a .tflite file with dense weights so that weights with many zeros are stored without them.
+
+    Args:
+        content: The file's bytes.
+        engage: `False` takes care that XNNPACK's sparse kernels for convolutions, which compute wrong numbers on some
+            graphs, leave the file alone: their way in is a 3x3 convolution of stride 2 and padding 1 on each side. At
+            even sizes it never reads the last row and column of the padding, so a padding without them computes the
+            same, and is no way in. (A convolution of unknown size is left as it is.)
+
+    Returns:
+        An `Encoded`. Weights whose encoding would not be smaller stay dense.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.encoding import encode
+    >>> from keras_sparse.tflite.signatures import signature
+    >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
+    >>> _ = ks.prune(model, 0.9)
+    >>> dense = convert(model, signature(model)).content
+    >>> len(encode(dense).content) < len(dense) / 3
+    True
+    """
+    file = _File(content)
+    kept = {}
+    moved = 0
+    for graph in file.model.subgraphs:
+        moved += 0 if engage else _move_entries(file, graph)
+        _encode_graph(file, graph, kept)
+    return Encoded(file.pack(), kept, moved)
+
+
+class _Builder(flatbuffers.Builder):
+    """Aligns vectors of bytes, which hold the weights, as schema.fbs asks (`force_align: 16`); Python's does not."""
+
+    def StartVector(self, elemSize, numElems, alignment):
+        return super().StartVector(elemSize, numElems, 16 if elemSize == 1 else alignment)
+
+
+class _File:
+    """A .tflite file as the objects of TFLite's schema, which can be changed."""
+
+    def __init__(self, content):
+        from ai_edge_litert import schema_py_generated as schema
+
+        self.schema = schema
+        self.model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+        self._names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
+        self._dtypes = {v: k.lower() for k, v in vars(schema.TensorType).items() if isinstance(v, int)}
+
+    def name(self, operator):
+        code = self.model.operatorCodes[operator.opcodeIndex]
+        return self._names[max(code.builtinCode, code.deprecatedBuiltinCode)]
+
+    def dtype(self, tensor):
+        return self._dtypes[tensor.type]
+
+    def data(self, tensor):
+        """The stored bytes, or `None` if the tensor is computed."""
+        data = self.model.buffers[tensor.buffer].data
+        return None if data is None or not len(data) else np.asarray(data, "uint8")
+
+    def store(self, tensor, values):
+        """Give a tensor bytes of its own: others may share its buffer."""
+        tensor.buffer = len(self.model.buffers)
+        self.model.buffers.append(self.schema.BufferT(data=np.frombuffer(values.tobytes(), "uint8")))
+
+    def code(self, name, version=1):
+        """The index of an operator's code, of this version at least."""
+        number = getattr(self.schema.BuiltinOperator, name)
+        for index, code in enumerate(self.model.operatorCodes):
+            if max(code.builtinCode, code.deprecatedBuiltinCode) == number:
+                code.version = max(code.version, version)
+                return index
+        code = self.schema.OperatorCodeT(deprecatedBuiltinCode=min(number, 127), builtinCode=number, version=version)
+        self.model.operatorCodes.append(code)
+        return len(self.model.operatorCodes) - 1
+
+    def unpack(self, graph, source, operator, version, dtype, quantization):
+        """Make an operator without options that unpacks the tensor `source`; returns it and its output's number."""
+        tensor = graph.tensors[source]
+        output = self.schema.TensorT(
+            shape=tensor.shape,
+            type=dtype,
+            buffer=0,  # the empty one
+            name=tensor.name + b"/" + operator.lower().encode(),
+            quantization=quantization,
+            hasRank=True,
+        )
+        graph.tensors.append(output)
+        number = len(graph.tensors) - 1
+        code = self.code(operator, version)
+        return self.schema.OperatorT(opcodeIndex=code, inputs=[source], outputs=[number]), number
+
+    def pack(self):
+        used = {tensor.buffer for graph in self.model.subgraphs for tensor in graph.tensors}
+        used |= {entry.buffer for entry in self.model.metadata or ()}
+        for index, buffer in enumerate(self.model.buffers):
+            if index not in used:
+                buffer.data = None  # others refer to buffers by their numbers, so it stays as an empty one
+        builder = _Builder(1024)
+        builder.Finish(self.model.Pack(builder), file_identifier=b"TFL3")
+        return bytes(builder.Output())
+
+
+def _encode_graph(file, graph, kept):
+    readers = {}
+    for operator in graph.operators:
+        for position, number in enumerate(operator.inputs):
+            readers.setdefault(int(number), []).append((operator, position))
+    unpacking = []
+    for number, tensor in enumerate(list(graph.tensors)):
+        weight = _Weight.of(file, graph, readers, number)
+        if weight is None:
+            continue
+        found = [weight.stored(block) for block in weight.blocks]
+        if weight.obstacle:  # then blocks must be read directly
+            found = [rows for rows in found if rows.zeros >= _WORTH]
+        best = min(found, key=lambda rows: rows.bytes, default=None)
+        if best is None or best.bytes + _OVERHEAD >= weight.values.nbytes:
+            if weight.obstacle and weight.stored(1).bytes + _OVERHEAD < weight.values.nbytes:
+                kept[tensor.name.decode("utf8", "replace")] = weight.obstacle
+            continue
+        file.store(tensor, best.values)
+        tensor.sparsity = best.parameters(file.schema)
+        if best.block == weight.direct and best.zeros >= _WORTH:
+            file.code("FULLY_CONNECTED", _FULLY_CONNECTED_SPARSE)
+            continue
+        operator, output = file.unpack(graph, number, "DENSIFY", 1, tensor.type, tensor.quantization)
+        unpacking.append(operator)
+        if weight.hybrid:
+            float32 = file.schema.TensorType.FLOAT32
+            operator, output = file.unpack(graph, output, "DEQUANTIZE", _DEQUANTIZE_CHANNELS, float32, None)
+            unpacking.append(operator)
+        for reader, position in readers[number]:
+            inputs = list(reader.inputs)
+            inputs[position] = output
+            reader.inputs = inputs
+    graph.operators = unpacking + graph.operators
+
+
+@dataclass
+class _Weight:
+    """A weight that may be encoded: its values, and what its readers can do."""
+
+    values: np.ndarray
+    blocks: list  # sizes of blocks that may be tried
+    direct: int | None = None  # the size of block that its readers multiply without unpacking
+    hybrid: bool = False  # int8 weights for float inputs
+    obstacle: str = ""  # why it cannot be encoded in some way that may be smaller
+
+    @classmethod
+    def of(cls, file, graph, readers, number):
+        """The weight in a tensor, or `None` if it is none that could be encoded."""
+        tensor, own = graph.tensors[number], readers.get(number, [])
+        dtype = {"float32": "<f4", "float16": "<f2", "int8": "i1"}.get(file.dtype(tensor))
+        if dtype is None or not own or tensor.sparsity is not None or number in {*graph.inputs, *graph.outputs}:
+            return None
+        data, shape = file.data(tensor), tuple(int(n) for n in tensor.shape)
+        quantization = tensor.quantization
+        points = () if quantization is None or quantization.zeroPoint is None else quantization.zeroPoint
+        if data is None or len(shape) not in (2, 4) or any(points):
+            return None
+        final = []
+        for operator, position in own:
+            through = file.name(operator) == "DEQUANTIZE"
+            final += readers.get(int(operator.outputs[0]), []) if through else [(operator, position)]
+        names = {file.name(operator) for operator, _ in final}
+        if not names or not names <= set(_READERS) or any(position != 1 for _, position in final):
+            return None
+        values = np.frombuffer(data.tobytes(), dtype).reshape(shape)
+        weight, fully = cls(values, [1]), names == {"FULLY_CONNECTED"}
+        if dtype == "i1":
+            inputs = {int(o.inputs[2 if file.name(o) == "TRANSPOSE_CONV" else 0]) for o, _ in final}
+            weight.hybrid = all(file.dtype(graph.tensors[n]) == "float32" for n in inputs)
+        if dtype == "<f4" and fully:
+            weight.direct = 4
+        elif dtype == "i1" and not weight.hybrid and "FULLY_CONNECTED" in names:
+            weight.blocks, weight.obstacle = [], "FULLY_CONNECTED in integers does not load with restored weights"
+            weight.direct = 16 if fully else None
+        elif dtype == "<f2" and "TRANSPOSE_CONV" in names:
+            weight.blocks, weight.obstacle = [], "TRANSPOSE_CONV computes NaN from restored float16 weights"
+        blocks = {weight.direct, 4} if fully and not weight.obstacle else {weight.direct}
+        weight.blocks += sorted(n for n in blocks - {None} if shape[-1] % n == 0)
+        return weight
+
+    def stored(self, block):
+        return _Rows.of(self.values, block)
+
+
+@dataclass
+class _Rows:
+    """Compressed sparse rows: values of the blocks that are not zero, and for each row where these stand."""
+
+    shape: tuple
+    block: int
+    values: np.ndarray
+    segments: np.ndarray
+    indices: np.ndarray
+    zeros: float  # share of blocks that are zero
+
+    @classmethod
+    def of(cls, values, block):
+        blocks = values.reshape(-1, values.shape[-1] // block, block)
+        living = (blocks != 0).any(axis=2)
+        segments = np.concatenate([[0], np.cumsum(living.sum(axis=1))])
+        indices = np.nonzero(living)[1]
+        return cls(values.shape, block, blocks[living], _narrow(segments), _narrow(indices), 1 - living.mean())
+
+    @property
+    def bytes(self):
+        return self.values.nbytes + self.segments.nbytes + self.indices.nbytes
+
+    def parameters(self, schema):
+        def vector(numbers):
+            name = {"uint8": "Uint8Vector", "uint16": "Uint16Vector", "int32": "Int32Vector"}[numbers.dtype.name]
+            return getattr(schema.SparseIndexVector, name), getattr(schema, f"{name}T")(numbers)
+
+        kinds = schema.DimensionType
+        dims = [schema.DimensionMetadataT(kinds.DENSE, n) for n in self.shape[:-1]]
+        dims.append(schema.DimensionMetadataT(kinds.SPARSE_CSR, 0, *vector(self.segments), *vector(self.indices)))
+        blocked = []
+        if self.block > 1:
+            dims.append(schema.DimensionMetadataT(kinds.DENSE, self.block))
+            blocked = [len(self.shape) - 1]
+        return schema.SparsityParametersT(list(range(len(dims))), blocked, dims)
+
+
+def _narrow(numbers):
+    largest = numbers.max(initial=0)
+    return numbers.astype("uint8" if largest < 256 else "uint16" if largest < 65536 else "int32")
+
+
+def _move_entries(file, graph):
+    """Take the last row and column from the padding of convolutions that XNNPACK's sparse kernels may begin at."""
+    moved = 0
+    sources = {int(n): operator for operator in graph.operators for n in operator.outputs}
+    for operator in graph.operators:
+        pad = sources.get(int(operator.inputs[0])) if file.name(operator) == "CONV_2D" else None
+        if pad is None or file.name(pad) != "PAD" or not _is_entry(file, graph, operator):
+            continue
+        inner, outer = graph.tensors[int(pad.inputs[0])], graph.tensors[int(pad.outputs[0])]
+        amounts = graph.tensors[int(pad.inputs[1])]
+        if sum(int(pad.outputs[0]) in [int(n) for n in o.inputs] for o in graph.operators) > 1:
+            continue
+        data = file.data(amounts)
+        if data is None:
+            continue
+        values = np.frombuffer(data.tobytes(), "<i4" if file.dtype(amounts) == "int32" else "<i8").reshape(4, 2).copy()
+        signature = inner.shape if inner.shapeSignature is None else inner.shapeSignature
+        even = [axis for axis in (1, 2) if signature[axis] > 0 and signature[axis] % 2 == 0]
+        if values.tolist() != [[0, 0], [1, 1], [1, 1], [0, 0]] or not even:
+            continue
+        values[even, 1] = 0
+        graph.tensors.append(
+            file.schema.TensorT(shape=amounts.shape, type=amounts.type, name=amounts.name + b"/moved", hasRank=True)
+        )
+        file.store(graph.tensors[-1], values)
+        pad.inputs = [pad.inputs[0], len(graph.tensors) - 1]
+        for field_name in ("shape", "shapeSignature"):
+            sizes = getattr(outer, field_name)
+            if sizes is not None:
+                sizes = np.array(sizes, "int32")
+                sizes[even] -= 1
+                setattr(outer, field_name, sizes)
+        moved += 1
+    return moved
+
+
+def _is_entry(file, graph, operator):
+    options, kernel = operator.builtinOptions, graph.tensors[int(operator.inputs[1])].shape
+    return (
+        list(kernel[1:]) == [3, 3, 3]
+        and (options.strideH, options.strideW) == (2, 2)
+        and (options.dilationHFactor, options.dilationWFactor) == (1, 1)
+        and options.padding == file.schema.Padding.VALID
+    )

@@ -1,0 +1,139 @@
+"""Encoding: what is read back is what was there, and nothing becomes larger."""
+
+import itertools
+import tempfile
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from tflite_models import MODELS, cnn, conv3d, image_model, mlp, sparsify, stem
+
+from keras_sparse.quiet import quiet
+from keras_sparse.tflite.convert import convert
+from keras_sparse.tflite.encoding import encode
+from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.parity import Reference, random_batches
+from keras_sparse.tflite.signatures import signature
+
+pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")
+
+
+def dense(model, quantize=None):
+    return convert(model, signature(model), quantize).content
+
+
+def stored(content):
+    """All weights of a file as bytes of their decoded values, without -0.0, sorted."""
+    tensors = [t for graph in read(content).subgraphs for t in graph.tensors]
+    return sorted((t.shape, t.dtype, (t.values() + 0).tobytes()) for t in tensors if t.stored is not None)
+
+
+@pytest.mark.parametrize("quantize", [None, "float16", "dynamic"])
+@pytest.mark.parametrize("kind", [*MODELS, "conv3d"])
+def test_values_are_kept(kind, quantize):
+    keras.utils.set_random_seed(0)
+    content = dense(sparsify(conv3d() if kind == "conv3d" else MODELS[kind](), 0.9), quantize)
+    encoded = encode(content)
+    assert stored(encoded.content) == stored(content)
+    # What is encoded already is left as it is.
+    assert stored(encode(encoded.content).content) == stored(content)
+
+
+def kernels(content):
+    return [t for graph in read(content).subgraphs for t in graph.tensors if t.stored is not None and len(t.shape) > 1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_kernels(seed):
+    rng = np.random.default_rng(seed)
+    inputs, units = (int(n) for n in rng.integers(1, 700, 2))
+    model = keras.Sequential([keras.Input((inputs,)), layers.Dense(units, use_bias=False)])
+    sparsity = rng.choice([0.0, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0])
+    kernel = rng.normal(size=(inputs, units)).astype("float32") * (rng.random((inputs, units)) >= sparsity)
+    kernel[rng.random((inputs, units)) < 0.01] = -0.0
+    kernel[rng.random((inputs, units)) < 0.001] = np.nan
+    model.layers[0].kernel.assign(kernel)
+    content = dense(model)
+    encoded = encode(content).content
+    assert stored(encoded) == stored(content)
+    (before,), (after,) = kernels(content), kernels(encoded)
+    assert after.bytes <= before.bytes and len(encoded) <= len(content) + 200
+    # An index takes one byte for up to 256 inputs, two above.
+    values = np.count_nonzero(kernel)
+    smaller = values * (5 if inputs <= 256 else 6) + 4 * units + 300 < 4 * kernel.size
+    assert after.encoding != "dense" or not smaller
+
+
+@pytest.mark.parametrize("build", [cnn, mlp])
+@pytest.mark.parametrize("sparsity", [0.4, 0.6, 0.9])
+def test_smaller_than_tensorflows_own(build, sparsity):
+    import tensorflow as tf
+
+    model = sparsify(build(), sparsity)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        model.export(folder, verbose=False)
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+        converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
+        own = converter.convert()
+    # Tables, names and alignment may differ by some bytes.
+    assert len(encode(dense(model)).content) <= len(own) + 1024
+
+
+def test_buffers_are_aligned():
+    content = encode(dense(sparsify(mlp(), 0.9))).content
+    data = np.frombuffer(content, "uint8")
+    starts = [t.stored.ctypes.data - data.ctypes.data for t in kernels(content)]
+    assert len(starts) == 2 and all(start % 16 == 0 for start in starts)
+
+
+def test_what_is_shared_stays_shared():
+    """One layer used twice, and a kernel that is an output as well."""
+    inputs = keras.Input((64,))
+    shared = layers.Dense(64)
+    model = sparsify(keras.Model(inputs, shared(layers.ReLU()(shared(inputs)))), 0.9)
+    content = dense(model)
+    encoded = encode(content).content
+    assert len(encoded) < len(content) / 3
+    called = signature(model)
+    assert Reference(model, called, random_batches(model, called)).compare(encoded).relative < 1e-5
+
+
+@pytest.mark.parametrize(("height", "width", "moved"), [(32, 32, 1), (32, 33, 1), (33, 33, 0), (None, None, 0)])
+def test_the_way_in_is_closed_without_a_change(height, width, moved):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((height, width, 3))
+    x = layers.Conv2D(64, 1, activation="relu")(stem(inputs))
+    model = sparsify(keras.Model(inputs, layers.Dense(5)(layers.GlobalAveragePooling2D()(x))), 0.9)
+    content = dense(model)
+    closed = encode(content, engage=False)
+    # At odd sizes the converter has folded the padding into "same", which is no way in.
+    assert closed.moved == moved and encode(content).moved == 0
+    called = signature(model)
+    reference = Reference(model, called, random_batches(model, called))
+    assert abs(reference.compare(closed.content).relative) < 1e-6
+    paddings = [
+        tuple(graph.tensors[o.inputs[1]].values().ravel()[2:6])
+        for graph in read(closed.content).subgraphs
+        for o in graph.operators
+        if o.name == "PAD"
+    ]
+    expected = {(32, 32): [(1, 0, 1, 0)], (32, 33): [(1, 0, 1, 1)], (33, 33): [], (None, None): [(1, 1, 1, 1)]}
+    assert paddings == expected[height, width]
+
+
+def test_padding_that_others_read_is_left_alone():
+    inputs = keras.Input((32, 32, 3))
+    padded = layers.ZeroPadding2D(1)(inputs)
+    x = layers.Conv2D(8, 3, 2)(padded)
+    y = layers.MaxPooling2D(3, 2)(padded)
+    model = sparsify(keras.Model(inputs, layers.Concatenate()([layers.Conv2D(64, 1)(x), y])), 0.9)
+    assert encode(dense(model), engage=False).moved == 0
+
+
+def test_reasons_are_told():
+    model = image_model(lambda x: layers.Conv2DTranspose(64, 3, 2)(layers.Conv2D(32, 3)(x)))
+    sparsify(model, 0.9)
+    kept = encode(dense(model, "float16")).kept
+    assert len(kept) == 1 and "TRANSPOSE_CONV" in next(itertools.chain(kept.values()))
+    assert encode(dense(model)).kept == {}

@@ -1,0 +1,100 @@
+"""Verification: where files are compared, and what is said when that is not possible."""
+
+import keras
+import numpy as np
+import pytest
+from test_tflite_xnnpack import BROKEN, WHOLE
+from tflite_models import image_model, mlp, sparsify
+
+import keras_sparse as ks
+from keras_sparse.tflite import verification
+from keras_sparse.tflite.convert import convert
+from keras_sparse.tflite.encoding import encode
+from keras_sparse.tflite.parity import Reference, random_batches
+from keras_sparse.tflite.runtimes import RUNTIMES, available
+from keras_sparse.tflite.signatures import signature
+
+pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")
+NONE = dict.fromkeys(RUNTIMES, "Install it.") | {"native": None}
+
+
+@pytest.fixture(params=["x86-no-avx", "wasm"])
+def runtime(request):
+    if available()[request.param] is not None:
+        pytest.skip(available()[request.param])
+    return request.param
+
+
+def reference_of(model):
+    called = signature(model)
+    return convert(model, called).content, Reference(model, called, random_batches(model, called))
+
+
+def test_strict_needs_a_runtime(tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "available", lambda: NONE)
+    assert verification.sparse_runtimes() == []
+    with pytest.raises(ks.tflite.runtimes.RuntimeMissing, match="one is enough. Install it."):
+        ks.tflite.export(mlp(), tmp_path / "m.tflite", verify="strict")
+    with pytest.raises(ValueError, match="'auto' or 'strict'"):
+        ks.tflite.export(mlp(), tmp_path / "m.tflite", verify=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_strict_verification(sparse, runtime, tmp_path, monkeypatch):
+    monkeypatch.setattr(verification, "available", lambda: NONE | {runtime: None})
+    report = ks.tflite.export(sparsify(mlp(), 0.9), tmp_path / "m.tflite", sparse, verify="strict")
+    assert len(report.verified_on) == 2
+
+
+def test_the_rules_are_not_needed(runtime, monkeypatch):
+    """A fault that no rule knows shows itself on a runtime with sparse kernels."""
+    monkeypatch.setattr(verification, "hazard", lambda model: None)
+    for name in ("MAX_POOL_2D", "keepdims=True"):
+        dense, reference = reference_of(image_model(BROKEN[name]))
+        check = verification.Verification(dense, reference, 1e-4, runtimes=[runtime])
+        fault, _ = check.fault(encode(dense).content)
+        assert verification.SPARSE_RUNTIMES[runtime] in fault, name
+        assert check.fault(encode(dense, engage=False).content)[0] is None
+
+
+def test_other_weights_are_a_fault():
+    dense, reference = reference_of(sparsify(mlp(), 0.9))
+    other = convert(*(lambda m: (m, signature(m)))(sparsify(mlp(), 0.9))).content
+    assert verification.Verification(dense, reference, 1e-4).fault(encode(other).content) == (
+        "a decoded weight is not the dense file's",
+        None,
+    )
+
+
+def test_a_wrong_file_is_a_fault():
+    """The weights are right, and the reference is another model's."""
+    first = sparsify(mlp(), 0.9)
+    dense, _ = reference_of(first)
+    for weight in first.weights:
+        weight.assign(np.ones(weight.shape))
+    _, reference = reference_of(first)
+    check = verification.Verification(dense, reference, 1e-4)
+    assert "differs from the model's" in check.fault(encode(dense).content)[0]
+    assert check.dense()[0] is False
+
+
+def test_runtimes_are_asked_about_what_sparse_kernels_could_touch(runtime):
+    for body, asked in ((WHOLE["mobilenet"], True), (lambda x: keras.layers.Conv2D(64, 3)(x), False)):
+        dense, reference = reference_of(sparsify(image_model(body), 0.9))
+        check = verification.Verification(dense, reference, 1e-4, runtimes=[runtime])
+        assert check.fault(encode(dense).content)[0] is None and (len(check.verified_on) == 2) == asked
+
+
+def test_a_runtime_that_cannot_run_the_dense_file_either(runtime, monkeypatch):
+    dense, reference = reference_of(image_model(WHOLE["mobilenet"]))
+
+    def compare_on(name, content):
+        raise ValueError("no such operator")
+
+    monkeypatch.setattr(reference, "compare_on", compare_on)
+    check = verification.Verification(dense, reference, 1e-4, runtimes=[runtime])
+    assert check.fault(encode(dense).content)[0] is None
+    assert (
+        len(check.verified_on) == 1 and "from the dense file as well, the file cannot be run (no such" in check.notes[0]
+    )
