@@ -8,8 +8,8 @@ and lets operators read weights that they misread. Here each weight is encoded b
   sparse kernel (tensorflow/lite/kernels/fully_connected.cc, `SupportedSparsityFormat`).
 * All others read what a `DENSIFY` operator restores when the model is loaded. Where float inputs meet int8 weights
   (dynamic range), restored int8 does not load or is garbage: a `DEQUANTIZE` follows, and floats are multiplied.
-* float16 weights of `TRANSPOSE_CONV` become NaN under XNNPACK when restored, and `FULLY_CONNECTED` with integer inputs
-  does not load with restored weights: both stay dense.
+* `FULLY_CONNECTED` with integer inputs does not load with restored weights: it becomes a 1x1 convolution, which does.
+* float16 weights of `TRANSPOSE_CONV` become NaN under XNNPACK when restored: they stay dense.
 
 The storage is that of TFLite's converter: compressed sparse rows of single values or blocks, where rows are all axes
 but the last (schema.fbs, `SparsityParameters`).
@@ -24,6 +24,7 @@ __all__ = ["Encoded", "encode"]
 
 _READERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")  # all read their kernel as input 1
 _FULLY_CONNECTED_SPARSE = 8  # the version of the operator that reads sparse weights
+_CONVOLVE_CHANNELS = 3  # the version of the operator that knows scales for each channel
 _DEQUANTIZE_CHANNELS = 5  # the version of the operator that knows scales for each channel
 _WORTH = 0.85  # share of zero blocks from where on a sparse kernel is faster than XNNPACK's dense one (0.80 is not)
 _OVERHEAD = 300  # bytes of the tables that an encoded weight and its DENSIFY add
@@ -145,6 +146,40 @@ class _File:
         code = self.code(operator, version)
         return self.schema.OperatorT(opcodeIndex=code, inputs=[source], outputs=[number]), number
 
+    def like(self, graph, tensor, shape, suffix):
+        """Add a computed tensor of the type of another, in another shape; -1 is its batch size."""
+        batch = int(np.prod(tensor.shape)) // int(np.prod(shape[1:]))
+        signature = None if tensor.shapeSignature is None else np.array(shape, "int32")
+        new = self.schema.TensorT(
+            shape=np.array([batch, *shape[1:]], "int32"),
+            shapeSignature=signature,
+            type=tensor.type,
+            buffer=0,
+            name=tensor.name + suffix,
+            quantization=tensor.quantization,
+            hasRank=True,
+        )
+        graph.tensors.append(new)
+        return len(graph.tensors) - 1
+
+    def reshape(self, graph, source, shape, output=None):
+        """Make a RESHAPE of a tensor; returns it and the number of its output, a new tensor if none is given."""
+        values = np.array(shape, "int32")
+        constant = self.schema.TensorT(shape=np.array([len(shape)], "int32"), type=self.schema.TensorType.INT32)
+        constant.name, constant.hasRank = graph.tensors[source].name + b"/shape", True
+        self.store(constant, values)
+        graph.tensors.append(constant)
+        number = len(graph.tensors) - 1
+        output = self.like(graph, graph.tensors[source], shape, b"/reshaped") if output is None else output
+        operator = self.schema.OperatorT(
+            opcodeIndex=self.code("RESHAPE"),
+            inputs=[source, number],
+            outputs=[output],
+            builtinOptionsType=self.schema.BuiltinOptions.ReshapeOptions,
+            builtinOptions=self.schema.ReshapeOptionsT(newShape=values),
+        )
+        return operator, output
+
     def pack(self):
         used = {tensor.buffer for graph in self.model.subgraphs for tensor in graph.tensors}
         used |= {entry.buffer for entry in self.model.metadata or ()}
@@ -169,11 +204,15 @@ def _encode_graph(file, graph, kept):
         found = [weight.stored(block) for block in weight.blocks]
         if weight.obstacle:  # then blocks must be read directly
             found = [rows for rows in found if rows.zeros >= _WORTH]
+            if weight.flat and not found:
+                found = [weight.stored(1)]
         best = min(found, key=lambda rows: rows.bytes, default=None)
         if best is None or best.bytes + _OVERHEAD >= weight.values.nbytes:
             if weight.obstacle and weight.stored(1).bytes + _OVERHEAD < weight.values.nbytes:
                 kept[tensor.name.decode("utf8", "replace")] = weight.obstacle
             continue
+        if weight.flat and best.block == 1:
+            best.shape = _as_convolutions(file, graph, tensor, readers[number])
         file.store(tensor, best.values)
         tensor.sparsity = best.parameters(file.schema)
         if best.block == weight.direct and best.zeros >= _WORTH:
@@ -192,6 +231,48 @@ def _encode_graph(file, graph, kept):
     graph.operators = unpacking + graph.operators
 
 
+def _as_convolutions(file, graph, tensor, readers):
+    """Turn the fully connected operators that read a weight into 1x1 convolutions; returns its new shape."""
+    schema = file.schema
+    units, size = (int(n) for n in tensor.shape)
+    tensor.shape = np.array([units, 1, 1, size], "int32")
+    for operator, _ in readers:
+        source, target = int(operator.inputs[0]), int(operator.outputs[0])
+        options = schema.Conv2DOptionsT(
+            padding=schema.Padding.VALID,
+            strideW=1,
+            strideH=1,
+            fusedActivationFunction=operator.builtinOptions.fusedActivationFunction,
+            dilationWFactor=1,
+            dilationHFactor=1,
+        )
+        before, image = file.reshape(graph, source, [-1, 1, 1, size])
+        after, _ = file.reshape(graph, target, [-1, units], target)
+        result = file.like(graph, graph.tensors[target], [-1, 1, 1, units], b"/image")
+        after.inputs = [result, after.inputs[1]]
+        position = graph.operators.index(operator)
+        operator.opcodeIndex = file.code("CONV_2D", _CONVOLVE_CHANNELS)
+        bias = list(operator.inputs)[2:]
+        if not bias or bias[0] < 0:  # may be left out there, but not here
+            bias = [_no_bias(file, graph, graph.tensors[source], tensor, units)]
+        operator.inputs, operator.outputs = [image, operator.inputs[1], *bias], [result]
+        operator.builtinOptionsType, operator.builtinOptions = schema.BuiltinOptions.Conv2DOptions, options
+        graph.operators[position : position + 1] = [before, operator, after]
+    return tuple(int(n) for n in tensor.shape)
+
+
+def _no_bias(file, graph, source, kernel, units):
+    """Add a bias of zeros, in the scale of the products; returns its number."""
+    schema = file.schema
+    scale = np.float32(source.quantization.scale[0]) * np.array(kernel.quantization.scale, "float32")
+    quantization = schema.QuantizationParametersT(scale=scale, zeroPoint=np.zeros(len(scale), "int64"))
+    bias = schema.TensorT(shape=np.array([units], "int32"), type=schema.TensorType.INT32, quantization=quantization)
+    bias.name, bias.hasRank = kernel.name + b"/bias", True
+    file.store(bias, np.zeros(units, "int32"))
+    graph.tensors.append(bias)
+    return len(graph.tensors) - 1
+
+
 @dataclass
 class _Weight:
     """A weight that may be encoded: its values, and what its readers can do."""
@@ -200,6 +281,7 @@ class _Weight:
     blocks: list  # sizes of blocks that may be tried
     direct: int | None = None  # the size of block that its readers multiply without unpacking
     hybrid: bool = False  # int8 weights for float inputs
+    flat: bool = False  # of layers that can become 1x1 convolutions
     obstacle: str = ""  # why it cannot be encoded in some way that may be smaller
 
     @classmethod
@@ -229,8 +311,10 @@ class _Weight:
         if dtype == "<f4" and fully:
             weight.direct = 4
         elif dtype == "i1" and not weight.hybrid and "FULLY_CONNECTED" in names:
-            weight.blocks, weight.obstacle = [], "FULLY_CONNECTED in integers does not load with restored weights"
+            weight.blocks, weight.obstacle = [], "FULLY_CONNECTED in integers cannot restore its weights"
             weight.direct = 16 if fully else None
+            outputs = [graph.tensors[int(operator.outputs[0])] for operator, _ in own]
+            weight.flat = fully and all(len(output.shape) == 2 for output in outputs)
         elif dtype == "<f2" and "TRANSPOSE_CONV" in names:
             weight.blocks, weight.obstacle = [], "TRANSPOSE_CONV computes NaN from restored float16 weights"
         blocks = {weight.direct, 4} if fully and not weight.obstacle else {weight.direct}
