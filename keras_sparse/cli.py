@@ -123,6 +123,12 @@ def _parser():
     sub.add_argument("--html", metavar="FILE", help="write the table as an HTML page, too")
     sub.add_argument("--plot", metavar="FILE", help="draw the sparsity of each weight (.png, .svg, .pdf)")
 
+    sub = add(_check, "model.keras --target xnnpack", loads="model")
+    sub.add_argument("--target", default="xnnpack", help="see `keras-sparse targets` (default: xnnpack)")
+    sub.add_argument("--sparsity", type=float, default=0.9, help="to look at (default: 0.9)")
+
+    add(_targets, "")
+
     sub = add(_adapt, "model.keras -o adapted.keras", loads="model")
     sub.add_argument("-o", "--output", metavar="OUT.keras", required=True, help="file to write; may be the input")
     sub.add_argument("--target", default="xnnpack", help="the runtime that it should run sparse on (default: xnnpack)")
@@ -216,6 +222,16 @@ def _prune(options, stderr):
 def _report(options, stderr):
     """Tell what is sparse in a saved model, what is not, and why."""
     return _drawn(reports.report(comparison.load(options.model)), options)
+
+
+def _check(options, stderr):
+    """Say what a saved model would gain on a target if it were pruned, and what stands in its way."""
+    return tflite.check(comparison.load(options.model), options.target, options.sparsity)
+
+
+def _targets(options, stderr):
+    """List the runtimes: what each multiplies sparse, from which sparsity, and where that is known from."""
+    return tflite.targets()
 
 
 def _adapt(options, stderr):

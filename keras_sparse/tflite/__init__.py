@@ -4,17 +4,22 @@ from keras_sparse.tflite import runtimes
 from keras_sparse.tflite.adapt import adapt
 from keras_sparse.tflite.arm64 import setup_arm64
 from keras_sparse.tflite.benchmark import BenchmarkReport, benchmark
+from keras_sparse.tflite.check import CheckReport, check
 from keras_sparse.tflite.export import ExportError, ExportReport, export
 from keras_sparse.tflite.inspect import inspect
+from keras_sparse.tflite.targets import targets
 
 __all__ = [
     "BenchmarkReport",
+    "CheckReport",
     "ExportError",
     "ExportReport",
     "adapt",
     "benchmark",
+    "check",
     "export",
     "inspect",
     "runtimes",
     "setup_arm64",
+    "targets",
 ]

@@ -17,10 +17,10 @@ from keras import layers
 
 from keras_sparse import graph, selection
 from keras_sparse.reports import Report
+from keras_sparse.tflite.targets import TARGETS, get
 
 __all__ = ["adapt"]
 
-_TARGETS = ("xnnpack", "xnnpack-arm64", "xnnpack-wasm")
 # What treats all places of an image alike: these may be upside down. Operations of `keras.ops` included.
 _POINTWISE = {
     "Activation", "ReLU", "LeakyReLU", "ELU", "BatchNormalization", "Dropout", "GaussianNoise", "GaussianDropout",
@@ -51,7 +51,7 @@ def adapt(model, target="xnnpack", verbose=1, return_report=False):
 
     Args:
         model: A built functional or Sequential model with images of known, even size, channels last.
-        target: `"xnnpack"`; its ARM64 and WebAssembly builds want the same.
+        target: `"xnnpack"` or `"xnnpack-wasm"`, which want the same.
         verbose: `1` prints what was changed, `0` does not.
         return_report: Whether to return `(model, report)`.
 
@@ -72,8 +72,8 @@ def adapt(model, target="xnnpack", verbose=1, return_report=False):
     >>> report.totals["exact"], report.totals["difference"] < 1e-4
     (True, True)
     """
-    if target not in _TARGETS:
-        names = ", ".join(map(repr, _TARGETS))
+    if not get(target).rules:
+        names = ", ".join(repr(one.name) for one in TARGETS if one.rules)
         raise ValueError(f"`target` must be one with rules for the graph: {names}. Received: target={target!r}")
     selection.check_model(model)
     _check(model)

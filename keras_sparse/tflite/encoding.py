@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import flatbuffers
 import numpy as np
 
-__all__ = ["Encoded", "encode"]
+__all__ = ["Encoded", "File", "encode"]
 
 _READERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")  # all read their kernel as input 1
 _FULLY_CONNECTED_SPARSE = 8  # the version of the operator that reads sparse weights
@@ -75,7 +75,7 @@ def encode(content, engage=True):
     >>> len(encode(dense).content) < len(dense) / 3
     True
     """
-    file = _File(content)
+    file = File(content)
     kept = {}
     moved = 0
     for graph in file.model.subgraphs:
@@ -91,8 +91,23 @@ class _Builder(flatbuffers.Builder):
         return super().StartVector(elemSize, numElems, 16 if elemSize == 1 else alignment)
 
 
-class _File:
-    """A .tflite file as the objects of TFLite's schema, which can be changed."""
+class File:
+    """A .tflite file as the objects of TFLite's schema, which can be changed.
+
+    Attributes:
+        model: `ModelT` of the schema that ai-edge-litert ships.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.encoding import File
+    >>> from keras_sparse.tflite.signatures import signature
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    >>> file = File(convert(model, signature(model)).content)
+    >>> [file.name(operator) for operator in file.model.subgraphs[0].operators]
+    ['FULLY_CONNECTED']
+    """
 
     def __init__(self, content):
         from ai_edge_litert import schema_py_generated as schema

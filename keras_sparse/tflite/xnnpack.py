@@ -7,7 +7,7 @@ operators to channel-first sparse kernels on CPUs without AVX (ARM, WebAssembly,
 
 from dataclasses import dataclass
 
-__all__ = ["Use", "hazard", "touched", "uses"]
+__all__ = ["Use", "hazard", "touched", "uses", "violations"]
 
 _SAME, _VALID = 0, 1  # schema.fbs, enum Padding
 # Element by element on 4-D tensors; the layout does not matter to them.
@@ -15,6 +15,8 @@ _UNARY = {"RELU", "RELU6", "HARD_SWISH", "LOGISTIC", "ELU", "LEAKY_RELU", "GELU"
 _BINARY = {"ADD", "MUL"}
 _REDUCTIONS = {"MEAN", "SUM", "DEPTH_TO_SPACE"}  # where XNNPACK may return to channels-last
 _UNPACK = {"DENSIFY", "DEQUANTIZE"}
+_ADAPT = "ks.tflite.adapt: it brings the model into the form that is needed"
+_POOL = "end in GlobalAveragePooling2D()"
 _THRESHOLD = (2, 3)  # the rewrite needs more than 2/3 zeros, summed over the cluster's 1x1 convolutions
 
 
@@ -132,6 +134,22 @@ def touched(model):
     return any(use.sparse for use in uses(model)) or any(entries)
 
 
+def violations(model):
+    """List what keeps the 1x1 convolutions of a `FlatModel` from running sparse under XNNPACK, but for their zeros.
+
+    Returns:
+        List of `(operator, name of the tensor that it computes, what is wrong, how to mend it)`.
+
+    Example:
+
+    >>> from keras_sparse.tflite.flatmodel import FlatModel
+    >>> from keras_sparse.tflite.xnnpack import violations
+    >>> violations(FlatModel(subgraphs=[], content=b""))
+    []
+    """
+    return [violation for subgraph in model.subgraphs[:1] for violation in _Graph(subgraph).violations()]
+
+
 @dataclass
 class _Cluster:
     """What XNNPACK would rewrite: its 1x1 convolutions, whether it does so, and why the result would be wrong."""
@@ -212,6 +230,55 @@ class _Graph:
                     return _Cluster(broken=f"{self._label(operator)} joins a branch from outside the sparse part")
         own = [operator for operator in pointwise if operator in inside]
         return _Cluster(pointwise=own, engages=self._mostly_zero(own))
+
+    def violations(self):
+        entries = [operator for operator in self.operators if self.may_be_entry(operator)]
+        if not any(self._is_pointwise(operator) for operator in self.operators):
+            return []
+        if not entries:
+            text = "the network does not begin with a 3x3 convolution of three channels and stride 2"
+            return [("", "model", text, "begin with one")]
+        found, inside, pending = [], [], list(entries)
+        for entry in entries:
+            if not self._is_entry(entry):
+                found.append(self._violation(entry, "a padding other than 1 on each side", _ADAPT))
+        while pending:
+            operator = pending.pop()
+            if any(operator is one for one in inside):
+                continue
+            inside.append(operator)
+            if self._reduces(operator) and not self._pools_inside(operator):
+                if not self._is_exit(operator):
+                    found.append(self._violation(operator, "no global average pooling", _POOL))
+                elif operator.name == "MEAN" and self._rank(operator.outputs[0]) == 4:
+                    found.append(self._violation(operator, "pooling that keeps its axes", _ADAPT))
+                continue
+            if operator not in entries and not self._is_compatible(operator):
+                found.append(self._violation(operator, *self._objection(operator)))
+                if self._rank(operator.outputs[0]) != 4:
+                    continue
+            if any(n in self.outputs for n in operator.outputs):
+                found.append(self._violation(operator, "an output of the model before the pooling", _POOL))
+            pending.extend(c for n in operator.outputs for c in self._following(n))
+        return found
+
+    def _violation(self, operator, text, mend):
+        return operator.name, self.tensors[operator.outputs[0]].name, text, mend
+
+    def _objection(self, operator):
+        if operator.name == "DEPTHWISE_CONV_2D" and self._strides(operator) == (2, 2):
+            return "stride 2 and a padding other than half the kernel on each side, or an odd size", _ADAPT
+        if operator.name == "DEPTHWISE_CONV_2D":
+            return "not 3x3 or 5x5 with padding of half the kernel and multiplier 1", "use such a one"
+        if operator.name == "CONV_2D":
+            return "not 1x1 with stride 1", "use a depthwise and a 1x1 convolution"
+        if operator.name in _BINARY:
+            return "a constant, or tensors of different rank", "use sigmoid or swish in place of a hard sigmoid"
+        if operator.name in ("MAX_POOL_2D", "AVERAGE_POOL_2D"):
+            return "pooling of windows", "use a depthwise convolution of stride 2"
+        if operator.name in ("SHAPE", "RESHAPE"):
+            return "a change of shape, before the global pooling or behind one that keeps its axes", _ADAPT
+        return "no channel-first form", "use convolutions, ReLU6, swish, Add and Multiply up to the global pooling"
 
     def _reduces(self, operator):
         return operator.name in _REDUCTIONS and self._rank(operator.inputs[0]) == 4

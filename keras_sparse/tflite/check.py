@@ -1,0 +1,224 @@
+"""A check says before training what a model will gain on a target, what stands in its way, and what to train for."""
+
+import re
+
+import keras
+import numpy as np
+
+from keras_sparse import patterns, selection
+from keras_sparse.reports import Report
+from keras_sparse.tflite.convert import convert
+from keras_sparse.tflite.encoding import File, encode
+from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.signatures import signature
+from keras_sparse.tflite.targets import get
+from keras_sparse.tflite.xnnpack import hazard, uses, violations
+
+__all__ = ["CheckReport", "check"]
+
+# The layer whose convolution, pooling, ... an operator is, among others that are part of it.
+_KINDS = {
+    "CONV_2D": "Conv2D", "DEPTHWISE_CONV_2D": "DepthwiseConv2D", "MEAN": "GlobalAveragePooling2D", "ADD": "Add",
+    "MAX_POOL_2D": "MaxPooling2D", "AVERAGE_POOL_2D": "AveragePooling2D", "MUL": "Multiply", "PRELU": "PReLU",
+}  # fmt: skip
+
+
+class CheckReport(Report):
+    """What a model will gain on a target.
+
+    Rows: one for each weight in the file that multiplies inputs. `runs`: `"sparse"`, or what becomes of its zeros;
+    `pattern` and `from_sparsity`: what to train it for.
+
+    Attributes:
+        violations: List of `{"layer", "violation", "mend"}`: what keeps 1x1 convolutions from running sparse.
+        target_sparsity: `{regex: (sparsity, pattern)}` for `Pruning` and `ks.prune`: all weights that can run sparse.
+        filters: Regexes of the weights with the pattern that most weights need.
+        pattern: That pattern.
+        bytes_dense: Predicted size of the file with dense weights.
+        bytes_sparse: Predicted size with the weights of `target_sparsity` pruned.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64), keras.layers.Dense(10)])
+    >>> report = ks.tflite.check(model, "xnnpack-x86")
+    >>> report.pattern, len(report.filters), report.bytes_sparse < report.bytes_dense
+    ('block_1x4', 2, True)
+    """
+
+    def __init__(self, title, rows, totals, notes, found, target_sparsity):
+        formats = dict.fromkeys(("size", "bytes_dense", "bytes_sparse"), ",d")
+        formats |= {
+            "shape": lambda shape: "x".join(map(str, shape)),
+            "from_sparsity": lambda s: f"{s:.0%}" if s else "",
+        }
+        super().__init__(title, rows, totals, notes, formats)
+        self.violations = found
+        self.target_sparsity = target_sparsity
+        sizes = {}
+        for row in rows:
+            if row["runs"] == "sparse":
+                sizes[row["pattern"]] = sizes.get(row["pattern"], 0) + row["size"]
+        self.pattern = max(sizes, key=sizes.get, default=None)
+        self.filters = [regex for regex, (_, pattern) in target_sparsity.items() if pattern == self.pattern]
+        self.bytes_dense, self.bytes_sparse = totals["bytes_dense"], totals["bytes_sparse"]
+
+    def to_dict(self):
+        """The report as plain data, with `violations` and `target_sparsity`."""
+        return super().to_dict() | {"violations": self.violations, "target_sparsity": self.target_sparsity}
+
+
+def check(model, target="xnnpack", sparsity=0.9):
+    """Say what a model would gain on a target if it were pruned, as TFLite's converter will see it.
+
+    The model is converted, the weights that the target could run sparse are pruned in the file by magnitude, in the
+    pattern they need, and the file is looked at with the rules of `keras_sparse.tflite.xnnpack`. Nothing is trained or
+    run, and the model is left as it is.
+
+    Args:
+        model: A built Keras model on any backend.
+        target: Name of a target, see `ks.tflite.targets`.
+        sparsity: The sparsity to look at. 1x1 convolutions run sparse above two thirds, Dense layers in blocks pay
+            from 85 to 90 %.
+
+    Returns:
+        A `CheckReport`: `Pruning(0.9, filters=report.filters, pattern=report.pattern)` or
+        `Pruning(report.target_sparsity)` trains for it.
+
+    Raises:
+        ExportError: If the model cannot be converted; a `ValueError`.
+        ValueError: If `target` or `sparsity` is none.
+        TypeError: If `model` is no Keras 3 model.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
+    >>> report = ks.tflite.check(model)
+    >>> report.violations[0]["layer"], report.violations[0]["mend"][:16]
+    ('Conv1', 'ks.tflite.adapt:')
+    >>> adapted = ks.tflite.adapt(model, verbose=0)
+    >>> report = ks.tflite.check(adapted)
+    >>> report.violations, report.pattern
+    ([], 'unstructured')
+    """
+    wanted = get(target)
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 < sparsity < 1:
+        raise ValueError(f"`sparsity` must be a number between 0 and 1. Received: sparsity={sparsity!r}")
+    selection.check_model(model)
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"`model` must be a `keras.Model`. Received: {type(model).__name__}")
+    dense = convert(model, signature(model)).content
+    kinds = {kind.operator: kind for kind in wanted.sparse if "float32" in kind.dtypes}
+    flat = read(encode(_pruned(dense, kinds, sparsity)).content)
+    how = {use.tensor.name: use for use in uses(flat)}
+    names = _Layers(model)
+    rows, goals, able = [], {}, set()
+    for operator, tensor in _kernels(flat):
+        use, kind = how.get(tensor.name), kinds.get(operator)
+        runs = kind is not None and use is not None and use.sparse
+        able |= {tensor.name} if runs else set()
+        weight = names.weight(tensor)
+        rows.append(
+            {
+                "weight": weight.path if weight else tensor.name,
+                "operator": operator,
+                "shape": list(tensor.shape),
+                "size": tensor.size,
+                "runs": "sparse" if runs else "stored compressed" if use is not None else "dense",
+                "pattern": kind.pattern if runs else "",
+                "from_sparsity": kind.sparsity if runs else None,
+            }
+        )
+        if runs and weight is not None:
+            goals[f"^{re.escape(weight.path)}$"] = (sparsity, kind.pattern)
+    found = []
+    if "CONV_2D" in kinds:
+        for operator, name, text, mend in violations(flat):
+            violation = f"{operator}: {text}" if operator else text
+            row = {"layer": names.layer(operator, name), "violation": violation, "mend": mend}
+            found += [] if row in found else [row]
+    totals = {
+        "target": wanted.name,
+        "runs_sparse": sum(row["size"] for row in rows if row["runs"] == "sparse")
+        / max(1, sum(r["size"] for r in rows)),
+        "bytes_dense": len(dense),
+        "bytes_sparse": min(len(encode(_pruned(dense, kinds, sparsity, able)).content), len(dense)),
+    }
+    notes = [f"{one['layer']}: {one['violation']}. Mend: {one['mend']}." for one in found]
+    fault = hazard(flat)
+    if fault:
+        notes.append(f"As it is, {fault}. `ks.tflite.export` keeps the file out of them.")
+    if not goals:
+        notes.append(f"Nothing would run sparse on {wanted.title}. {wanted.otherwise.text}.")
+    return CheckReport(f"{model.name} at {sparsity:.0%} on {wanted.title}", rows, totals, notes, found, goals)
+
+
+def _pruned(content, kinds, sparsity, only=None):
+    """The file with the smallest weights at zero, in the pattern that the target needs for their operator.
+
+    With `only`, of the tensors of these names.
+    """
+    file = File(content)
+    for graph in file.model.subgraphs:
+        for operator in graph.operators:
+            name = file.name(operator)
+            if name not in kinds:
+                continue
+            tensor = graph.tensors[int(operator.inputs[1])]
+            data, shape = file.data(tensor), tuple(int(n) for n in tensor.shape)
+            if only is not None and tensor.name.decode("utf8", "replace") not in only:
+                continue
+            if data is None or file.dtype(tensor) != "float32" or (name == "CONV_2D" and shape[1:3] != (1, 1)):
+                continue
+            values = np.frombuffer(data.tobytes(), "<f4").reshape(shape[0], -1)
+            mask = patterns.get(kinds[name].pattern).mask(np.abs(values), sparsity)
+            file.store(tensor, np.where(mask, values, 0).astype("<f4"))
+    return file.pack()
+
+
+def _kernels(flat):
+    """Pairs of an operator's name and the stored tensor that it multiplies with, each tensor once."""
+    seen, found = set(), []
+    for graph in flat.subgraphs:
+        made = {n: operator for operator in graph.operators for n in operator.outputs}
+        for operator in graph.operators:
+            for number in operator.inputs[1:2]:
+                while number in made and made[number].name in ("DENSIFY", "DEQUANTIZE"):
+                    number = made[number].inputs[0]
+                tensor = graph.tensors[number] if number >= 0 else None
+                stored = tensor is not None and tensor.stored is not None and tensor.dtype.startswith("float")
+                if stored and len(tensor.shape) >= 2 and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found.append((operator.name, tensor))
+    return found
+
+
+class _Layers:
+    """Finds the layers of a model in the names that TFLite's converter gives to tensors."""
+
+    def __init__(self, model):
+        self._kinds = {layer.name: type(layer).__name__ for layer in selection.layers(model) if layer is not model}
+        self._weights = [weight for weight in selection.weights(model) if weight.kernel]
+
+    def layer(self, operator, name):
+        """The layer that a tensor comes from, of those that the converter melted into one; or the tensor's name."""
+        found = self._candidates(name)
+        return next((one for one in found if self._kinds[one] == _KINDS.get(operator)), found[0] if found else name)
+
+    def weight(self, tensor):
+        """The weight that a tensor holds, or `None`: of its size, in a layer that its name tells; each once."""
+        fits = [weight for weight in self._weights if weight.size == tensor.size]
+        named = self._candidates(tensor.name)
+        fits.sort(key=lambda weight: weight.layer.name not in named)
+        if fits:
+            self._weights.remove(fits[0])
+        return fits[0] if fits else None
+
+    def _candidates(self, name):
+        found = []
+        for part in re.split("[/;]", name):
+            for one in (part, re.sub(r"_\d+$", "", part)):
+                if one in self._kinds and one not in found:
+                    found.append(one)
+        return found

@@ -1,0 +1,271 @@
+"""A target is a runtime that a file ships to, as data: what it multiplies sparse, and where that is known from."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from keras_sparse.reports import Report
+
+__all__ = ["TARGETS", "Sparse", "Statement", "Target", "get", "targets"]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What is said of a target, and its source: a file of the runtime, or a measurement of ours.
+
+    Example:
+
+    >>> from keras_sparse.tflite.targets import Statement
+    >>> Statement("It is so.", "measured").source
+    'measured'
+    """
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A kind of weight that a target multiplies without its zeros.
+
+    Attributes:
+        operator: The operator in the file, `"CONV_2D"` (1x1 convolutions) or `"FULLY_CONNECTED"` (Dense layers).
+        pattern: The pattern that its zeros must have, as `ks.patterns.get` takes it.
+        sparsity: From where on it runs sparse, or pays.
+        dtypes: The types of weights for which it does.
+        source: Where that is known from.
+
+    Example:
+
+    >>> from keras_sparse.tflite.targets import get
+    >>> [(kind.operator, kind.pattern) for kind in get("xnnpack").sparse]
+    [('CONV_2D', 'unstructured'), ('FULLY_CONNECTED', 'block_1x4')]
+    """
+
+    operator: str
+    pattern: str
+    sparsity: float
+    dtypes: tuple
+    source: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime.
+
+    Attributes:
+        name: What functions call it.
+        title: What people call it.
+        sparse: Tuple of `Sparse`: what it multiplies sparse.
+        rules: Tuple of `Statement`: what the graph must be like for 1x1 convolutions to run sparse.
+        otherwise: `Statement`: what becomes of other weights with zeros.
+
+    Example:
+
+    >>> from keras_sparse.tflite.targets import get
+    >>> get("gpu").sparse
+    ()
+    """
+
+    name: str
+    title: str
+    sparse: tuple
+    rules: tuple
+    otherwise: Statement
+
+
+_SUBGRAPH = "XNNPACK src/subgraph.c, xnn_subgraph_rewrite_for_nchw"
+_CHECK = "XNNPACK src/subgraph.c, xnn_check_nchw_compatibility"
+_FULLY_CONNECTED = "tensorflow/lite/kernels/fully_connected.cc"
+_RULES = (
+    Statement(
+        "The network begins with a 3x3 convolution of three channels, stride 2, padding 1 on each side, without groups "
+        "or dilation, on images of even size",
+        _CHECK + "; TFLite's converter takes the padding back at odd sizes (measured, tensorflow 2.21)",
+    ),
+    Statement(
+        "then 1x1 convolutions (stride 1), and depthwise convolutions 3x3 with padding 1 or 5x5 with padding 2, stride "
+        "1 or 2, multiplier 1; no other convolution, and no pooling of windows",
+        _CHECK,
+    ),
+    Statement(
+        "Add, Multiply, ReLU, ReLU6, hard swish, swish, sigmoid, ELU, leaky ReLU, GELU, bilinear resizing; "
+        "squeeze-and-excite by sigmoid; no constants in Add and Multiply",
+        _CHECK + "; constants: measured, MobileNetV3's hard sigmoid does not run sparse",
+    ),
+    Statement(
+        "It ends in global average pooling without keepdims=True, and none of its values before that is an output",
+        _SUBGRAPH + "; keepdims: measured, wrong numbers",
+    ),
+    Statement(
+        "More than two thirds of all weights of its 1x1 convolutions are zero", _SUBGRAPH + "; measured at 66.5 %"
+    ),
+)
+_RESTORED = Statement(
+    "Stored without zeros, restored when the model loads, multiplied dense: a smaller file, nothing faster",
+    "tensorflow/lite/kernels/densify.cc; measured, ratio 1.00 to 1.02",
+)
+
+
+def _xnnpack(name, title, convolutions, dense_source, dense_from=0.85):
+    sparse = (Sparse("FULLY_CONNECTED", "block_1x4", dense_from, ("float32",), dense_source),)
+    if convolutions:
+        first = Sparse("CONV_2D", "unstructured", 2 / 3, ("float32", "float16"), convolutions)
+        return Target(name, title, (first, *sparse), _RULES, _RESTORED)
+    return Target(name, title, sparse, (), _RESTORED)
+
+
+TARGETS = (
+    _xnnpack(
+        "xnnpack",
+        "LiteRT on ARM64 CPUs (XNNPACK)",
+        _SUBGRAPH + "; measured, 0.30 of the dense instructions at 90 %",
+        _FULLY_CONNECTED + "; measured, 0.77 of the dense instructions at 90 %, 0.43 at 95 %",
+        0.9,
+    ),
+    _xnnpack(
+        "xnnpack-wasm",
+        "LiteRT.js in browsers (XNNPACK, WebAssembly)",
+        _SUBGRAPH + "; measured, 0.28 of the dense time at 90 % in Chromium",
+        _FULLY_CONNECTED + "; measured, 0.71 of the dense time at 90 %, 0.39 at 95 %",
+        0.9,
+    ),
+    _xnnpack(
+        "xnnpack-x86",
+        "LiteRT on x86 CPUs with AVX (XNNPACK): PCs, Colab",
+        None,  # off by design where there is AVX: measured, ratio 1.00
+        _FULLY_CONNECTED + "; measured, 0.36 of the dense time at 90 %, 1.17 at 80 %",
+    ),
+    Target(
+        "builtin",
+        "TFLite's own CPU kernels, without XNNPACK",
+        (
+            Sparse("FULLY_CONNECTED", "block_1x4", 0.85, ("float32",), _FULLY_CONNECTED + ", EvalFloat; read"),
+            Sparse("FULLY_CONNECTED", "block_1x16", 0.85, ("int8",), _FULLY_CONNECTED + ", EvalQuantized; read"),
+        ),
+        (),
+        _RESTORED,
+    ),
+    Target(
+        "gpu",
+        "TFLite's GPU delegate",
+        (),
+        (),
+        Statement(
+            "Restored when the model loads, multiplied dense; not measured",
+            "tensorflow/lite/tools/versioning/gpu_compatibility.cc lists DENSIFY; read",
+        ),
+    ),
+    Target(
+        "nnapi",
+        "Android's NNAPI delegate (deprecated since Android 15)",
+        (),
+        (),
+        Statement(
+            "Restored when the model loads, multiplied dense; not measured",
+            "tensorflow/lite/delegates/nnapi/nnapi_delegate.cc, IsDensifyConstTensor; read",
+        ),
+    ),
+    Target(
+        "coreml",
+        "TFLite's Core ML delegate",
+        (),
+        (),
+        Statement(
+            "Operators with restored weights stay on the CPU: export with sparse=False; not measured",
+            "tensorflow/lite/delegates/coreml/README.md, whose list of operators has no DENSIFY; read",
+        ),
+    ),
+    Target(
+        "qnn",
+        "Qualcomm's delegates (QNN; Hexagon before)",
+        (),
+        (),
+        Statement(
+            "No sparse multiplication is documented: export with sparse=False, remove channels instead; not measured",
+            "tensorflow/lite/delegates/hexagon/README.md, whose list of operators has no DENSIFY; read",
+        ),
+    ),
+    Target(
+        "edgetpu",
+        "Edge TPU",
+        (),
+        (),
+        Statement(
+            "The compiler takes int8 files with dense weights: sparse=False and quantize='int8'; not measured",
+            "coral.ai/docs/edgetpu/models-intro, whose list of operators has no DENSIFY; read",
+        ),
+    ),
+    Target(
+        "micro",
+        "TFLite Micro",
+        (),
+        (),
+        Statement(
+            "Files with DENSIFY do not load: export with sparse=False; not measured",
+            "tflite-micro, tensorflow/lite/micro/kernels, which has no densify.cc; read",
+        ),
+    ),
+)
+
+
+def get(name):
+    """Return the `Target` of a name.
+
+    Raises:
+        ValueError: If there is no such target.
+
+    Example:
+
+    >>> from keras_sparse.tflite.targets import get
+    >>> get("xnnpack-wasm").title
+    'LiteRT.js in browsers (XNNPACK, WebAssembly)'
+    """
+    found = [target for target in TARGETS if target.name == name]
+    if not found:
+        names = ", ".join(repr(target.name) for target in TARGETS)
+        raise ValueError(f"`target` must be one of {names}. Received: target={name!r}")
+    return found[0]
+
+
+def targets():
+    """List the targets: what each multiplies sparse, from which sparsity, and where that is known from.
+
+    Returns:
+        A `Report` with a row for each kind of weight that a target runs sparse, or one for a target that runs none.
+        `to_dict()["targets"]` holds all statements.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> {row["target"] for row in ks.tflite.targets().rows} >= {"xnnpack", "gpu", "micro"}
+    True
+    """
+    return _TargetsReport()
+
+
+class _TargetsReport(Report):
+    def __init__(self):
+        rows = []
+        for target in TARGETS:
+            for kind in target.sparse:
+                what = "1x1 convolutions" if kind.operator == "CONV_2D" else "Dense layers"
+                rows.append(_row(target, what, kind.pattern, f"{kind.sparsity:.0%}", kind.dtypes, kind.source))
+            if not target.sparse:
+                rows.append(_row(target, "nothing", "", "", (), f"{target.otherwise.text}. {target.otherwise.source}"))
+        notes = [f"1x1 convolutions, {number}: {rule.text}." for number, rule in enumerate(_RULES, 1)]
+        super().__init__("Targets: what runs sparse where", rows, {}, [*notes, f"All else: {_RESTORED.text}."])
+
+    def to_dict(self):
+        return super().to_dict() | {"targets": [dataclasses.asdict(target) for target in TARGETS]}
+
+
+def _row(target, what, pattern, sparsity, dtypes, source):
+    return {
+        "target": target.name,
+        "runtime": target.title,
+        "runs sparse": what,
+        "pattern": pattern,
+        "from": sparsity,
+        "weights": ", ".join(dtypes),
+        "source": source,
+    }

@@ -1,0 +1,140 @@
+"""The check before training: what it says is what files do."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from test_tflite_xnnpack import BROKEN, DOUBTFUL, UNTOUCHED, WHOLE
+from tflite_models import attention, cnn, conv1d, image_model, lstm, mlp, nested, several, subclassed
+
+import keras_sparse as ks
+from keras_sparse.tflite.convert import convert
+from keras_sparse.tflite.encoding import encode
+from keras_sparse.tflite.runtimes import available, run
+from keras_sparse.tflite.signatures import signature
+
+pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")
+
+
+def pruned(model, report):
+    ks.prune(model, report.target_sparsity)
+    return model
+
+
+@pytest.mark.parametrize("build", [mlp, cnn, conv1d, lstm, attention, nested, several, subclassed])
+def test_what_it_predicts_is_what_export_writes(build, tmp_path):
+    keras.utils.set_random_seed(0)
+    model = build()
+    before = model.get_weights()
+    report = ks.tflite.check(model)
+    for value, other in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(value, other)
+    assert report.pattern == "block_1x4" and report.violations == []
+    assert set(report.filters) == set(report.target_sparsity)
+    exported = ks.tflite.export(pruned(model, report), tmp_path / "m.tflite")
+    assert exported.bytes_dense == report.bytes_dense
+    assert exported.bytes_file == pytest.approx(report.bytes_sparse, rel=0.03)
+    sparse = [row for row in report.rows if row["runs"] == "sparse"]
+    assert len(exported.runs_sparse) == len(sparse) >= len(report.target_sparsity) > 0
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_networks_that_fit(name, tmp_path):
+    model = image_model(WHOLE[name])
+    report = ks.tflite.check(model)
+    assert report.violations == [] and report.pattern == "unstructured" and report.totals["runs_sparse"] > 0.5
+    convolutions = [row for row in report.rows if row["operator"] == "CONV_2D" and row["shape"][1:3] == [1, 1]]
+    assert all(row["runs"] == "sparse" and row["from_sparsity"] == 2 / 3 for row in convolutions)
+    exported = ks.tflite.export(pruned(model, report), tmp_path / "m.tflite")
+    assert len([use for use in exported.runs_sparse if use["operator"] == "CONV_2D"]) == len(convolutions)
+
+
+NAMES = {  # of the layer that stands in the way
+    "MAX_POOL_2D": "max_pooling2d", "AVERAGE_POOL_2D": "average_pooling2d", "DEPTHWISE_CONV_2D": "depthwise_conv2d",
+    "CONV_2D": "conv2d", "PRELU": "p_re_lu", "SHAPE": "flatten", "keepdims=True": "global_average_pooling2d",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_networks_that_fit_in_part(name):
+    report = ks.tflite.check(image_model(BROKEN[name]))
+    assert any(one["layer"].startswith(NAMES[name]) and one["mend"] for one in report.violations), report.violations
+    assert not any(row["runs"] == "sparse" and row["operator"] == "CONV_2D" for row in report.rows)
+    assert any("keeps the file out" in note for note in report.notes)
+    if name in ("DEPTHWISE_CONV_2D", "SHAPE", "keepdims=True"):
+        assert any("ks.tflite.adapt" in one["mend"] for one in report.violations)
+        adapted = ks.tflite.adapt(image_model(BROKEN[name]), verbose=0)
+        assert ks.tflite.check(adapted).violations == []
+
+
+@pytest.mark.parametrize("name", UNTOUCHED)
+def test_networks_that_do_not_fit(name):
+    report = ks.tflite.check(image_model(UNTOUCHED[name]))
+    assert report.violations and not any(r["runs"] == "sparse" and r["operator"] == "CONV_2D" for r in report.rows)
+
+
+@pytest.mark.parametrize(
+    ("target", "sparse"), [("xnnpack-x86", True), ("builtin", True), ("gpu", False), ("micro", False)]
+)
+def test_other_targets(target, sparse):
+    report = ks.tflite.check(mlp(), target)
+    assert bool(report.target_sparsity) == sparse and report.totals["target"] == target
+    assert sparse or (
+        "Nothing would run sparse" in report.notes[-1] and report.pattern is None and report.filters == []
+    )
+
+
+def test_training_for_it(tmp_path):
+    model = image_model(WHOLE["mobilenet"])
+    report = ks.tflite.check(model)
+    model.compile("adam", "mse")
+    x, y = np.random.default_rng(0).normal(size=(32, 32, 32, 3)), np.ones((32, 5))
+    model.fit(
+        x, y, verbose=0, callbacks=[ks.callbacks.Pruning(0.9, filters=report.filters, pattern=report.pattern, end=1)]
+    )
+    assert ks.tflite.export(model, tmp_path / "m.tflite").runs_sparse
+    model = mlp()
+    report = ks.tflite.check(model, "xnnpack-x86")
+    model.compile("adam", "mse")
+    x = np.ones((32, 64))
+    model.fit(x, x, verbose=0, callbacks=[ks.callbacks.Pruning(report.target_sparsity, end=1)])
+    assert len(ks.tflite.export(model, tmp_path / "m.tflite").runs_sparse) == 2
+
+
+def test_bad_arguments():
+    for sparsity in (0, 1, 1.5, "0.9", True):
+        with pytest.raises(ValueError, match="between 0 and 1. Received"):
+            ks.tflite.check(mlp(), sparsity=sparsity)
+    with pytest.raises(TypeError, match="Received"):
+        ks.tflite.check("model.keras")
+
+
+def engages(model, runtime):
+    """Whether the runtime computes other bits from the sparse file than from the dense one."""
+    called = signature(model)
+    dense = convert(model, called).content
+    leaf = called.inputs[0]
+    x = {leaf.name: np.random.default_rng(0).normal(size=[1, *leaf.shape[1:]]).astype("float32")}
+    first, second = (run(content, x, runtime) for content in (dense, encode(dense, hazardless(model)).content))
+    return any((first[name] != second[name]).any() for name in first)
+
+
+def hazardless(model):
+    """As `export` decides: out of sparse kernels' way if they would compute wrong numbers."""
+    return not any("keeps the file out" in note for note in ks.tflite.check(model).notes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(available()["x86-no-avx"] is not None, reason=str(available()["x86-no-avx"]))
+@pytest.mark.parametrize("name", [*WHOLE, *UNTOUCHED, *DOUBTFUL, *BROKEN])
+def test_it_agrees_with_a_runtime(name):
+    model = image_model({**WHOLE, **UNTOUCHED, **DOUBTFUL, **BROKEN}[name])
+    says = any(row["runs"] == "sparse" and row["operator"] == "CONV_2D" for row in ks.tflite.check(model).rows)
+    assert engages(model, "x86-no-avx") == says
+
+
+def test_two_layers_of_one_size():
+    inputs = keras.Input((64,))
+    x = layers.Dense(64, name="second")(layers.Dense(64, name="first")(inputs))
+    report = ks.tflite.check(keras.Model(inputs, layers.Dense(3, name="third")(x)))
+    assert [row["weight"] for row in report.rows] == ["first/kernel", "second/kernel", "third/kernel"]
