@@ -8,8 +8,9 @@ and lets operators read weights that they misread. Here each weight is encoded b
   sparse kernel (tensorflow/lite/kernels/fully_connected.cc, `SupportedSparsityFormat`).
 * All others read what a `DENSIFY` operator restores when the model is loaded. Where float inputs meet int8 weights
   (dynamic range), restored int8 does not load or is garbage: a `DEQUANTIZE` follows, and floats are multiplied.
-* float16 weights of `TRANSPOSE_CONV` become NaN under XNNPACK when restored, and `FULLY_CONNECTED` with integer inputs
-  does not load with restored weights: both stay dense.
+* Where XNNPACK leaves an operator alone, as it does with convolutions in three dimensions and transposed ones of open
+  batch size, but could unpack its weights, those that need both steps (float16, dynamic range) become garbage; and
+  `FULLY_CONNECTED` with integer inputs does not load with restored weights: all these stay dense.
 
 The storage is that of TFLite's converter: compressed sparse rows of single values or blocks, where rows are all axes
 but the last (schema.fbs, `SparsityParameters`).
@@ -22,7 +23,8 @@ import numpy as np
 
 __all__ = ["Encoded", "encode"]
 
-_READERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")  # all read their kernel as input 1
+_ALONE = ("TRANSPOSE_CONV", "CONV_3D", "CONV_3D_TRANSPOSE")  # what XNNPACK does not take, always or often
+_READERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL", *_ALONE)  # they read weights as input 1
 _FULLY_CONNECTED_SPARSE = 8  # the version of the operator that reads sparse weights
 _DEQUANTIZE_CHANNELS = 5  # the version of the operator that knows scales for each channel
 _WORTH = 0.85  # share of zero blocks from where on a sparse kernel is faster than XNNPACK's dense one (0.80 is not)
@@ -212,27 +214,30 @@ class _Weight:
         data, shape = file.data(tensor), tuple(int(n) for n in tensor.shape)
         quantization = tensor.quantization
         points = () if quantization is None or quantization.zeroPoint is None else quantization.zeroPoint
-        if data is None or len(shape) not in (2, 4) or any(points):
+        if data is None or len(shape) < 2 or any(points):
             return None
         final = []
         for operator, position in own:
             through = file.name(operator) == "DEQUANTIZE"
             final += readers.get(int(operator.outputs[0]), []) if through else [(operator, position)]
         names = {file.name(operator) for operator, _ in final}
-        if not names or not names <= set(_READERS) or any(position != 1 for _, position in final):
-            return None
         values = np.frombuffer(data.tobytes(), dtype).reshape(shape)
+        if not names <= set(_READERS) or any(position != 1 for _, position in final):
+            others = ", ".join(sorted(names - set(_READERS))) or "An operator that multiplies it with itself"
+            return cls(values, [], obstacle=f"{others} is not known to read restored weights right") if names else None
         weight, fully = cls(values, [1]), names == {"FULLY_CONNECTED"}
         if dtype == "i1":
             inputs = {int(o.inputs[2 if file.name(o) == "TRANSPOSE_CONV" else 0]) for o, _ in final}
             weight.hybrid = all(file.dtype(graph.tensors[n]) == "float32" for n in inputs)
+        alone = sorted(names & set(_ALONE))
         if dtype == "<f4" and fully:
             weight.direct = 4
         elif dtype == "i1" and not weight.hybrid and "FULLY_CONNECTED" in names:
             weight.blocks, weight.obstacle = [], "FULLY_CONNECTED in integers does not load with restored weights"
             weight.direct = 16 if fully else None
-        elif dtype == "<f2" and "TRANSPOSE_CONV" in names:
-            weight.blocks, weight.obstacle = [], "TRANSPOSE_CONV computes NaN from restored float16 weights"
+        elif alone and (weight.hybrid or dtype == "<f2"):
+            weight.blocks, kind = [], "float16" if dtype == "<f2" else "int8"
+            weight.obstacle = f"{alone[0]} computes garbage or NaN from restored {kind} weights under XNNPACK"
         blocks = {weight.direct, 4} if fully and not weight.obstacle else {weight.direct}
         weight.blocks += sorted(n for n in blocks - {None} if shape[-1] % n == 0)
         return weight

@@ -250,8 +250,10 @@ def _choose(dense, check, sparse, notes):
         size = len(encoded.content)
         if size >= len(dense):
             if not encoded.kept:
-                text = "Stored dense: the sparse encoding is not smaller. It pays above about 50 % zeros in a layer."
-                notes.append(text)
+                notes.append(
+                    "Stored dense: the sparse encoding is not smaller. It pays for weights of more than some hundred "
+                    "bytes with more than about 50 % zeros."
+                )
             notes += _kept(encoded)
             break
         fault, parity = check.fault(encoded.content)
