@@ -44,7 +44,6 @@ LAYERS = {  # what it is, the shape of its input
 DENSE = {  # these weights stay dense, and a note says why
     "float16": {"Conv3D", "Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"},
     "dynamic": {"Conv1DTranspose", "Conv2DTranspose"},
-    "int8": {"Dense", "Dense on a sequence", "EinsumDense", "MultiHeadAttention"},
 }
 
 

@@ -9,8 +9,10 @@ and lets operators read weights that they misread. Here each weight is encoded b
 * All others read what a `DENSIFY` operator restores when the model is loaded. Where float inputs meet int8 weights
   (dynamic range), restored int8 does not load or is garbage: a `DEQUANTIZE` follows, and floats are multiplied.
 * Where XNNPACK leaves an operator alone, as it does with convolutions in three dimensions and transposed ones of open
-  batch size, but could unpack its weights, those that need both steps (float16, dynamic range) become garbage; and
-  `FULLY_CONNECTED` with integer inputs does not load with restored weights: all these stay dense.
+  batch size, but could unpack its weights, those that need both steps (float16, dynamic range) become garbage: these
+  stay dense.
+* `FULLY_CONNECTED` with integer inputs does not load with restored weights. A convolution by 1x1 of images of one pixel
+  multiplies the same integers, and does load: it takes the operator's place.
 
 The storage is that of TFLite's converter: compressed sparse rows of single values or blocks, where rows are all axes
 but the last (schema.fbs, `SparsityParameters`).
@@ -27,8 +29,10 @@ _ALONE = ("TRANSPOSE_CONV", "CONV_3D", "CONV_3D_TRANSPOSE")  # what XNNPACK does
 _READERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL", *_ALONE)  # they read weights as input 1
 _FULLY_CONNECTED_SPARSE = 8  # the version of the operator that reads sparse weights
 _DEQUANTIZE_CHANNELS = 5  # the version of the operator that knows scales for each channel
+_CONVOLUTION_CHANNELS = 5  # the version of CONV_2D that does
 _WORTH = 0.85  # share of zero blocks from where on a sparse kernel is faster than XNNPACK's dense one (0.80 is not)
 _OVERHEAD = 300  # bytes of the tables that an encoded weight and its DENSIFY add
+_OVERHEAD_CHANNEL = 12  # bytes of the scale and the zero point of a channel, which each integer tensor has anew
 
 
 @dataclass
@@ -147,6 +151,49 @@ class _File:
         code = self.code(operator, version)
         return self.schema.OperatorT(opcodeIndex=code, inputs=[source], outputs=[number]), number
 
+    def image(self, graph, like, rows, opened, channels):
+        """Make a tensor of images of one pixel, quantized as another; returns its number."""
+        graph.tensors.append(
+            self.schema.TensorT(
+                shape=np.array([rows, 1, 1, channels], "int32"),
+                shapeSignature=np.array([opened, 1, 1, channels], "int32"),
+                type=like.type,
+                buffer=0,
+                name=like.name + b"/pixels",
+                quantization=like.quantization,
+                hasRank=True,
+            )
+        )
+        return len(graph.tensors) - 1
+
+    def zeros(self, graph, inputs, kernel):
+        """Make a bias of zeros for integers; returns its number. Its scale is that of the products."""
+        scale = np.asarray(inputs.quantization.scale, "float32") * np.asarray(kernel.quantization.scale, "float32")
+        bias = self.schema.TensorT(
+            shape=np.array(kernel.shape[:1], "int32"),
+            type=self.schema.TensorType.INT32,
+            name=kernel.name + b"/bias",
+            quantization=self.schema.QuantizationParametersT(scale=scale, zeroPoint=np.zeros(len(scale), "int64")),
+            hasRank=True,
+        )
+        self.store(bias, np.zeros(kernel.shape[0], "int32"))
+        graph.tensors.append(bias)
+        return len(graph.tensors) - 1
+
+    def reshape(self, graph, source, target, sizes):
+        """Make an operator that gives a tensor another shape."""
+        shape = self.schema.TensorT(
+            shape=np.array([len(sizes)], "int32"),
+            type=self.schema.TensorType.INT32,
+            name=graph.tensors[target].name + b"/shape",
+            hasRank=True,
+        )
+        self.store(shape, np.array(sizes, "int32"))
+        graph.tensors.append(shape)
+        return self.schema.OperatorT(
+            opcodeIndex=self.code("RESHAPE"), inputs=[source, len(graph.tensors) - 1], outputs=[target]
+        )
+
     def pack(self):
         used = {tensor.buffer for graph in self.model.subgraphs for tensor in graph.tensors}
         used |= {entry.buffer for entry in self.model.metadata or ()}
@@ -172,15 +219,18 @@ def _encode_graph(file, graph, kept):
         if weight.obstacle:  # then blocks must be read directly
             found = [rows for rows in found if rows.zeros >= _WORTH]
         best = min(found, key=lambda rows: rows.bytes, default=None)
-        if best is None or best.bytes + _OVERHEAD >= weight.values.nbytes:
-            if weight.obstacle and weight.stored(1).bytes + _OVERHEAD < weight.values.nbytes:
+        if best is None or best.bytes + weight.overhead >= weight.values.nbytes:
+            if weight.obstacle and weight.stored(1).bytes + weight.overhead < weight.values.nbytes:
                 kept[tensor.name.decode("utf8", "replace")] = weight.obstacle
             continue
         file.store(tensor, best.values)
-        tensor.sparsity = best.parameters(file.schema)
+        tensor.sparsity = best.parameters(file.schema, tensor.shape)
         if best.block == weight.direct and best.zeros >= _WORTH:
             file.code("FULLY_CONNECTED", _FULLY_CONNECTED_SPARSE)
             continue
+        if weight.pixels:
+            tensor.shape = np.array([tensor.shape[0], 1, 1, tensor.shape[1]], "int32")
+            tensor.sparsity = best.parameters(file.schema, tensor.shape)
         operator, output = file.unpack(graph, number, "DENSIFY", 1, tensor.type, tensor.quantization)
         unpacking.append(operator)
         if weight.hybrid:
@@ -191,6 +241,8 @@ def _encode_graph(file, graph, kept):
             inputs = list(reader.inputs)
             inputs[position] = output
             reader.inputs = inputs
+        if weight.pixels:
+            _as_convolutions(file, graph, [reader for reader, _ in readers[number]])
     graph.operators = unpacking + graph.operators
 
 
@@ -202,6 +254,7 @@ class _Weight:
     blocks: list  # sizes of blocks that may be tried
     direct: int | None = None  # the size of block that its readers multiply without unpacking
     hybrid: bool = False  # int8 weights for float inputs
+    pixels: bool = False  # whether its readers must become convolutions to read it restored
     obstacle: str = ""  # why it cannot be encoded in some way that may be smaller
 
     @classmethod
@@ -233,14 +286,25 @@ class _Weight:
         if dtype == "<f4" and fully:
             weight.direct = 4
         elif dtype == "i1" and not weight.hybrid and "FULLY_CONNECTED" in names:
-            weight.blocks, weight.obstacle = [], "FULLY_CONNECTED in integers does not load with restored weights"
+            weight.pixels = fully and all(_may_be_convolution(file, graph, reader) for reader, _ in own)
             weight.direct = 16 if fully else None
+            if not weight.pixels:
+                weight.blocks, weight.obstacle = [], "FULLY_CONNECTED in integers does not load with restored weights"
         elif alone and (weight.hybrid or dtype == "<f2"):
             weight.blocks, kind = [], "float16" if dtype == "<f2" else "int8"
             weight.obstacle = f"{alone[0]} computes garbage or NaN from restored {kind} weights under XNNPACK"
-        blocks = {weight.direct, 4} if fully and not weight.obstacle else {weight.direct}
+        blocks = {weight.direct, 4} if fully and not weight.obstacle and not weight.pixels else {weight.direct}
         weight.blocks += sorted(n for n in blocks - {None} if shape[-1] % n == 0)
         return weight
+
+    @property
+    def overhead(self):
+        """Bytes that the encoding adds to values and index, at most."""
+        if self.values.dtype != np.int8:
+            return _OVERHEAD
+        restored = _OVERHEAD + _OVERHEAD_CHANNEL * len(self.values)
+        # Two reshapings, and maybe a bias of integers of four bytes.
+        return restored + 2 * _OVERHEAD + (_OVERHEAD_CHANNEL + 4) * len(self.values) if self.pixels else restored
 
     def stored(self, block):
         return _Rows.of(self.values, block)
@@ -250,7 +314,6 @@ class _Weight:
 class _Rows:
     """Compressed sparse rows: values of the blocks that are not zero, and for each row where these stand."""
 
-    shape: tuple
     block: int
     values: np.ndarray
     segments: np.ndarray
@@ -263,30 +326,68 @@ class _Rows:
         living = (blocks != 0).any(axis=2)
         segments = np.concatenate([[0], np.cumsum(living.sum(axis=1))])
         indices = np.nonzero(living)[1]
-        return cls(values.shape, block, blocks[living], _narrow(segments), _narrow(indices), 1 - living.mean())
+        return cls(block, blocks[living], _narrow(segments), _narrow(indices), 1 - living.mean())
 
     @property
     def bytes(self):
         return self.values.nbytes + self.segments.nbytes + self.indices.nbytes
 
-    def parameters(self, schema):
+    def parameters(self, schema, shape):
         def vector(numbers):
             name = {"uint8": "Uint8Vector", "uint16": "Uint16Vector", "int32": "Int32Vector"}[numbers.dtype.name]
             return getattr(schema.SparseIndexVector, name), getattr(schema, f"{name}T")(numbers)
 
         kinds = schema.DimensionType
-        dims = [schema.DimensionMetadataT(kinds.DENSE, n) for n in self.shape[:-1]]
+        dims = [schema.DimensionMetadataT(kinds.DENSE, n) for n in shape[:-1]]
         dims.append(schema.DimensionMetadataT(kinds.SPARSE_CSR, 0, *vector(self.segments), *vector(self.indices)))
         blocked = []
         if self.block > 1:
             dims.append(schema.DimensionMetadataT(kinds.DENSE, self.block))
-            blocked = [len(self.shape) - 1]
+            blocked = [len(shape) - 1]
         return schema.SparsityParametersT(list(range(len(dims))), blocked, dims)
 
 
 def _narrow(numbers):
     largest = numbers.max(initial=0)
     return numbers.astype("uint8" if largest < 256 else "uint16" if largest < 65536 else "int32")
+
+
+def _may_be_convolution(file, graph, operator):
+    """Whether a `FULLY_CONNECTED` can be written as a convolution: a reshaping can restore one open size, no more."""
+    options, output = operator.builtinOptions, graph.tensors[int(operator.outputs[0])]
+    sizes = output.shape if output.shapeSignature is None else output.shapeSignature
+    plain = options.weightsFormat == file.schema.FullyConnectedOptionsWeightsFormat.DEFAULT
+    return plain and sum(n < 0 for n in sizes) <= 1
+
+
+def _as_convolutions(file, graph, operators):
+    """Turn each `FULLY_CONNECTED` into a reshaping to images of one pixel, a convolution, and a reshaping back."""
+    schema = file.schema
+    for operator in operators:
+        source, target = int(operator.inputs[0]), int(operator.outputs[0])
+        kernel, result = graph.tensors[int(operator.inputs[1])], graph.tensors[target]
+        sizes = result.shape if result.shapeSignature is None else result.shapeSignature
+        rows = int(np.prod(result.shape[:-1]))
+        opened = -1 if any(n < 0 for n in sizes) else rows
+        pixels = file.image(graph, graph.tensors[source], rows, opened, int(kernel.shape[-1]))
+        products = file.image(graph, result, rows, opened, int(kernel.shape[0]))
+        before = file.reshape(graph, source, pixels, [opened, 1, 1, int(kernel.shape[-1])])
+        after = file.reshape(graph, products, target, [int(n) for n in sizes])
+        options = schema.Conv2DOptionsT(
+            padding=schema.Padding.VALID,
+            strideH=1,
+            strideW=1,
+            fusedActivationFunction=operator.builtinOptions.fusedActivationFunction,
+        )
+        operator.opcodeIndex = file.code("CONV_2D", _CONVOLUTION_CHANNELS)
+        operator.builtinOptionsType, operator.builtinOptions = schema.BuiltinOptions.Conv2DOptions, options
+        bias = int(operator.inputs[2]) if len(operator.inputs) > 2 else -1
+        if bias < 0:  # a convolution must have one
+            bias = file.zeros(graph, graph.tensors[source], kernel)
+        operator.inputs = [pixels, int(operator.inputs[1]), bias]
+        operator.outputs = [products]
+        place = next(i for i, other in enumerate(graph.operators) if other is operator)
+        graph.operators[place : place + 1] = [before, operator, after]
 
 
 def _move_entries(file, graph):

@@ -161,12 +161,15 @@ def _here():
 
 
 def _same_weights(sparse, dense):
-    """Whether each sparse-encoded tensor decodes to a tensor of the dense file (names and order differ)."""
+    """Whether each sparse-encoded tensor decodes to a tensor of the dense file (names, order and axes of 1 differ)."""
+
+    def axes(tensor):
+        return tuple(n for n in tensor.shape if n > 1)
 
     def key(tensor):
-        return tensor.shape, tensor.dtype, (tensor.values() + 0).tobytes()  # + 0: a sparse encoding keeps no -0.0
+        return axes(tensor), tensor.dtype, (tensor.values() + 0).tobytes()  # + 0: a sparse encoding keeps no -0.0
 
     encoded = [t for graph in sparse.subgraphs for t in graph.tensors if t.levels is not None]
-    shapes = {t.shape for t in encoded}
-    known = {key(t) for graph in dense.subgraphs for t in graph.tensors if t.stored is not None and t.shape in shapes}
+    shapes = {axes(t) for t in encoded}
+    known = {key(t) for graph in dense.subgraphs for t in graph.tensors if t.stored is not None and axes(t) in shapes}
     return all(key(tensor) in known for tensor in encoded)
