@@ -123,6 +123,10 @@ def _parser():
     sub.add_argument("--html", metavar="FILE", help="write the table as an HTML page, too")
     sub.add_argument("--plot", metavar="FILE", help="draw the sparsity of each weight (.png, .svg, .pdf)")
 
+    sub = add(_adapt, "model.keras -o adapted.keras", loads="model")
+    sub.add_argument("-o", "--output", metavar="OUT.keras", required=True, help="file to write; may be the input")
+    sub.add_argument("--target", default="xnnpack", help="the runtime that it should run sparse on (default: xnnpack)")
+
     sub = add(_export, "model.keras model.tflite --quantize float16", loads="model")
     sub.add_argument("output", metavar="OUT.tflite", help="file to write")
     sub.add_argument("--dense", action="store_true", help="do not use a sparse encoding, however small")
@@ -212,6 +216,15 @@ def _prune(options, stderr):
 def _report(options, stderr):
     """Tell what is sparse in a saved model, what is not, and why."""
     return _drawn(reports.report(comparison.load(options.model)), options)
+
+
+def _adapt(options, stderr):
+    """Bring a saved model into the form that a runtime's sparse kernels take; the weights stay the same."""
+    with _replacing(options.output, ".keras") as path:
+        model, report = tflite.adapt(comparison.load(options.model), options.target, verbose=0, return_report=True)
+        model.save(path)
+    report.notes.append(f"Written: {options.output}")
+    return report
 
 
 def _export(options, stderr):

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_sparse import selection
 
-__all__ = ["CHANNELWISE", "consumers", "elementwise", "unit_variables"]
+__all__ = ["CHANNELWISE", "consumers", "elementwise", "filled", "histories", "references", "unit_variables", "wiring"]
 
 
 def _keras_layers(regex):
@@ -119,10 +119,10 @@ class _Graph:
             self.entries, self.outputs = [names[:1]], names[-1:]
             self.calls = {name: ((layer.input,), {}) for name, layer in self.operations.items()}
         else:
-            config = _config(model)
+            config = wiring(model)
             self.operations = {operation.name: operation for operation in model.operations}
-            self.entries = [self.readers.get(name, []) for name in _references(config["input_layers"])]
-            self.outputs = _references(config["output_layers"])
+            self.entries = [self.readers.get(name, []) for name in references(config["input_layers"])]
+            self.outputs = references(config["output_layers"])
             self.calls = {
                 layer["name"]: (layer["inbound_nodes"][0]["args"], layer["inbound_nodes"][0]["kwargs"])
                 for layer in config["layers"]
@@ -171,7 +171,7 @@ class _Graphs:
                 found |= {id(v): v for v in (operation.gamma, operation.beta) if v is not None}
             elif _hides_normalization(operation):
                 raise _Alive(f"a batch normalization behind it, inside of {name}, cannot be found")
-            elif len(_references(call)) > 1 or _mixes(operation):
+            elif len(references(call)) > 1 or _mixes(operation):
                 continue
             elif isinstance(operation, _ACTIVATIONS):
                 if not _keeps_zero(operation):
@@ -258,14 +258,13 @@ def _keeps_units(operation, call, axis):
         for low, high in ((-3, 3), (-3, -1), (1, 3)):
             drawn = []
 
-            def draw(shape, low=low, high=high, drawn=drawn):
-                drawn.append(
-                    rng.uniform(low, high, [2, *(16 if n is None else n for n in shape[1:])]).astype("float32")
-                )
+            def draw(config, low=low, high=high, drawn=drawn):
+                shape = [2, *(16 if n is None else n for n in config["shape"][1:])]
+                drawn.append(rng.uniform(low, high, shape).astype("float32"))
                 _half(drawn[0], axis)[...] = 0
                 return keras.ops.convert_to_tensor(drawn[0])
 
-            args, kwargs = _with_tensors(call, draw)
+            args, kwargs = filled(call, draw)
             value = keras.ops.convert_to_numpy(operation(*args, **kwargs))
             if (axis is not None and value.shape[axis] != drawn[0].shape[axis]) or _half(value, axis).any():
                 return False
@@ -279,17 +278,28 @@ def _half(value, axis):
     return value if axis is None else np.moveaxis(value, axis, 0)[::2]
 
 
-def _with_tensors(value, make):
-    """Part of a call as a config or a layer tells it, with `make(shape)` in place of each symbolic tensor."""
+def filled(value, make):
+    """Part of a call as a config or a layer tells it, with `make(config)` in place of each symbolic tensor.
+
+    Args:
+        value: Arguments of a call: `inbound_nodes` of a config, or a structure with symbolic tensors.
+        make: Function of the tensor's config, which has its `shape` and, in a config, its `keras_history`.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> ks.graph.filled([keras.KerasTensor((None, 4)), 2.0], lambda config: config["shape"])
+    [(None, 4), 2.0]
+    """
     if isinstance(value, keras.KerasTensor):
-        return make(value.shape)
+        return make({"shape": value.shape})
     if isinstance(value, dict) and value.get("class_name") == "__keras_tensor__":
-        return make(value["config"]["shape"])
+        return make(value["config"])
     if isinstance(value, dict) and "class_name" in value:
         return keras.saving.deserialize_keras_object(value)
     if isinstance(value, dict):
-        return {key: _with_tensors(item, make) for key, item in value.items()}
-    return type(value)(_with_tensors(item, make) for item in value) if isinstance(value, (list, tuple)) else value
+        return {key: filled(item, make) for key, item in value.items()}
+    return type(value)(filled(item, make) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def elementwise(layer):
@@ -321,30 +331,59 @@ def consumers(model):
     if isinstance(model, keras.Sequential):
         names = [layer.name for layer in model.layers]
         return dict(zip(names, [[name] for name in [*names[1:], None]], strict=True))
-    config = _config(model)
+    config = wiring(model)
     found = {}
     for layer in config["layers"]:
         nodes = layer["inbound_nodes"]
-        for source in _references(nodes):
+        for source in references(nodes):
             found.setdefault(source, []).append(layer["name"] if len(nodes) == 1 else None)
         if len(nodes) > 1:
             found.setdefault(layer["name"], []).append(None)
-    for source in _references(config["output_layers"]):
+    for source in references(config["output_layers"]):
         found.setdefault(source, []).append(None)
     return found
 
 
-def _config(model):
+def wiring(model):
+    """The config of a functional model's graph: of the same graph as a plain `keras.Model`.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> inputs = keras.Input((4,), name="x")
+    >>> model = keras.Model(inputs, keras.layers.Dense(3, name="a")(inputs))
+    >>> [layer["name"] for layer in ks.graph.wiring(model)["layers"]]
+    ['x', 'a']
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lambdas in it are not safe to load; nobody will.
         # Of the same graph as a plain model: a class of the user's may have no config, or one without layers.
         return keras.Model(model.inputs, model.outputs).get_config()
 
 
-def _references(value):
-    """The names of layers in the part of a config that says whose outputs are meant: `[name, node, tensor]`."""
+def references(value):
+    """The names of layers in the part of a config that says whose outputs are meant.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.graph.references({"a": ["dense", 0, 0]})
+    ['dense']
+    """
+    return [name for name, _, _ in histories(value)]
+
+
+def histories(value):
+    """The outputs that a part of a config means, as `(name of a layer, number of its call, number of the output)`.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.graph.histories({"a": ["dense", 0, 0]})
+    [('dense', 0, 0)]
+    """
     if isinstance(value, (list, tuple)) and len(value) == 3 and [type(v) for v in value] == [str, int, int]:
-        return [value[0]]
+        return [tuple(value)]
     if isinstance(value, dict):
         value = list(value.values())
-    return [name for item in value for name in _references(item)] if isinstance(value, (list, tuple)) else []
+    return [key for item in value for key in histories(item)] if isinstance(value, (list, tuple)) else []

@@ -181,11 +181,12 @@ class _Graph:
         """Follow the graph from the entry convolutions to the exits; see the module's docstring for the rules."""
         entries = [operator for operator in self.operators if self._is_entry(operator)]
         pointwise = [operator for operator in self.operators if self._is_pointwise(operator)]
-        exits = [o for o in self.operators if o.name in _REDUCTIONS and self._rank(o.inputs[0]) == 4]
+        reductions = [operator for operator in self.operators if self._reduces(operator)]
         # A cluster begins at an entry, is closed by an exit, and has more zeros than its least sparse convolution:
         # where one of the three cannot be, nothing is rewritten.
-        if not entries or not exits or not any(self._mostly_zero([operator]) for operator in pointwise):
+        if not entries or not reductions or not any(self._mostly_zero([operator]) for operator in pointwise):
             return _Cluster()
+        exits = [operator for operator in reductions if not self._pools_inside(operator)]
         inside, pending = [], list(entries)
         while pending:
             operator = pending.pop()
@@ -201,9 +202,6 @@ class _Graph:
             if operator in exits:
                 if not self._is_exit(operator):
                     return _Cluster(broken=f"{self._label(operator)} is not a global average pooling")
-                for after in (c for n in operator.outputs for c in self._following(n)):
-                    if operator.name == "MEAN" and self._is_compatible(after):
-                        return _Cluster(broken=f"{self._label(after)} follows the pooling that ends the sparse part")
                 # What reads a shape of four axes, such as a Dense layer's reshaping, reads it channel-first.
                 if operator.name == "MEAN" and self._rank(operator.outputs[0]) == 4:
                     return _Cluster(broken=f"{self._label(operator)} keeps the axes that it pools (`keepdims=True`)")
@@ -214,6 +212,15 @@ class _Graph:
                     return _Cluster(broken=f"{self._label(operator)} joins a branch from outside the sparse part")
         own = [operator for operator in pointwise if operator in inside]
         return _Cluster(pointwise=own, engages=self._mostly_zero(own))
+
+    def _reduces(self, operator):
+        return operator.name in _REDUCTIONS and self._rank(operator.inputs[0]) == 4
+
+    def _pools_inside(self, operator):
+        """Whether a pooling keeps its axes and goes on channel-first, as that of a squeeze-and-excite branch does."""
+        after = [c for n in operator.outputs for c in self._following(n)]
+        keeps = operator.name == "MEAN" and self._rank(operator.outputs[0]) == 4 and self._is_exit(operator)
+        return keeps and bool(after) and all(self._is_compatible(c) for c in after)
 
     def _following(self, number):
         """Consumers of a tensor; a padding that XNNPACK melts into the next convolution counts as part of that."""
@@ -284,6 +291,8 @@ class _Graph:
             return self._rank(operator.inputs[0]) == 4
         if operator.name in _BINARY:
             return all(self._rank(n) == 4 and self.constant(n) is None for n in operator.inputs)
+        if self._reduces(operator):
+            return self._pools_inside(operator)
         return self._is_pointwise(operator) or self._is_depthwise(operator)
 
     def _is_exit(self, operator):

@@ -1,0 +1,443 @@
+"""An adaptation is the same network in a form that a target's sparse kernels take: the same weights, the same function.
+
+XNNPACK runs 1x1 convolutions sparse if the whole network fits (`keras_sparse.tflite.xnnpack`). Most networks miss that
+by their form, not by what they compute:
+
+* Padding. "same" at stride 2 adds its one row and column at the bottom and right of an even image; XNNPACK's sparse
+  kernels want one on each side, and never read the last ones. So they want a padding at the top and left. A network of
+  convolutions that looks at the image upside down, with every kernel upside down as well, pads just there, and computes
+  the very same; global pooling at its end does not care. So the image is flipped once, at the input.
+* Heads. Global average pooling with `keepdims=True` and 1x1 convolutions behind it become pooling and Dense layers.
+* Squeeze-and-excite branches pool with `keepdims=True` in place of a `Reshape`.
+"""
+
+import keras
+import numpy as np
+from keras import layers
+
+from keras_sparse import graph, selection
+from keras_sparse.reports import Report
+
+__all__ = ["adapt"]
+
+_TARGETS = ("xnnpack", "xnnpack-arm64", "xnnpack-wasm")
+# What treats all places of an image alike: these may be upside down. Operations of `keras.ops` included.
+_POINTWISE = {
+    "Activation", "ReLU", "LeakyReLU", "ELU", "BatchNormalization", "Dropout", "GaussianNoise", "GaussianDropout",
+    "SpatialDropout2D", "Rescaling", "Normalization", "Add", "Multiply", "Subtract", "Average", "Maximum", "Minimum",
+    "InputLayer", "Divide", "TrueDivide", "Relu", "Relu6", "Silu", "Sigmoid", "HardSigmoid", "HardSilu", "Tanh", "Gelu",
+    "Elu", "LeakyRelu", "Clip", "Identity", "UpSampling2D",
+}  # fmt: skip
+_ON_VECTORS = {"Activation", "ReLU", "LeakyReLU", "ELU", "Dropout", "Softmax"}
+_DENSE_ARGUMENTS = (
+    "name", "trainable", "dtype", "activation", "use_bias", "kernel_initializer", "bias_initializer",
+    "kernel_regularizer", "bias_regularizer", "activity_regularizer", "kernel_constraint", "bias_constraint",
+)  # fmt: skip
+
+
+def adapt(model, target="xnnpack", verbose=1, return_report=False):
+    """Return a model of the same weights in a form that `target` runs sparse.
+
+    Changes:
+
+    * Convolutions of three channels at the input and depthwise convolutions, 3x3 or 5x5 with stride 2, get a
+      `ZeroPadding2D` of half the kernel on each side. Where they padded at the bottom and right ("same" at even sizes;
+      what `keras.applications` does by `ZeroPadding2D`), the image is flipped at the input and all kernels with it,
+      which computes the same. Where a network pads on both sides in some layers and at the bottom in others, the latter
+      are shifted by one pixel: train such a model a little more.
+    * `GlobalAveragePooling2D(keepdims=True)` and 1x1 convolutions behind it become pooling and `Dense` layers.
+    * `GlobalAveragePooling2D` and a `Reshape` to 1x1 in squeeze-and-excite branches become one pooling.
+    * Nested models are laid out flat.
+
+    Args:
+        model: A built functional or Sequential model with images of known, even size, channels last.
+        target: `"xnnpack"`; its ARM64 and WebAssembly builds want the same.
+        verbose: `1` prints what was changed, `0` does not.
+        return_report: Whether to return `(model, report)`.
+
+    Returns:
+        A functional `keras.Model` that is not compiled and shares nothing with `model`. Layers keep their names. With
+        `return_report` also a `Report`: a row for each change, with `layer`, `change` and `exact`; totals: `changes`,
+        `exact`, and `difference`, the largest difference of an output on random inputs, relative to its magnitude.
+
+    Raises:
+        ValueError: If `target` has no graph rules, or the model is not of a kind that can be rebuilt.
+        TypeError: If `model` is no Keras 3 model.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
+    >>> adapted, report = ks.tflite.adapt(model, verbose=0, return_report=True)
+    >>> report.totals["exact"], report.totals["difference"] < 1e-4
+    (True, True)
+    """
+    if target not in _TARGETS:
+        names = ", ".join(map(repr, _TARGETS))
+        raise ValueError(f"`target` must be one with rules for the graph: {names}. Received: target={target!r}")
+    selection.check_model(model)
+    _check(model)
+    # Upside down or not: what changes less of what the network computes, and then what changes less.
+    trials = [_Rebuilding(model, flipped) for flipped in (False, True)]
+    best = min(trials, key=lambda trial: (sum(not row["exact"] for row in trial.rows), trial.flipped))
+    adapted = best.model()
+    totals = {"changes": len(best.rows), "exact": all(row["exact"] for row in best.rows)}
+    totals["difference"] = _difference(model, adapted)
+    if totals["exact"] and not totals["difference"] < 1e-2:
+        raise ValueError(
+            "The adapted model does not compute what the model computes, so it is not returned. Report this model to "
+            f"keras_sparse if it has no random layer that is active in inference. Received: {model.name!r}, outputs "
+            f"differ by {totals['difference']:.1e} of their magnitude"
+        )
+    report = Report(f"Adaptation of {model.name} to {target}", best.rows, totals, best.notes, {"difference": ".1e"})
+    if verbose:
+        print(report)
+    return (adapted, report) if return_report else adapted
+
+
+def _check(model):
+    if not getattr(model, "inputs", None) or not isinstance(model, keras.Model):
+        raise ValueError(
+            "`model` must be a functional or Sequential model: of a subclassed one the graph is not known. Rebuild it "
+            f"with `keras.Model(inputs, outputs)`. Received: {type(model).__name__}"
+        )
+    for layer in selection.layers(model):
+        if getattr(layer, "data_format", None) == "channels_first":
+            raise ValueError(f"`model` must have the channels last. Received: {layer.name!r} has them first")
+
+
+def _difference(model, adapted):
+    rng = np.random.default_rng(0)
+    x = [rng.random([2, *(n or 32 for n in tensor.shape[1:])]).astype("float32") for tensor in model.inputs]
+    found = []
+    for one in (model, adapted):
+        outputs = one(x if len(x) > 1 else x[0], training=False)
+        found.append([keras.ops.convert_to_numpy(y) for y in keras.tree.flatten(outputs)])
+    pairs = zip(*found, strict=True)
+    return max(float(np.abs(a - b).max()) / max(float(np.abs(a).max()), 1e-6) for a, b in pairs)
+
+
+class _Rebuilding:
+    """A model is built anew, layer by layer, with the image upside down or not; tensors carry what is known of them."""
+
+    def __init__(self, model, flipped):
+        self.flipped, self.rows, self.notes = flipped, [], []
+        self._copies, self._names = {}, set()
+        self._upside_down = set()  # ids of tensors
+        self._padded = {}  # id of a padded tensor -> (tensor before, padding of rows, padding of columns)
+        self._vectors = {}  # id of a tensor (n, 1, 1, c) -> the same as (n, c)
+        self._alive = []  # ids are of objects that must live on
+        self._inputs = [keras.Input(t.shape[1:], t.shape[0], t.dtype, name=t.name) for t in model.inputs]
+        starts = [self._flip(x) if flipped and _is_image(x) else x for x in self._inputs]
+        if self._upside_down:
+            self._row("input", "the image is flipped, rows and columns, and all kernels with it", True)
+        outputs = [self._upright(y) for y in self._run(model, starts)]
+        self._outputs = _packed(model, outputs)
+        sequential = isinstance(model, keras.Sequential)
+        self._structure = self._inputs[0] if sequential else keras.tree.pack_sequence_as(model.input, self._inputs)
+        self._name = model.name
+
+    def model(self):
+        """The new model, with the weights."""
+        model = keras.Model(self._structure, self._outputs, name=self._name)
+        for new, _, values in self._copies.values():
+            new.set_weights(values)
+            if hasattr(new, "finalize_state"):  # of Normalization: its statistics are copies of its weights
+                new.finalize_state()
+        return model
+
+    # The walk
+
+    def _run(self, model, tensors):
+        """Lay the operations of a model out on new tensors; returns a flat list of outputs."""
+        if isinstance(model, keras.Sequential):
+            values = tensors
+            for layer in model.layers:
+                values = keras.tree.flatten(self._call(layer, values, {}, set()))
+            return values
+        wiring = graph.wiring(model)
+        operations = {operation.name: operation for operation in model.operations}
+        excited = _excitations(wiring, operations)
+        values = dict(zip(graph.histories(wiring["input_layers"]), tensors, strict=True))
+
+        def tensor(config):
+            return values[tuple(config["keras_history"])]
+
+        nodes = [(y["name"], i, node) for y in wiring["layers"] for i, node in enumerate(y["inbound_nodes"])]
+        while nodes:  # once, unless a layer is called several times
+            waiting = []
+            for name, number, node in nodes:
+                if not all(key in values for key in graph.histories(node)):
+                    waiting.append((name, number, node))
+                    continue
+                args, kwargs = graph.filled(node["args"], tensor), graph.filled(node["kwargs"], tensor)
+                outputs = self._call(operations[name], args, kwargs, excited)
+                for index, output in enumerate(keras.tree.flatten(outputs)):
+                    values[name, number, index] = output
+            nodes = waiting
+        return [values[key] for key in graph.histories(wiring["output_layers"])]
+
+    def _call(self, operation, args, kwargs, excited):
+        args = list(args)
+        if isinstance(operation, keras.Model):
+            return _packed(operation, self._run(operation, keras.tree.flatten(args)))
+        first = args[0] if args and isinstance(args[0], keras.KerasTensor) else None
+        kind = type(operation).__name__
+        if kind == "ZeroPadding2D" and first is not None:
+            return self._pad(operation, first)
+        if type(operation) in (layers.Conv2D, layers.DepthwiseConv2D) and first is not None:
+            return self._convolve(operation, first)
+        if kind == "GlobalAveragePooling2D" and first is not None:
+            return self._pool(operation, first, operation.name in excited)
+        if kind in ("Reshape", "Flatten") and id(first) in self._vectors:
+            return self._reshape(operation, first)
+        if kind in _ON_VECTORS and id(first) in self._vectors and not kwargs.get("mask"):
+            return self._as_image(self._copy(operation)(self._vectors[id(first)]))
+        if kind == "GlobalMaxPooling2D":
+            return self._copy(operation)(*args, **kwargs)
+        tensors = [t for t in keras.tree.flatten([args, kwargs]) if isinstance(t, keras.KerasTensor)]
+        images = [t for t in tensors if _is_image(t)]
+        turned = [t for t in images if id(t) in self._upside_down]
+        if turned and (kind not in _POINTWISE | {"Concatenate"} or len(turned) < len(images) or not _alike(operation)):
+            args, kwargs = keras.tree.map_structure(self._upright, [args, kwargs])
+            turned = []
+        outputs = self._copy(operation)(*args, **kwargs)
+        if turned:
+            self._mark(outputs)
+        return outputs
+
+    # What is known of tensors
+
+    def _mark(self, tensor):
+        self._upside_down.add(id(tensor))
+        self._alive.append(tensor)
+        return tensor
+
+    def _flip(self, tensor):
+        return self._mark(keras.ops.flip(tensor, (1, 2)))
+
+    def _upright(self, tensor):
+        return keras.ops.flip(tensor, (1, 2)) if id(tensor) in self._upside_down else tensor
+
+    def _like(self, before, after):
+        return self._mark(after) if id(before) in self._upside_down else after
+
+    def _as_image(self, vector):
+        image = layers.Reshape((1, 1, vector.shape[-1]))(vector)
+        self._vectors[id(image)] = vector
+        self._alive.append(image)
+        return image
+
+    # Layers
+
+    def _copy(self, operation, changes=None, weights=None):
+        """A layer of the same configuration, but for `changes`; operations without state serve again."""
+        if not isinstance(operation, keras.layers.Layer):
+            return operation
+        weights = operation.get_weights() if weights is None else weights
+        if id(operation) not in self._copies:
+            config = operation.get_config() | {"name": self._unique(operation.name)} | (changes or {})
+            self._copies[id(operation)] = type(operation).from_config(config), changes, weights
+        new, known, values = self._copies[id(operation)]
+        # A kernel that reads an image both ways, upside down and not, would have to be two.
+        if known != changes or any(not np.array_equal(a, b) for a, b in zip(weights, values, strict=True)):
+            raise ValueError(
+                "A layer that is called several times and would have to change in one place cannot be adapted. "
+                f"Received: {operation.name!r}"
+            )
+        return new
+
+    def _unique(self, name):
+        found, number = name, 0
+        while found in self._names:
+            number += 1
+            found = f"{name}_{number}"
+        self._names.add(found)
+        return found
+
+    def _row(self, layer, change, exact):
+        self.rows.append({"layer": layer, "change": change, "exact": exact})
+
+    def _pad(self, layer, x):
+        padding = layer.padding
+        turned = id(x) in self._upside_down
+        rows, columns = (tuple(reversed(p)) if turned else tuple(p) for p in padding)
+        new = self._copy(layer, {"padding": (rows, columns)} if turned and (rows, columns) != padding else None)
+        y = self._like(x, new(x))
+        self._padded[id(y)] = x, rows, columns
+        self._alive.append(y)
+        return y
+
+    def _convolve(self, layer, x):
+        if id(x) in self._vectors and _is_pointwise(layer):
+            return self._connect(layer, x)
+        wanted = _wanted(layer, x)
+        source, rows, columns = self._padded.get(id(x), (x, (0, 0), (0, 0)))
+        if wanted is not None and None in source.shape[1:3]:
+            self.notes.append(
+                f"{layer.name}: its padding is left as it is, because the size of the image is not known."
+            )
+        if wanted is None or None in source.shape[1:3]:
+            return self._plain(layer, x)
+        if layer.padding == "valid" and rows == columns == (wanted, wanted):
+            return self._plain(layer, x)
+        windows = self._windows(layer, x, source, (rows, columns))
+        fitting = [_windows_of(n, (wanted, wanted), layer, axis) for axis, n in enumerate(source.shape[1:3])]
+        if [count for _, _, count in windows] != [count for _, _, count in fitting]:
+            self.notes.append(f"{layer.name}: a padding of {wanted} on each side would give it another output size.")
+            return self._plain(layer, x)
+        exact = all(first == wanted for first, _, _ in windows)
+        text = f"a padding of {wanted} on each side, by ZeroPadding2D"
+        self._row(layer.name, text if exact else f"{text}: the image is shifted by {wanted - windows[0][0]}", exact)
+        if any(n % 2 for n in source.shape[1:3]):
+            self.notes.append(
+                f"{layer.name}: of an odd size, {source.shape[1:3]}, which TFLite's converter pads its way."
+            )
+        padded = layers.ZeroPadding2D(wanted, name=self._unique(f"{layer.name}_padding"))(source)
+        new = self._copy(layer, {"padding": "valid"}, self._kernels(layer, x))
+        return self._like(x, new(padded))
+
+    def _windows(self, layer, x, source, paddings):
+        """For rows and columns: the padding in front and behind, as this image lies, and how many windows there are."""
+        turned, found = id(x) in self._upside_down, []
+        for axis, (size, padding) in enumerate(zip(source.shape[1:3], paddings, strict=True)):
+            first, last = reversed(padding) if turned else padding  # as the model has it
+            if layer.padding == "same":
+                front, behind = _same(size + first + last, layer, axis)
+                first, last = first + front, last + behind
+            first, last, count = _windows_of(size, (first, last), layer, axis)
+            found.append((last, first, count) if turned else (first, last, count))
+        return found
+
+    def _plain(self, layer, x):
+        """The layer with the padding it has; for an image upside down with the one that this asks for."""
+        changes = None
+        if id(x) in self._upside_down:
+            sizes = [n or 64 for n in x.shape[1:3]] if max(layer.strides) == 1 else x.shape[1:3]
+            if None in sizes:
+                return self._copy(layer)(self._upright(x))
+            pads = []
+            for axis, size in enumerate(sizes):
+                front, behind = _same(size, layer, axis) if layer.padding == "same" else (0, 0)
+                front, behind, _ = _windows_of(size, (front, behind), layer, axis)
+                pads.append((behind, front))
+            if min(first for first, _ in pads) < 0:  # the last rows are not read, which would be the first ones now
+                return self._copy(layer)(self._upright(x))
+            own = [_same(n, layer, i) if layer.padding == "same" else (0, 0) for i, n in enumerate(sizes)]
+            if pads != own:
+                changes = {"padding": "valid"}
+                pads = [(first, max(0, last)) for first, last in pads]
+                x = self._mark(layers.ZeroPadding2D(pads, name=self._unique(f"{layer.name}_padding"))(x))
+        return self._like(x, self._copy(layer, changes, self._kernels(layer, x))(x))
+
+    def _kernels(self, layer, x):
+        values = layer.get_weights()
+        if id(x) in self._upside_down:
+            values[0] = values[0][::-1, ::-1]
+        return values
+
+    def _pool(self, layer, x, excites):
+        keep = layer.keepdims
+        if excites:
+            if not keep:
+                self._row(layer.name, "pools with keepdims=True, in place of a Reshape", True)
+            y = self._copy(layer, None if keep else {"keepdims": True})(x)
+            if not keep:
+                self._vectors[id(y)] = y
+                self._alive.append(y)
+            return y
+        if not keep:
+            return self._copy(layer)(x)
+        self._row(layer.name, "pools to a vector (keepdims=False)", True)
+        return self._as_image(self._copy(layer, {"keepdims": False})(x))
+
+    def _reshape(self, layer, x):
+        vector = self._vectors[id(x)]
+        if type(layer).__name__ == "Reshape" and tuple(layer.target_shape) == (1, 1, vector.shape[-1]):
+            return x
+        if len(vector.shape) == 2 and (type(layer).__name__ == "Flatten" or len(layer.target_shape) == 1):
+            return vector
+        return self._copy(layer)(x)
+
+    def _connect(self, layer, x):
+        vector = self._vectors[id(x)]
+        if len(vector.shape) > 2:  # a squeeze-and-excite branch stays an image
+            return self._copy(layer)(x)
+        config = layer.get_config()
+        values = layer.get_weights()
+        values[0] = values[0].reshape(values[0].shape[-2:])
+        changes = {key: config[key] for key in _DENSE_ARGUMENTS} | {"units": layer.filters}
+        self._row(layer.name, "a Dense layer in place of the 1x1 convolution", True)
+        return self._as_image(self._dense(layer, changes, values)(vector))
+
+    def _dense(self, layer, config, values):
+        if id(layer) not in self._copies:
+            new = layers.Dense.from_config(config | {"name": self._unique(layer.name)})
+            self._copies[id(layer)] = new, "dense", values
+        return self._copies[id(layer)][0]
+
+
+def _packed(model, outputs):
+    """A flat list of outputs in the structure of the model's own."""
+    return outputs[0] if isinstance(model, keras.Sequential) else keras.tree.pack_sequence_as(model.output, outputs)
+
+
+def _is_image(tensor):
+    return len(tensor.shape) == 4 and tuple(tensor.shape[1:3]) != (1, 1)
+
+
+def _is_pointwise(layer):
+    return type(layer) is layers.Conv2D and layer.kernel_size == layer.strides == (1, 1) and layer.groups == 1
+
+
+def _alike(operation):
+    """Whether the axis of a layer, if it has one, is that of the channels."""
+    axis = getattr(operation, "axis", None)
+    axes = axis if isinstance(axis, (tuple, list)) else [axis]
+    return all(one in (None, -1, 3) for one in axes)
+
+
+def _wanted(layer, x):
+    """The padding on each side with which XNNPACK's sparse kernels take a convolution that it may be about."""
+    size = layer.kernel_size[0]
+    if layer.dilation_rate not in (1, (1, 1)) or layer.kernel_size != (size, size) or layer.strides != (2, 2):
+        return None
+    if type(layer) is layers.Conv2D:
+        return 1 if size == 3 and x.shape[-1] == 3 and layer.groups == 1 else None
+    return size // 2 if size in (3, 5) and layer.depth_multiplier == 1 else None
+
+
+def _extent(layer, axis):
+    rate = layer.dilation_rate if isinstance(layer.dilation_rate, int) else layer.dilation_rate[axis]
+    return rate * (layer.kernel_size[axis] - 1) + 1
+
+
+def _same(size, layer, axis):
+    """The padding of "same", in front and behind."""
+    stride = layer.strides[axis]
+    total = max(0, (-(-size // stride) - 1) * stride + _extent(layer, axis) - size)
+    return total // 2, total - total // 2
+
+
+def _windows_of(size, padding, layer, axis):
+    """`(padding in front, padding that is read behind, number of windows)`; negative behind: what is not read."""
+    first, last = padding
+    stride, extent = layer.strides[axis], _extent(layer, axis)
+    count = (size + first + last - extent) // stride + 1
+    return first, stride * (count - 1) + extent - size - first, count
+
+
+def _excitations(wiring, operations):
+    """Names of the poolings whose outcome comes back to an image: of squeeze-and-excite branches."""
+    sources = {layer["name"]: graph.references(layer["inbound_nodes"]) for layer in wiring["layers"]}
+    found = set()
+    for start in (n for n, operation in operations.items() if type(operation) is layers.GlobalAveragePooling2D):
+        behind = {start}
+        for name, own in sources.items():  # in the order of execution
+            if behind & set(own):
+                behind.add(name)
+                others = [operations[other] for other in own if other not in behind]
+                if any(_is_image(operation.output) for operation in others):
+                    found.add(start)
+                    break
+    return found
