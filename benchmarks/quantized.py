@@ -1,10 +1,9 @@
 """Quantized and sparse: MobileNetV2 at 224 pixels, 1x1 convolutions and classifier pruned, in every number format.
 
 Size and latency do not depend on the values of the weights, so the network is not trained: its weights are random, its
-normalizations have seen random images, it is pruned in one shot. Its strided layers pad by one on each side, as
-XNNPACK's sparse kernels ask. `export` verifies each file (`verify="strict"`) before it is measured. Time and
-instructions are those of the sparse file relative to the dense file of the same format, and to the dense float32 file,
-run in turns. Runtimes that are not installed are left out.
+normalizations have seen random images, it is adapted (`ks.tflite.adapt`) and pruned in one shot. `export` verifies each
+file (`verify="strict"`) before it is measured. Time and instructions are those of the sparse file relative to the dense
+file of the same format, and to the dense float32 file, run in turns. Runtimes that are not installed are left out.
 """
 
 import argparse
@@ -21,30 +20,11 @@ BARS = {"float16": 0.16, "int8": 0.15}  # bytes, relative to the dense float32 f
 POINTWISE = [r"expand/kernel", r"project/kernel", r"Conv_1/kernel", r"predictions/kernel"]
 
 
-def padded(size):
-    """MobileNetV2 with explicit padding of one on each side before its strided layers."""
-    model = keras.applications.MobileNetV2((size, size, 3), weights=None, classifier_activation=None)
-
-    def clone(layer):
-        if isinstance(layer, layers.ZeroPadding2D):
-            return layers.ZeroPadding2D(1, name=layer.name)
-        config = layer.get_config()
-        if layer.name == "Conv1":
-            config["padding"] = "valid"
-        return type(layer).from_config(config)
-
-    def call(layer, *args, **kwargs):
-        if layer.name == "Conv1":
-            return layer(layers.ZeroPadding2D(1, name="Conv1_pad")(args[0]), **kwargs)
-        return layer(*args, **kwargs)
-
-    return keras.models.clone_model(model, clone_function=clone, call_function=call)
-
-
 def pruned(size, sparsity, images):
-    """The network, pruned, with the statistics of `images` in its normalizations."""
+    """The network, adapted and pruned, with the statistics of `images` in its normalizations."""
     keras.utils.set_random_seed(0)
-    model = padded(size)
+    model = keras.applications.MobileNetV2((size, size, 3), weights=None, classifier_activation=None)
+    model = ks.tflite.adapt(model, verbose=0)
     ks.prune(model, sparsity, filters=POINTWISE)
     for layer in model.layers:
         if isinstance(layer, layers.BatchNormalization):
