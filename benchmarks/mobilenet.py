@@ -1,9 +1,10 @@
 """Networks of `keras.applications`, adapted: 1x1 convolutions at 90 %, sparse against dense on each runtime.
 
-Latency, instructions and bytes do not depend on the values of the weights, so the networks are not trained: they are
-adapted (`ks.tflite.adapt`) and pruned in one shot. Each ratio is to the dense encoding of the same network, run in turns
-with it (`ks.tflite.benchmark`); on ARM64 it is exact. `error` is the largest difference of the sparse file's outputs from
-the Keras model's, relative to their magnitude, over the runtimes; the last layer gives logits. Runtimes that are not
+Latency, instructions and bytes do not depend on the values of the weights, so the networks are not trained, but for the
+statistics of their normalizations, without which they compute next to nothing: they are adapted (`ks.tflite.adapt`) and
+pruned in one shot. Each ratio is to the dense encoding of the same network, run in turns with it
+(`ks.tflite.benchmark`); on ARM64 it is exact. `error` is the largest difference of the sparse file's outputs from the
+Keras model's, relative to their magnitude, over the runtimes; the last layer gives logits. Runtimes that are not
 installed are left out.
 """
 
@@ -44,6 +45,14 @@ def and_classifier(variable):
     return pointwise(variable) or len(variable.shape) == 2
 
 
+def normalize(model, x):
+    """Give batch normalizations the statistics of a batch."""
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.0
+    model(x, training=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(BUILD), choices=BUILD)
@@ -63,10 +72,12 @@ def main():
         for name in args.networks:
             keras.utils.set_random_seed(0)
             model = BUILD[name]((args.size, args.size, 3))
+            x = np.random.default_rng(0).normal(size=(8, args.size, args.size, 3)).astype("float32")
+            normalize(model, x)
             model, changes = ks.tflite.adapt(model, verbose=0, return_report=True)
             ks.prune(model, args.sparsity, filters=and_classifier if args.classifier else pointwise)
+            normalize(model, x)
             called = signature(model)
-            x = np.random.default_rng(0).normal(size=(8, args.size, args.size, 3)).astype("float32")
             float32 = ks.tflite.export(model, dense, sparse=False).bytes_file
             for mode in args.quantize:
                 quantize = {"quantize": None if mode == "float32" else mode, "representative_data": x}
@@ -80,15 +91,10 @@ def main():
                     timed = ks.tflite.benchmark(sparse, baseline=dense, runtime=runtime, seconds=args.seconds)
                     ratios.append(f"{timed.rows[1]['ratio']:.3f}")
                 share = report.bytes_file / float32
-                rows.append(
-                    [
-                        name,
-                        mode,
-                        f"{changes.totals['difference']:.0e}",
-                        f"{len(report.runs_sparse)} of {len(report.rows)}",
-                    ]
-                    + [f"{report.bytes_file:,d}", f"{share:.3f}", *ratios, f"{error:.0e}"]
-                )
+                sparse_runs = f"{len(report.runs_sparse)} of {len(report.rows)}"
+                changed = f"{changes.totals['difference']:.0e}"
+                rows.append([name, mode, changed, sparse_runs, f"{report.bytes_file:,d}", f"{share:.3f}"])
+                rows[-1] += [*ratios, f"{error:.0e}"]
                 print(rows[-1], flush=True)
     weights = "1x1 convolutions and the classifier" if args.classifier else "1x1 convolutions"
     result.show(

@@ -156,7 +156,7 @@ def _difference(expected, found):
     finite = np.abs(expected[np.isfinite(expected)])
     largest = float(apart.max(initial=0.0))
     # The floor keeps an output of zeros from turning rounding noise into an infinite ratio.
-    return largest, largest / max(float(finite.max(initial=0.0)), 1e-6)
+    return largest, largest / max(float(finite.max(initial=0.0)), 1e-20)
 
 
 def random_batches(model, signature, seed=0):

@@ -161,15 +161,16 @@ def _here():
 
 
 def _same_weights(sparse, dense):
-    """Whether each sparse-encoded tensor decodes to a tensor of the dense file (names, order and axes of 1 differ)."""
+    """Whether each sparse-encoded tensor decodes to a tensor of the dense file (in another order, and shape)."""
 
-    def axes(tensor):
-        return tuple(n for n in tensor.shape if n > 1)
+    def sizes(tensor):
+        return [n for n in tensor.shape if n > 1]
 
     def key(tensor):
-        return axes(tensor), tensor.dtype, (tensor.values() + 0).tobytes()  # + 0: a sparse encoding keeps no -0.0
+        values = tensor.values() + 0  # a sparse encoding keeps no -0.0
+        return *sizes(tensor), tensor.dtype, values.tobytes()
 
     encoded = [t for graph in sparse.subgraphs for t in graph.tensors if t.levels is not None]
-    shapes = {axes(t) for t in encoded}
-    known = {key(t) for graph in dense.subgraphs for t in graph.tensors if t.stored is not None and axes(t) in shapes}
+    shapes = [sizes(t) for t in encoded]
+    known = {key(t) for graph in dense.subgraphs for t in graph.tensors if t.stored is not None and sizes(t) in shapes}
     return all(key(tensor) in known for tensor in encoded)
