@@ -142,6 +142,9 @@ def _parser():
         help="how to store the weights (default: float32); int8 needs --representative-data",
     )
     sub.add_argument(
+        "--inference-type", choices=["int8", "uint8"], help="of inputs and outputs, with int8 (default: float32)"
+    )
+    sub.add_argument(
         "--representative-data",
         metavar="FILE.npz",
         help="inputs, by name or as `x`, to compare on and to calibrate int8",
@@ -255,6 +258,7 @@ def _export(options, stderr):
         quantize=options.quantize,
         representative_data=data,
         verify=options.verify,
+        inference_type=options.inference_type,
     )
 
 

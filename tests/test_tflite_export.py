@@ -247,6 +247,43 @@ def test_int8(build, tmp_path):
 
 
 @tensorflow_only
+@pytest.mark.parametrize("inference_type", ["int8", "uint8"])
+def test_integers_in_and_out(inference_type, tmp_path):
+    keras.utils.set_random_seed(1)
+    model = sparsify(mlp(), 0.9)
+    data = np.random.default_rng(0).normal(size=(20, 64))
+    emulated = ks.tflite.runtimes.available()["x86-no-avx"] is None
+    report = ks.tflite.export(
+        model,
+        tmp_path / "m.tflite",
+        quantize="int8",
+        representative_data=data,
+        verify="strict" if emulated else "auto",
+        inference_type=inference_type,
+    )
+    assert report.parity_relative < 0.2 and len(report.verified_on) == 1 + emulated  # LiteRT.js takes no such inputs
+    with Worker(report.path) as worker:
+        assert [leaf["dtype"] for leaf in worker.inputs] == [inference_type]
+        scales, points = zip(*(worker.scales[name] for name in ("pixels", "output_0")), strict=True)
+        limits = np.iinfo(inference_type)
+        stored = np.clip(np.round(data[:1] / scales[0]) + points[0], limits.min, limits.max)
+        worker.feed({"pixels": stored})
+        output = worker.run()["output_0"]
+    assert output.dtype == inference_type
+    expected = keras.ops.convert_to_numpy(model(data[:1].astype("float32")))
+    np.testing.assert_allclose(scales[1] * (output.astype(float) - points[1]), expected, atol=0.2 * expected.max())
+
+
+@pytest.mark.parametrize(("inference_type", "quantize"), [("int16", "int8"), ("int8", None), ("uint8", "dynamic")])
+def test_bad_inference_types(inference_type, quantize, tmp_path):
+    data = np.ones((2, 64))
+    with pytest.raises(ValueError, match=r"`inference_type` must be None, or 'int8' or 'uint8' with.*Received: infer"):
+        ks.tflite.export(
+            mlp(), tmp_path / "m.tflite", quantize=quantize, representative_data=data, inference_type=inference_type
+        )
+
+
+@tensorflow_only
 @pytest.mark.slow
 def test_a_crash_of_the_converter_is_an_error(tmp_path):
     with pytest.raises(ks.tflite.ExportError, match="TensorFlow crashed"):

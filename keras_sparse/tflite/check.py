@@ -8,7 +8,8 @@ import numpy as np
 from keras_sparse import patterns, selection
 from keras_sparse.reports import Report
 from keras_sparse.tflite.convert import convert
-from keras_sparse.tflite.encoding import File, encode
+from keras_sparse.tflite.editing import File
+from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.signatures import signature
 from keras_sparse.tflite.targets import get

@@ -54,7 +54,7 @@ class Conversion:
     fixed_batch: bool
 
 
-def convert(model, called, quantize=None, samples=None):
+def convert(model, called, quantize=None, samples=None, inference_type=None):
     """Convert a model to .tflite, with TensorFlow's converter and TFLite's built-in operators only.
 
     Args:
@@ -63,6 +63,7 @@ def convert(model, called, quantize=None, samples=None):
         quantize: `None`, `"float16"`, `"dynamic"` or `"int8"`.
         samples: For `"int8"`, what to calibrate with: a list of flat lists of arrays, one for each input, in
             batches of one sample or of the model's fixed size.
+        inference_type: For `"int8"`, the type of inputs and outputs: `None` (float32), `"int8"` or `"uint8"`.
 
     Returns:
         A `Conversion`.
@@ -82,28 +83,29 @@ def convert(model, called, quantize=None, samples=None):
     """
     if keras.config.backend() == "tensorflow":
         with quiet():
-            return _convert_here(model, called, quantize, samples)
-    return _convert_elsewhere(model, called, quantize, samples)
+            return _convert_here(model, called, quantize, samples, inference_type)
+    return _convert_elsewhere(model, called, quantize, samples, inference_type)
 
 
-def _convert_here(model, called, quantize, samples):
+def _convert_here(model, called, quantize, samples, inference_type):
     if _computes_in_half(model):
         model = _in_float32(model)
+    arguments = model, called, quantize, samples, inference_type
     try:
-        return Conversion(_content(model, called, quantize, samples, None), fixed_batch=False)
+        return Conversion(_content(*arguments, batch=None), fixed_batch=False)
     except Exception as error:
         _raise_if_disk_full(error)
         # Recurrent layers need a fixed batch size: TFLite has no list of tensors of unknown shape.
         if all(leaf.shape[:1] != (None,) for leaf in called.inputs):
             raise _refusal(model.name, error) from error
     try:
-        return Conversion(_content(model, called, quantize, samples, 1), fixed_batch=True)
+        return Conversion(_content(*arguments, batch=1), fixed_batch=True)
     except Exception as error:
         _raise_if_disk_full(error)
         raise _refusal(model.name, error) from error
 
 
-def _content(model, called, quantize, samples, batch):
+def _content(model, called, quantize, samples, inference_type, batch):
     import tensorflow as tf
 
     # TFLiteConverter.from_concrete_functions drops the weights of Keras 3 models (tensorflow 2.21): go by SavedModel.
@@ -122,7 +124,7 @@ def _content(model, called, quantize, samples, batch):
         archive.add_endpoint("serve", serve, input_signature=specs)
         archive.write_out(folder, verbose=False)
         if quantize == "int8":
-            return _calibrate_elsewhere(model, called, pathlib.Path(folder), samples)
+            return _calibrate_elsewhere(model, called, pathlib.Path(folder), samples, inference_type)
         return _converter(folder, quantize).convert()
 
 
@@ -138,29 +140,33 @@ def _converter(folder, quantize):
     return converter
 
 
-def _calibrate_elsewhere(model, called, folder, samples):
+def _calibrate_elsewhere(model, called, folder, samples, inference_type):
     """Convert to int8 in a process of its own: calibration may end it (that of an LSTM does, tensorflow 2.21)."""
     arrays = {f"{i}_{j}": array for i, batch in enumerate(samples) for j, array in enumerate(batch)}
     np.savez(folder / "samples.npz", **arrays)
-    (folder / "job.json").write_text(
-        json.dumps({"calibrate": [leaf.name for leaf in called.inputs], "name": model.name})
-    )
+    job = {"calibrate": [leaf.name for leaf in called.inputs], "name": model.name, "inference_type": inference_type}
+    (folder / "job.json").write_text(json.dumps(job))
     _run_elsewhere(model, folder)
     return (folder / "model.tflite").read_bytes()
 
 
-def _calibrated(folder, names, model_name):
+def _calibrated(folder, job):
+    import tensorflow as tf
+
+    names = job["calibrate"]
     with np.load(folder / "samples.npz") as file:
         samples = dict(file)
     converter = _converter(folder, "int8")
     converter.representative_dataset = lambda: (
         {name: samples[f"{i}_{j}"] for j, name in enumerate(names)} for i in range(len(samples) // len(names))
     )
+    if job["inference_type"] is not None:
+        converter.inference_input_type = converter.inference_output_type = tf.as_dtype(job["inference_type"])
     try:
         return Conversion(converter.convert(), fixed_batch=False)
     except Exception as error:
         _raise_if_disk_full(error)
-        raise _refusal(model_name, error) from error
+        raise _refusal(job["name"], error) from error
 
 
 def _computes_in_half(layer):
@@ -207,7 +213,7 @@ def _float32_config(config):
     return config
 
 
-def _convert_elsewhere(model, called, quantize, samples):
+def _convert_elsewhere(model, called, quantize, samples, inference_type):
     with tempfile.TemporaryDirectory(prefix="keras_sparse-") as folder:
         folder = pathlib.Path(folder)
         with quiet():
@@ -217,6 +223,7 @@ def _convert_elsewhere(model, called, quantize, samples):
             "inputs": [astuple(leaf) for leaf in called.inputs],  # saving a model may change the names of its inputs
             "quantize": quantize,
             "samples": len(samples or []),
+            "inference_type": inference_type,
         }
         for number, batch in enumerate(samples or []):
             np.savez(folder / f"samples_{number}.npz", *batch)
@@ -291,7 +298,7 @@ def _main(folder):
     job = json.loads((folder / "job.json").read_text())
     try:
         if "calibrate" in job:
-            conversion = _calibrated(folder, job["calibrate"], job["name"])
+            conversion = _calibrated(folder, job)
         else:
             conversion = _convert_saved(folder, job)
         (folder / "model.tflite").write_bytes(conversion.content)
@@ -319,7 +326,8 @@ def _convert_saved(folder, job):
         with np.load(folder / f"samples_{number}.npz") as file:
             samples.append(list(file.values()))
     inputs = [Input(name, tuple(shape), dtype) for name, shape, dtype in job["inputs"]]
-    return _convert_here(model, replace(signature(model), inputs=inputs), job["quantize"], samples)
+    called = replace(signature(model), inputs=inputs)
+    return _convert_here(model, called, job["quantize"], samples, job["inference_type"])
 
 
 def _raise_if_disk_full(error):

@@ -8,8 +8,11 @@ and lets operators read weights that they misread. Here each weight is encoded b
   sparse kernel (tensorflow/lite/kernels/fully_connected.cc, `SupportedSparsityFormat`).
 * All others read what a `DENSIFY` operator restores when the model is loaded. Where float inputs meet int8 weights
   (dynamic range), restored int8 does not load or is garbage: a `DEQUANTIZE` follows, and floats are multiplied.
-* `FULLY_CONNECTED` with integer inputs does not load with restored weights: it becomes a 1x1 convolution, which does.
-* float16 weights of `TRANSPOSE_CONV` become NaN under XNNPACK when restored: they stay dense.
+* Where XNNPACK leaves an operator alone, as it does with convolutions in three dimensions and transposed ones of open
+  batch size, but could unpack its weights, those that need both steps (float16, dynamic range) become garbage: these
+  stay dense.
+* `FULLY_CONNECTED` with integer inputs does not load with restored weights. A convolution by 1x1 of images of one pixel
+  multiplies the same integers, and does load: it takes the operator's place.
 
 The storage is that of TFLite's converter: compressed sparse rows of single values or blocks, where rows are all axes
 but the last (schema.fbs, `SparsityParameters`).
@@ -17,17 +20,20 @@ but the last (schema.fbs, `SparsityParameters`).
 
 from dataclasses import dataclass, field
 
-import flatbuffers
 import numpy as np
 
-__all__ = ["Encoded", "File", "encode"]
+from keras_sparse.tflite.editing import File
 
-_READERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")  # all read their kernel as input 1
+__all__ = ["Encoded", "encode"]
+
+_ALONE = ("TRANSPOSE_CONV", "CONV_3D", "CONV_3D_TRANSPOSE")  # what XNNPACK does not take, always or often
+_READERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL", *_ALONE)  # they read weights as input 1
 _FULLY_CONNECTED_SPARSE = 8  # the version of the operator that reads sparse weights
-_CONVOLVE_CHANNELS = 3  # the version of the operator that knows scales for each channel
 _DEQUANTIZE_CHANNELS = 5  # the version of the operator that knows scales for each channel
+_CONVOLUTION_CHANNELS = 5  # the version of CONV_2D that does
 _WORTH = 0.85  # share of zero blocks from where on a sparse kernel is faster than XNNPACK's dense one (0.80 is not)
 _OVERHEAD = 300  # bytes of the tables that an encoded weight and its DENSIFY add
+_OVERHEAD_CHANNEL = 12  # bytes of the scale and the zero point of a channel, which each integer tensor has anew
 
 
 @dataclass
@@ -84,128 +90,6 @@ def encode(content, engage=True):
     return Encoded(file.pack(), kept, moved)
 
 
-class _Builder(flatbuffers.Builder):
-    """Aligns vectors of bytes, which hold the weights, as schema.fbs asks (`force_align: 16`); Python's does not."""
-
-    def StartVector(self, elemSize, numElems, alignment):
-        return super().StartVector(elemSize, numElems, 16 if elemSize == 1 else alignment)
-
-
-class File:
-    """A .tflite file as the objects of TFLite's schema, which can be changed.
-
-    Attributes:
-        model: `ModelT` of the schema that ai-edge-litert ships.
-
-    Example:
-
-    >>> import keras
-    >>> from keras_sparse.tflite.convert import convert
-    >>> from keras_sparse.tflite.encoding import File
-    >>> from keras_sparse.tflite.signatures import signature
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    >>> file = File(convert(model, signature(model)).content)
-    >>> [file.name(operator) for operator in file.model.subgraphs[0].operators]
-    ['FULLY_CONNECTED']
-    """
-
-    def __init__(self, content):
-        from ai_edge_litert import schema_py_generated as schema
-
-        self.schema = schema
-        self.model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-        self._names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
-        self._dtypes = {v: k.lower() for k, v in vars(schema.TensorType).items() if isinstance(v, int)}
-
-    def name(self, operator):
-        code = self.model.operatorCodes[operator.opcodeIndex]
-        return self._names[max(code.builtinCode, code.deprecatedBuiltinCode)]
-
-    def dtype(self, tensor):
-        return self._dtypes[tensor.type]
-
-    def data(self, tensor):
-        """The stored bytes, or `None` if the tensor is computed."""
-        data = self.model.buffers[tensor.buffer].data
-        return None if data is None or not len(data) else np.asarray(data, "uint8")
-
-    def store(self, tensor, values):
-        """Give a tensor bytes of its own: others may share its buffer."""
-        tensor.buffer = len(self.model.buffers)
-        self.model.buffers.append(self.schema.BufferT(data=np.frombuffer(values.tobytes(), "uint8")))
-
-    def code(self, name, version=1):
-        """The index of an operator's code, of this version at least."""
-        number = getattr(self.schema.BuiltinOperator, name)
-        for index, code in enumerate(self.model.operatorCodes):
-            if max(code.builtinCode, code.deprecatedBuiltinCode) == number:
-                code.version = max(code.version, version)
-                return index
-        code = self.schema.OperatorCodeT(deprecatedBuiltinCode=min(number, 127), builtinCode=number, version=version)
-        self.model.operatorCodes.append(code)
-        return len(self.model.operatorCodes) - 1
-
-    def unpack(self, graph, source, operator, version, dtype, quantization):
-        """Make an operator without options that unpacks the tensor `source`; returns it and its output's number."""
-        tensor = graph.tensors[source]
-        output = self.schema.TensorT(
-            shape=tensor.shape,
-            type=dtype,
-            buffer=0,  # the empty one
-            name=tensor.name + b"/" + operator.lower().encode(),
-            quantization=quantization,
-            hasRank=True,
-        )
-        graph.tensors.append(output)
-        number = len(graph.tensors) - 1
-        code = self.code(operator, version)
-        return self.schema.OperatorT(opcodeIndex=code, inputs=[source], outputs=[number]), number
-
-    def like(self, graph, tensor, shape, suffix):
-        """Add a computed tensor of the type of another, in another shape; -1 is its batch size."""
-        batch = int(np.prod(tensor.shape)) // int(np.prod(shape[1:]))
-        signature = None if tensor.shapeSignature is None else np.array(shape, "int32")
-        new = self.schema.TensorT(
-            shape=np.array([batch, *shape[1:]], "int32"),
-            shapeSignature=signature,
-            type=tensor.type,
-            buffer=0,
-            name=tensor.name + suffix,
-            quantization=tensor.quantization,
-            hasRank=True,
-        )
-        graph.tensors.append(new)
-        return len(graph.tensors) - 1
-
-    def reshape(self, graph, source, shape, output=None):
-        """Make a RESHAPE of a tensor; returns it and the number of its output, a new tensor if none is given."""
-        values = np.array(shape, "int32")
-        constant = self.schema.TensorT(shape=np.array([len(shape)], "int32"), type=self.schema.TensorType.INT32)
-        constant.name, constant.hasRank = graph.tensors[source].name + b"/shape", True
-        self.store(constant, values)
-        graph.tensors.append(constant)
-        number = len(graph.tensors) - 1
-        output = self.like(graph, graph.tensors[source], shape, b"/reshaped") if output is None else output
-        operator = self.schema.OperatorT(
-            opcodeIndex=self.code("RESHAPE"),
-            inputs=[source, number],
-            outputs=[output],
-            builtinOptionsType=self.schema.BuiltinOptions.ReshapeOptions,
-            builtinOptions=self.schema.ReshapeOptionsT(newShape=values),
-        )
-        return operator, output
-
-    def pack(self):
-        used = {tensor.buffer for graph in self.model.subgraphs for tensor in graph.tensors}
-        used |= {entry.buffer for entry in self.model.metadata or ()}
-        for index, buffer in enumerate(self.model.buffers):
-            if index not in used:
-                buffer.data = None  # others refer to buffers by their numbers, so it stays as an empty one
-        builder = _Builder(1024)
-        builder.Finish(self.model.Pack(builder), file_identifier=b"TFL3")
-        return bytes(builder.Output())
-
-
 def _encode_graph(file, graph, kept):
     readers = {}
     for operator in graph.operators:
@@ -219,20 +103,19 @@ def _encode_graph(file, graph, kept):
         found = [weight.stored(block) for block in weight.blocks]
         if weight.obstacle:  # then blocks must be read directly
             found = [rows for rows in found if rows.zeros >= _WORTH]
-            if weight.flat and not found:
-                found = [weight.stored(1)]
         best = min(found, key=lambda rows: rows.bytes, default=None)
-        if best is None or best.bytes + _OVERHEAD >= weight.values.nbytes:
-            if weight.obstacle and weight.stored(1).bytes + _OVERHEAD < weight.values.nbytes:
+        if best is None or best.bytes + weight.overhead >= weight.values.nbytes:
+            if weight.obstacle and weight.stored(1).bytes + weight.overhead < weight.values.nbytes:
                 kept[tensor.name.decode("utf8", "replace")] = weight.obstacle
             continue
-        if weight.flat and best.block == 1:
-            best.shape = _as_convolutions(file, graph, tensor, readers[number])
         file.store(tensor, best.values)
-        tensor.sparsity = best.parameters(file.schema)
+        tensor.sparsity = best.parameters(file.schema, tensor.shape)
         if best.block == weight.direct and best.zeros >= _WORTH:
             file.code("FULLY_CONNECTED", _FULLY_CONNECTED_SPARSE)
             continue
+        if weight.pixels:
+            tensor.shape = np.array([tensor.shape[0], 1, 1, tensor.shape[1]], "int32")
+            tensor.sparsity = best.parameters(file.schema, tensor.shape)
         operator, output = file.unpack(graph, number, "DENSIFY", 1, tensor.type, tensor.quantization)
         unpacking.append(operator)
         if weight.hybrid:
@@ -243,49 +126,9 @@ def _encode_graph(file, graph, kept):
             inputs = list(reader.inputs)
             inputs[position] = output
             reader.inputs = inputs
+        if weight.pixels:
+            _as_convolutions(file, graph, [reader for reader, _ in readers[number]])
     graph.operators = unpacking + graph.operators
-
-
-def _as_convolutions(file, graph, tensor, readers):
-    """Turn the fully connected operators that read a weight into 1x1 convolutions; returns its new shape."""
-    schema = file.schema
-    units, size = (int(n) for n in tensor.shape)
-    tensor.shape = np.array([units, 1, 1, size], "int32")
-    for operator, _ in readers:
-        source, target = int(operator.inputs[0]), int(operator.outputs[0])
-        options = schema.Conv2DOptionsT(
-            padding=schema.Padding.VALID,
-            strideW=1,
-            strideH=1,
-            fusedActivationFunction=operator.builtinOptions.fusedActivationFunction,
-            dilationWFactor=1,
-            dilationHFactor=1,
-        )
-        before, image = file.reshape(graph, source, [-1, 1, 1, size])
-        after, _ = file.reshape(graph, target, [-1, units], target)
-        result = file.like(graph, graph.tensors[target], [-1, 1, 1, units], b"/image")
-        after.inputs = [result, after.inputs[1]]
-        position = graph.operators.index(operator)
-        operator.opcodeIndex = file.code("CONV_2D", _CONVOLVE_CHANNELS)
-        bias = list(operator.inputs)[2:]
-        if not bias or bias[0] < 0:  # may be left out there, but not here
-            bias = [_no_bias(file, graph, graph.tensors[source], tensor, units)]
-        operator.inputs, operator.outputs = [image, operator.inputs[1], *bias], [result]
-        operator.builtinOptionsType, operator.builtinOptions = schema.BuiltinOptions.Conv2DOptions, options
-        graph.operators[position : position + 1] = [before, operator, after]
-    return tuple(int(n) for n in tensor.shape)
-
-
-def _no_bias(file, graph, source, kernel, units):
-    """Add a bias of zeros, in the scale of the products; returns its number."""
-    schema = file.schema
-    scale = np.float32(source.quantization.scale[0]) * np.array(kernel.quantization.scale, "float32")
-    quantization = schema.QuantizationParametersT(scale=scale, zeroPoint=np.zeros(len(scale), "int64"))
-    bias = schema.TensorT(shape=np.array([units], "int32"), type=schema.TensorType.INT32, quantization=quantization)
-    bias.name, bias.hasRank = kernel.name + b"/bias", True
-    file.store(bias, np.zeros(units, "int32"))
-    graph.tensors.append(bias)
-    return len(graph.tensors) - 1
 
 
 @dataclass
@@ -296,7 +139,7 @@ class _Weight:
     blocks: list  # sizes of blocks that may be tried
     direct: int | None = None  # the size of block that its readers multiply without unpacking
     hybrid: bool = False  # int8 weights for float inputs
-    flat: bool = False  # of layers that can become 1x1 convolutions
+    pixels: bool = False  # whether its readers must become convolutions to read it restored
     obstacle: str = ""  # why it cannot be encoded in some way that may be smaller
 
     @classmethod
@@ -309,32 +152,44 @@ class _Weight:
         data, shape = file.data(tensor), tuple(int(n) for n in tensor.shape)
         quantization = tensor.quantization
         points = () if quantization is None or quantization.zeroPoint is None else quantization.zeroPoint
-        if data is None or len(shape) not in (2, 4) or any(points):
+        if data is None or len(shape) < 2 or any(points):
             return None
         final = []
         for operator, position in own:
             through = file.name(operator) == "DEQUANTIZE"
             final += readers.get(int(operator.outputs[0]), []) if through else [(operator, position)]
         names = {file.name(operator) for operator, _ in final}
-        if not names or not names <= set(_READERS) or any(position != 1 for _, position in final):
-            return None
         values = np.frombuffer(data.tobytes(), dtype).reshape(shape)
+        if not names <= set(_READERS) or any(position != 1 for _, position in final):
+            others = ", ".join(sorted(names - set(_READERS))) or "An operator that multiplies it with itself"
+            return cls(values, [], obstacle=f"{others} is not known to read restored weights right") if names else None
         weight, fully = cls(values, [1]), names == {"FULLY_CONNECTED"}
         if dtype == "i1":
             inputs = {int(o.inputs[2 if file.name(o) == "TRANSPOSE_CONV" else 0]) for o, _ in final}
             weight.hybrid = all(file.dtype(graph.tensors[n]) == "float32" for n in inputs)
+        alone = sorted(names & set(_ALONE))
         if dtype == "<f4" and fully:
             weight.direct = 4
         elif dtype == "i1" and not weight.hybrid and "FULLY_CONNECTED" in names:
-            weight.blocks, weight.obstacle = [], "FULLY_CONNECTED in integers cannot restore its weights"
+            weight.pixels = fully and all(_may_be_convolution(file, graph, reader) for reader, _ in own)
             weight.direct = 16 if fully else None
-            outputs = [graph.tensors[int(operator.outputs[0])] for operator, _ in own]
-            weight.flat = fully and all(len(output.shape) == 2 for output in outputs)
-        elif dtype == "<f2" and "TRANSPOSE_CONV" in names:
-            weight.blocks, weight.obstacle = [], "TRANSPOSE_CONV computes NaN from restored float16 weights"
-        blocks = {weight.direct, 4} if fully and not weight.obstacle else {weight.direct}
+            if not weight.pixels:
+                weight.blocks, weight.obstacle = [], "FULLY_CONNECTED in integers does not load with restored weights"
+        elif alone and (weight.hybrid or dtype == "<f2"):
+            weight.blocks, kind = [], "float16" if dtype == "<f2" else "int8"
+            weight.obstacle = f"{alone[0]} computes garbage or NaN from restored {kind} weights under XNNPACK"
+        blocks = {weight.direct, 4} if fully and not weight.obstacle and not weight.pixels else {weight.direct}
         weight.blocks += sorted(n for n in blocks - {None} if shape[-1] % n == 0)
         return weight
+
+    @property
+    def overhead(self):
+        """Bytes that the encoding adds to values and index, at most."""
+        if self.values.dtype != np.int8:
+            return _OVERHEAD
+        restored = _OVERHEAD + _OVERHEAD_CHANNEL * len(self.values)
+        # Two reshapings, and maybe a bias of integers of four bytes.
+        return restored + 2 * _OVERHEAD + (_OVERHEAD_CHANNEL + 4) * len(self.values) if self.pixels else restored
 
     def stored(self, block):
         return _Rows.of(self.values, block)
@@ -344,7 +199,6 @@ class _Weight:
 class _Rows:
     """Compressed sparse rows: values of the blocks that are not zero, and for each row where these stand."""
 
-    shape: tuple
     block: int
     values: np.ndarray
     segments: np.ndarray
@@ -357,30 +211,68 @@ class _Rows:
         living = (blocks != 0).any(axis=2)
         segments = np.concatenate([[0], np.cumsum(living.sum(axis=1))])
         indices = np.nonzero(living)[1]
-        return cls(values.shape, block, blocks[living], _narrow(segments), _narrow(indices), 1 - living.mean())
+        return cls(block, blocks[living], _narrow(segments), _narrow(indices), 1 - living.mean())
 
     @property
     def bytes(self):
         return self.values.nbytes + self.segments.nbytes + self.indices.nbytes
 
-    def parameters(self, schema):
+    def parameters(self, schema, shape):
         def vector(numbers):
             name = {"uint8": "Uint8Vector", "uint16": "Uint16Vector", "int32": "Int32Vector"}[numbers.dtype.name]
             return getattr(schema.SparseIndexVector, name), getattr(schema, f"{name}T")(numbers)
 
         kinds = schema.DimensionType
-        dims = [schema.DimensionMetadataT(kinds.DENSE, n) for n in self.shape[:-1]]
+        dims = [schema.DimensionMetadataT(kinds.DENSE, n) for n in shape[:-1]]
         dims.append(schema.DimensionMetadataT(kinds.SPARSE_CSR, 0, *vector(self.segments), *vector(self.indices)))
         blocked = []
         if self.block > 1:
             dims.append(schema.DimensionMetadataT(kinds.DENSE, self.block))
-            blocked = [len(self.shape) - 1]
+            blocked = [len(shape) - 1]
         return schema.SparsityParametersT(list(range(len(dims))), blocked, dims)
 
 
 def _narrow(numbers):
     largest = numbers.max(initial=0)
     return numbers.astype("uint8" if largest < 256 else "uint16" if largest < 65536 else "int32")
+
+
+def _may_be_convolution(file, graph, operator):
+    """Whether a `FULLY_CONNECTED` can be written as a convolution: a reshaping can restore one open size, no more."""
+    options, output = operator.builtinOptions, graph.tensors[int(operator.outputs[0])]
+    sizes = output.shape if output.shapeSignature is None else output.shapeSignature
+    plain = options.weightsFormat == file.schema.FullyConnectedOptionsWeightsFormat.DEFAULT
+    return plain and sum(n < 0 for n in sizes) <= 1
+
+
+def _as_convolutions(file, graph, operators):
+    """Turn each `FULLY_CONNECTED` into a reshaping to images of one pixel, a convolution, and a reshaping back."""
+    schema = file.schema
+    for operator in operators:
+        source, target = int(operator.inputs[0]), int(operator.outputs[0])
+        kernel, result = graph.tensors[int(operator.inputs[1])], graph.tensors[target]
+        sizes = result.shape if result.shapeSignature is None else result.shapeSignature
+        rows = int(np.prod(result.shape[:-1]))
+        opened = -1 if any(n < 0 for n in sizes) else rows
+        pixels = file.image(graph, graph.tensors[source], rows, opened, int(kernel.shape[-1]))
+        products = file.image(graph, result, rows, opened, int(kernel.shape[0]))
+        before = file.reshape(graph, source, pixels, [opened, 1, 1, int(kernel.shape[-1])])
+        after = file.reshape(graph, products, target, [int(n) for n in sizes])
+        options = schema.Conv2DOptionsT(
+            padding=schema.Padding.VALID,
+            strideH=1,
+            strideW=1,
+            fusedActivationFunction=operator.builtinOptions.fusedActivationFunction,
+        )
+        operator.opcodeIndex = file.code("CONV_2D", _CONVOLUTION_CHANNELS)
+        operator.builtinOptionsType, operator.builtinOptions = schema.BuiltinOptions.Conv2DOptions, options
+        bias = int(operator.inputs[2]) if len(operator.inputs) > 2 else -1
+        if bias < 0:  # a convolution must have one
+            bias = file.zeros(graph, graph.tensors[source], kernel)
+        operator.inputs = [pixels, int(operator.inputs[1]), bias]
+        operator.outputs = [products]
+        place = next(i for i, other in enumerate(graph.operators) if other is operator)
+        graph.operators[place : place + 1] = [before, operator, after]
 
 
 def _move_entries(file, graph):

@@ -69,7 +69,7 @@ class ExportReport(Report):
             setattr(self, name, totals[name])
 
 
-def export(model, path, sparse=True, quantize=None, representative_data=None, verify="auto"):
+def export(model, path, sparse=True, quantize=None, representative_data=None, verify="auto", inference_type=None):
     """Write a model as a .tflite file that is proven to compute what the model computes.
 
     The model is converted, and weights with many zeros are encoded without them: weight by weight, where the encoding
@@ -85,12 +85,14 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
         sparse: Whether a sparse encoding may be used. `False`: dense encoding.
         quantize: `None` for float32 weights; `"float16"` for weights stored in half precision; `"dynamic"` for weights
             stored in 8 bits, where they have more than 1,024 elements, and computation in floats; `"int8"` for
-            computation in integers of 8 bits, which needs `representative_data`. Inputs and outputs stay float32.
+            computation in integers of 8 bits, which needs `representative_data`.
         representative_data: Inputs as the model will meet them, for the comparison and, with `"int8"`, the calibration:
             an array, a list, tuple or dict of arrays, a dataset, a generator or a function that returns one. The first
             128 samples are used.
         verify: `"auto"`, or `"strict"`: compare on all runtimes with sparse kernels that are installed, whatever is
             known about the file, and raise if there is none.
+        inference_type: With `"int8"`, the type of inputs and outputs that are floats in the model: `None` (float32),
+            `"int8"` or `"uint8"`; what a stored integer means is in the file.
 
     Returns:
         An `ExportReport`.
@@ -113,7 +115,7 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
     >>> report.encoding, report.bytes_file < report.bytes_dense / 3
     ('sparse', True)
     """
-    _check_quantize(quantize, representative_data)
+    _check_quantize(quantize, representative_data, inference_type)
     runtimes = sparse_runtimes(verify)
     path = _check_path(path)
     model = _model(model)
@@ -124,7 +126,7 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
     step = called.inputs[0].shape[0] or 1
     if quantize == "int8":
         samples = _calibration(samples, called, step)
-    conversion = convert(model, called, quantize, samples)
+    conversion = convert(model, called, quantize, samples, inference_type)
     # int8 clips what is beyond the calibrated range: random inputs would be.
     batches = samples[:_SAMPLES] if quantize == "int8" else random_batches(model, called) + samples
     reference = Reference(model, called, in_batches_of(1, batches) if conversion.fixed_batch else batches)
@@ -166,7 +168,7 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
     return report
 
 
-def _check_quantize(quantize, representative_data):
+def _check_quantize(quantize, representative_data, inference_type):
     if quantize not in _QUANTIZE or isinstance(quantize, bool):
         names = ", ".join(map(repr, _QUANTIZE))
         raise ValueError(f"`quantize` must be one of {names}. Received: {quantize!r}")
@@ -174,6 +176,11 @@ def _check_quantize(quantize, representative_data):
         raise ValueError(
             "quantize='int8' needs `representative_data`, inputs as the model will meet them, to find the range of "
             "each activation: pass some of the training data. Received: representative_data=None"
+        )
+    if inference_type is not None and (inference_type not in ("int8", "uint8") or quantize != "int8"):
+        raise ValueError(
+            "`inference_type` must be None, or 'int8' or 'uint8' with quantize='int8'. "
+            f"Received: inference_type={inference_type!r}, quantize={quantize!r}"
         )
 
 
@@ -250,8 +257,10 @@ def _choose(dense, check, sparse, notes):
         size = len(encoded.content)
         if size >= len(dense):
             if not encoded.kept:
-                text = "Stored dense: the sparse encoding is not smaller. It pays above about 50 % zeros in a layer."
-                notes.append(text)
+                notes.append(
+                    "Stored dense: the sparse encoding is not smaller. It pays for weights of more than some hundred "
+                    "bytes with more than about 50 % zeros."
+                )
             notes += _kept(encoded)
             break
         fault, parity = check.fault(encoded.content)

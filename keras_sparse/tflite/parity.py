@@ -108,11 +108,13 @@ class Reference:
             RuntimeMissing: If the runtime is not installed; an `OSError`.
         """
         with Worker(content, runtime, timeout=timeout) as worker:
-            wanted = {leaf["name"] for leaf in worker.inputs}
+            wanted = {leaf["name"]: leaf["dtype"] for leaf in worker.inputs}
+            scales = worker.scales  # LiteRT.js does not tell, and takes no integers of 8 bits
             results = []
             for inputs in self._inputs if runtime == "native" else self._inputs[:1]:
-                worker.feed({name: value for name, value in inputs.items() if name in wanted})
-                results.append(worker.run())
+                worker.feed({name: _quantized(inputs[name], wanted[name], scales.get(name)) for name in wanted})
+                outputs = worker.run()
+                results.append({name: _dequantized(value, scales.get(name)) for name, value in outputs.items()})
         return self._parity(results)
 
     def _parity(self, results):
@@ -124,6 +126,18 @@ class Reference:
                 if not worst or ratio > relative:
                     relative, worst = ratio, name
         return Parity(absolute, relative, worst)
+
+
+def _quantized(values, dtype, scale):
+    """The integers of type `dtype` that stand for `values`, if there is a `(scale, zero point)`."""
+    if scale is None:
+        return values
+    limits = np.iinfo(dtype)
+    return np.clip(np.round(_numbers(values) / scale[0]) + scale[1], limits.min, limits.max).astype(dtype)
+
+
+def _dequantized(values, scale):
+    return values if scale is None else scale[0] * (_numbers(values) - scale[1])
 
 
 def _numbers(array):

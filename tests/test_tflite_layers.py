@@ -1,0 +1,125 @@
+"""Every kind of layer in every number format: a file that is right and smaller, or dense weights and the reason."""
+
+import os
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from test_tflite_xnnpack import BROKEN, DOUBTFUL, WHOLE
+from tflite_models import image_model
+
+import keras_sparse as ks
+from keras_sparse.tflite.runtimes import available
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way"),
+]
+QUANTIZE = [None, "float16", "dynamic", "int8"]
+# The argument for each is at `verification.TOLERANCE`; for one layer it is the rounding of the weights, and for int8
+# that of the inputs and outputs: 1/256 of a range on either side of an output, and what the layer makes of the first.
+PARITY = {None: 2e-6, "float16": 2e-3, "dynamic": 2e-2, "int8": 6e-2}
+SPARSE = "x86-no-avx", "wasm"
+LAYERS = {  # what it is, the shape of its input
+    "Dense": (lambda: layers.Dense(96, activation="relu"), (64,)),
+    "Dense on a sequence": (lambda: layers.Dense(96), (5, 64)),
+    "EinsumDense": (lambda: layers.EinsumDense("abc,cde->abde", (None, 8, 16)), (6, 64)),
+    "EinsumDense of many matrices": (lambda: layers.EinsumDense("abc,bcd->abd", (6, 48)), (6, 64)),
+    "Conv1D": (lambda: layers.Conv1D(64, 3), (24, 32)),
+    "Conv2D": (lambda: layers.Conv2D(64, 3, 2, padding="same", activation="tanh"), (15, 16, 32)),
+    "Conv2D, dilated": (lambda: layers.Conv2D(64, 3, dilation_rate=2), (16, 16, 32)),
+    "Conv2D in groups": (lambda: layers.Conv2D(64, 3, groups=4), (16, 16, 32)),
+    "Conv3D": (lambda: layers.Conv3D(32, 3), (6, 6, 6, 16)),
+    "DepthwiseConv2D": (lambda: layers.DepthwiseConv2D(5), (16, 16, 512)),
+    "SeparableConv1D": (lambda: layers.SeparableConv1D(64, 3), (16, 64)),
+    "SeparableConv2D": (lambda: layers.SeparableConv2D(64, 3), (16, 16, 64)),
+    "Conv1DTranspose": (lambda: layers.Conv1DTranspose(64, 3, 2), (24, 32)),
+    "Conv2DTranspose": (lambda: layers.Conv2DTranspose(48, 3, 2, padding="same"), (8, 8, 32)),
+    "Conv3DTranspose": (lambda: layers.Conv3DTranspose(32, 3), (4, 4, 4, 16)),
+    "LSTM": (lambda: layers.LSTM(48), (10, 32)),
+    "GRU": (lambda: layers.GRU(48), (10, 32)),
+    "MultiHeadAttention": (lambda: Attention(), (12, 64)),
+}
+DENSE = {  # these weights stay dense, and a note says why
+    "float16": {"Conv3D", "Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"},
+    "dynamic": {"Conv1DTranspose", "Conv2DTranspose"},
+}
+
+
+class Attention(layers.Layer):
+    """Attention of a sequence to itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = layers.MultiHeadAttention(4, 32)
+
+    def build(self, shape):
+        self.attention.build(shape, shape)
+
+    def call(self, x):
+        return self.attention(x, x)
+
+
+def pruned(layer, shape, sparsity=0.9):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input(shape), layer])
+    ks.prune(model, sparsity, filters=".")
+    return model
+
+
+def samples(model, count=20):
+    shape = [n or 32 for n in model.input_shape[1:]]
+    return np.random.default_rng(0).normal(size=(count, *shape)).astype("float32")
+
+
+def export(model, path, quantize):
+    found = [name for name in SPARSE if available()[name] is None]
+    return ks.tflite.export(
+        model,
+        path,
+        quantize=quantize,
+        representative_data=samples(model) if quantize == "int8" else None,
+        verify="strict" if found else "auto",
+    )
+
+
+@pytest.mark.parametrize("quantize", QUANTIZE)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_kind_of_layer(kind, quantize, tmp_path):
+    build, shape = LAYERS[kind]
+    model = pruned(build(), shape)
+    if quantize == "int8" and kind in ("LSTM", "GRU"):
+        with pytest.raises(ks.tflite.ExportError, match="TensorFlow crashed; another `quantize` may work"):
+            export(model, tmp_path / "m.tflite", quantize)
+        assert os.listdir(tmp_path) == []
+        return
+    report = export(model, tmp_path / "m.tflite", quantize)
+    assert report.parity_relative <= PARITY[quantize]
+    assert report.bytes_file == os.path.getsize(report.path) <= report.bytes_dense
+    dense = kind in DENSE.get(quantize, ())
+    assert (report.encoding, "Stored dense: " in " ".join(report.notes)) == (
+        ("dense", True) if dense else ("sparse", False)
+    )
+    kept = [count for count in report.zeros if count["file"] is not None]
+    assert all(count["file"] >= count["model"] for count in kept)
+    for row in ks.tflite.inspect(report.path).rows:
+        assert row["bytes"] <= np.prod(row["shape"]) * np.dtype(row["dtype"]).itemsize
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_few_zeros_make_nothing_larger(kind, tmp_path):
+    """Near 40 % zeros, TensorFlow's own encoding is larger than none."""
+    build, shape = LAYERS[kind]
+    report = ks.tflite.export(pruned(build(), shape, 0.4), tmp_path / "m.tflite", quantize="dynamic")
+    assert report.bytes_file <= report.bytes_dense
+
+
+@pytest.mark.parametrize("quantize", QUANTIZE)
+@pytest.mark.parametrize(
+    ("bodies", "kind"), [pytest.param(b, kind, id=kind) for b in (BROKEN, WHOLE, DOUBTFUL) for kind in b]
+)
+def test_every_family_of_graphs(bodies, kind, quantize, tmp_path):
+    report = export(image_model(bodies[kind]), tmp_path / "m.tflite", quantize)
+    assert report.bytes_file <= report.bytes_dense
+    assert bool(report.runs_sparse) == (bodies is WHOLE and quantize in (None, "float16"))
