@@ -15,12 +15,13 @@ __all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "Verification", "sparse_runtimes"]
 
 # How far an output may be from the model's, relative to that output's largest magnitude.
 # float32: two correct programs differ by the order of their sums and by the polynomials they use for exp and tanh: 1e-7
-# to 1e-6 in shallow models, below 1e-5 in the deepest of keras.applications. A wrong layout or weight costs 1e-1 and
+# to 1e-6 in shallow models, below 1e-5 in the deepest of keras.applications; batch normalization of a pruned network
+# that was not trained on can make 1e-4 of that (MobileNetV3, random weights). A wrong layout or weight costs 1e-1 and
 # more. Half precision rounds each weight or product to 2**-11 (float16) or 2**-8 (bfloat16), and layers add that up.
 # int8 rounds each weight to 1/254 of its channel's range, and "int8" each activation to 1/256 of its own; random
 # networks of fifty layers add that up to 0.1 and 0.3. Faults of sparse encodings are 0.4 and more, and
 # `Verification.fault` compares with the dense file, too.
-TOLERANCE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1e-1, "dynamic": 2e-1, "int8": 4e-1}
+TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1, "dynamic": 2e-1, "int8": 4e-1}
 # Where XNNPACK's sparse kernels for convolutions are on: what is said about a file that was compared there.
 SPARSE_RUNTIMES = {
     "x86-no-avx": "ai-edge-litert on an emulated x86_64 CPU without AVX",
