@@ -121,6 +121,7 @@ class Worker:
             self._start()
             loaded = self._ask("load", path=os.path.abspath(file), threads=threads)
             self.inputs = [leaf | {"shape": [max(1, n) for n in leaf["shape"]]} for leaf in loaded["inputs"]]
+            self._open = loaded.get("open", {})  # axes of any size; LiteRT.js cannot resize
             self._check_types(self.inputs)
             self.outputs = loaded["outputs"]
             self.scales = {name: tuple(scale) for name, scale in loaded.get("scales", {}).items()}
@@ -178,12 +179,16 @@ class Worker:
             for name, values in inputs.items():
                 leaf = known[name]
                 values = np.ascontiguousarray(np.asarray(values).astype(leaf["dtype"]))
-                free = 0 if self._runtime == "wasm" else 1  # LiteRT.js cannot resize
-                fits = len(leaf["shape"]) == values.ndim and leaf["shape"][free:] == list(values.shape[free:])
+                free = [] if self._runtime == "wasm" else [0, *self._open.get(name, [])]
+                wanted = [None if axis in free else n for axis, n in enumerate(leaf["shape"])]
+                fits = len(wanted) == values.ndim and all(
+                    n in (None, m) for n, m in zip(wanted, values.shape, strict=True)
+                )
                 if not fits:
+                    shape = str(tuple(wanted)).replace("None", "any")
                     raise ValueError(
-                        f"The input {name!r} takes arrays of shape {tuple(leaf['shape'])} on the runtime "
-                        f"{self._runtime!r}{', of any batch size' * free}. Received: an array of shape {values.shape}"
+                        f"The input {name!r} takes arrays of shape {shape} on the runtime {self._runtime!r}. "
+                        f"Received: an array of shape {values.shape}"
                     )
                 file.write(values.tobytes())
                 arrays.append({"name": name, "dtype": leaf["dtype"], "shape": list(values.shape), "offset": offset})

@@ -70,7 +70,11 @@ class _Session:
             for scale, zero_point in [d["quantization"]]
             if scale
         }
-        return {"inputs": inputs, "outputs": list(self._outputs), "scales": scales, "seconds": seconds}
+        opened = {
+            name: [axis for axis, n in enumerate(d["shape_signature"]) if n < 0] for name, d in self._inputs.items()
+        }
+        outputs = list(self._outputs)
+        return {"inputs": inputs, "outputs": outputs, "scales": scales, "open": opened, "seconds": seconds}
 
     def _by_name(self, get):
         """The inputs or outputs as the first signature calls them (one tensor may have several names), and the rest."""
