@@ -68,6 +68,7 @@ WHOLE = {
 }
 UNTOUCHED = {
     "same padding at the stem": lambda x: head(pointwise(depthwise(pointwise(stem(x, True), 32), 2), 64)),
+    "one tensor twice": lambda x: (lambda y: head(pointwise(layers.add([y, y]), 64)))(pointwise(stem(x), 32)),
     "no stem": lambda x: lone(layers.Conv2D(64, 3)(x)),
     "no pooling at the end": lambda x: layers.Dense(5)(layers.Flatten()(pointwise(depthwise(stem(x)), 16))),
     "max pooling at the end": lambda x: layers.Dense(5)(layers.GlobalMaxPooling2D()(pointwise(stem(x), 32))),
@@ -78,6 +79,10 @@ BROKEN = {  # these compute wrong numbers without AVX, or do not load
     "DEPTHWISE_CONV_2D": lambda x: head(pointwise(depthwise(pointwise(stem(x), 32), 2), 64)),
     "CONV_2D": lambda x: head(pointwise(layers.Conv2D(32, 3, padding="same")(pointwise(stem(x), 32)), 64)),
     "PRELU": lambda x: head(pointwise(layers.PReLU(shared_axes=[1, 2])(pointwise(stem(x), 32, None)), 64)),
+    "CONV_2D (operator": lambda x: head(pointwise(layers.Conv2D(32, 1, groups=4)(pointwise(stem(x), 32)), 64)),
+    "MUL": lambda x: head(
+        pointwise((lambda y: y * layers.GlobalAveragePooling2D(keepdims=True)(y))(pointwise(stem(x), 32)), 64)
+    ),
     "SHAPE": lambda x: lone(pointwise(depthwise(stem(x)), 64)),
     "keepdims=True": lambda x: layers.Dense(5)(
         layers.GlobalAveragePooling2D(keepdims=True)(pointwise(depthwise(stem(x)), 64))

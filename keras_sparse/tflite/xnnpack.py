@@ -229,7 +229,12 @@ class _Graph:
                 if any(self.constant(n) is None and n not in produced for n in self._data_inputs(operator)):
                     return _Cluster(broken=f"{self._label(operator)} joins a branch from outside the sparse part")
         own = [operator for operator in pointwise if operator in inside]
-        return _Cluster(pointwise=own, engages=self._mostly_zero(own))
+        # XNNPACK counts who reads a tensor; an operator that reads one twice makes it give up (seen, for x + x).
+        twice = any(self._reads_twice(operator) for operator in inside)
+        return _Cluster(pointwise=own, engages=not twice and self._mostly_zero(own))
+
+    def _reads_twice(self, operator):
+        return operator.name in _BINARY and operator.inputs[0] == operator.inputs[1]
 
     def violations(self):
         entries = [operator for operator in self.operators if self.may_be_entry(operator)]
@@ -251,12 +256,15 @@ class _Graph:
                 if not self._is_exit(operator):
                     found.append(self._violation(operator, "no global average pooling", _POOL))
                 elif operator.name == "MEAN" and self._rank(operator.outputs[0]) == 4:
-                    found.append(self._violation(operator, "pooling that keeps its axes", _ADAPT))
+                    mend = f"{_ADAPT}; in a squeeze-and-excite branch, 1x1 convolutions must come behind it"
+                    found.append(self._violation(operator, "pooling that keeps its axes", mend))
                 continue
             if operator not in entries and not self._is_compatible(operator):
                 found.append(self._violation(operator, *self._objection(operator)))
                 if self._rank(operator.outputs[0]) != 4:
                     continue
+            if self._reads_twice(operator):
+                found.append(self._violation(operator, "one tensor read twice", "put a layer of its own before one"))
             if any(n in self.outputs for n in operator.outputs):
                 found.append(self._violation(operator, "an output of the model before the pooling", _POOL))
             pending.extend(c for n in operator.outputs for c in self._following(n))
@@ -284,10 +292,13 @@ class _Graph:
         return operator.name in _REDUCTIONS and self._rank(operator.inputs[0]) == 4
 
     def _pools_inside(self, operator):
-        """Whether a pooling keeps its axes and goes on channel-first, as that of a squeeze-and-excite branch does."""
+        """Whether a pooling keeps its axes and goes on channel-first, as that of a squeeze-and-excite branch does.
+
+        1x1 convolutions must read it: a Multiply with the pooled image itself does not load.
+        """
         after = [c for n in operator.outputs for c in self._following(n)]
         keeps = operator.name == "MEAN" and self._rank(operator.outputs[0]) == 4 and self._is_exit(operator)
-        return keeps and bool(after) and all(self._is_compatible(c) for c in after)
+        return keeps and bool(after) and all(self._is_pointwise(c) for c in after)
 
     def _following(self, number):
         """Consumers of a tensor; a padding that XNNPACK melts into the next convolution counts as part of that."""
@@ -320,7 +331,12 @@ class _Graph:
 
     def _kernel(self, operator):
         weights = self.weights(operator.inputs[1])
-        return weights.shape if weights is not None and len(weights.shape) == 4 else (0, 0, 0, 0)
+        if weights is None or len(weights.shape) != 4:
+            return (0, 0, 0, 0)
+        channels = self.tensors[operator.inputs[0]].shape[-1]
+        # A convolution in groups has fewer channels in its kernel: no sparse kernel takes it.
+        grouped = operator.name == "CONV_2D" and weights.shape[3] != channels
+        return (0, 0, 0, 0) if grouped else weights.shape
 
     def _strides(self, operator):
         undilated = operator.options.get("DilationHFactor") == operator.options.get("DilationWFactor") == 1
