@@ -51,8 +51,8 @@ def test_networks_that_fit(name, tmp_path):
 
 NAMES = {  # of the layer that stands in the way
     "MAX_POOL_2D": "max_pooling2d", "AVERAGE_POOL_2D": "average_pooling2d", "DEPTHWISE_CONV_2D": "depthwise_conv2d",
-    "CONV_2D": "conv2d", "CONV_2D (operator": "conv", "MUL": "global_average_pooling2d", "PRELU": "p_re_lu", "SHAPE": "flatten",
-    "keepdims=True": "global_average_pooling2d",
+    "CONV_2D": "conv2d", "CONV_2D (operator": "conv", "MUL": "global_average_pooling2d", "PRELU": "p_re_lu",
+    "SHAPE": "flatten", "keepdims=True": "global_average_pooling2d",
 }  # fmt: skip
 
 

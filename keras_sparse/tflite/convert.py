@@ -50,7 +50,7 @@ class Conversion:
     False
     """
 
-    content: bytes
+    content: object
     fixed_batch: bool
 
 

@@ -51,7 +51,7 @@ class Encoded:
     {}
     """
 
-    content: bytes
+    content: object
     kept: dict = field(default_factory=dict)
     moved: int = 0
 
