@@ -483,7 +483,7 @@ def test_files_that_do_not_fit(folder, tmp_path):
     sparse = folder / "sparse.tflite"
     (tmp_path / "text.tflite").write_text("this is no model")
     for models, x, message in (
-        ({"a": sparse}, X[:, :3], r"\(1, 6\).*Received: an array of shape \(32, 3\)"),
+        ({"a": sparse}, X[:, :3], r"\(any, 6\).*Received: an array of shape \(32, 3\)"),
         ({"a": sparse}, {"other": X}, r"inputs \['x'\].*\['other'\]"),
         ({"a": sparse}, [X, X], r"inputs \['x'\].*list"),
         ({"a": tmp_path / "text.tflite"}, X, "Expected a .tflite file"),

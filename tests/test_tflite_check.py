@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from keras import layers
 from test_tflite_xnnpack import BROKEN, DOUBTFUL, UNTOUCHED, WHOLE
-from tflite_models import attention, cnn, conv1d, image_model, lstm, mlp, nested, several, subclassed
+from tflite_models import attention, cnn, conv1d, image_model, lstm, mlp, nested, several, stem, subclassed
 
 import keras_sparse as ks
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
+from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.runtimes import available, run
 from keras_sparse.tflite.signatures import signature
 
@@ -132,6 +133,76 @@ def test_it_agrees_with_a_runtime(name):
     model = image_model({**WHOLE, **UNTOUCHED, **DOUBTFUL, **BROKEN}[name])
     says = any(row["runs"] == "sparse" and row["operator"] == "CONV_2D" for row in ks.tflite.check(model).rows)
     assert engages(model, "x86-no-avx") == says
+
+
+def normalized(matrix):
+    """Rows of length 1, up to the sign: what is left of a kernel when a normalization is folded into it."""
+    norms = np.linalg.norm(matrix.astype("float64"), axis=1, keepdims=True)
+    return np.abs(matrix / np.where(norms == 0, 1, norms))
+
+
+def bidirectional():
+    """Two directions, and kernels and recurrent kernels of one size."""
+    inputs = keras.Input((6, 24))
+    return keras.Model(inputs, layers.Dense(96)(layers.Bidirectional(layers.LSTM(24))(inputs)))
+
+
+def folded():
+    """Convolutions of one size with normalizations, one of them of negative scale."""
+    model = image_model(WHOLE["residual"])
+    for weight in model.weights:
+        if weight.name == "gamma":
+            weight.assign(np.linspace(-2, 2, weight.shape[0]))
+    return model
+
+
+def reversed_names():
+    """Names that the converter's own numbering could be taken for."""
+    inputs = keras.Input((64,))
+    x = layers.Dense(64, name="dense_1", activation="relu")(inputs)
+    return keras.Model(inputs, layers.Dense(64, name="dense_2")(layers.Dense(64, name="dense")(x)))
+
+
+@pytest.mark.parametrize("build", [bidirectional, folded, reversed_names, nested, mlp, lstm])
+def test_rows_name_the_weight_that_a_tensor_holds(build):
+    model = build()
+    file = read(convert(model, signature(model)).content)
+    tensors = [t for graph in file.subgraphs for t in graph.tensors if t.stored is not None and len(t.shape) >= 2]
+    kernels = {weight.path: weight for weight in ks.selection.weights(model) if weight.kernel}
+    rows = ks.tflite.check(model).rows
+    assert sorted(row["weight"] for row in rows) == sorted(kernels), "each once"
+    for row in rows:
+        weight = kernels[row["weight"]]
+        ours = normalized(ks.patterns.to_matrix(weight.numpy(), weight.output_axes))
+        axes = (3,) if row["operator"] == "DEPTHWISE_CONV_2D" else (0,)
+        alike = [t for t in tensors if list(t.shape) == row["shape"]]
+        errors = [np.abs(normalized(ks.patterns.to_matrix(t.values(), axes)) - ours).max() for t in alike]
+        assert min(errors) < 1e-4, row["weight"]
+
+
+def test_constants_are_no_weights():
+    """A constant of a kernel's size is not taken for that kernel."""
+    inputs = keras.Input((16, 16))
+    x = layers.Dense(16, name="dense")(inputs * np.random.default_rng(0).normal(size=(16, 16)).astype("float32"))
+    rows = {row["operator"]: row["weight"] for row in ks.tflite.check(keras.Model(inputs, x)).rows}
+    assert rows["FULLY_CONNECTED"] == "dense/kernel" and "dense" not in rows.get("MUL", "")
+
+
+def test_layers_at_the_outputs_are_named():
+    """The converter calls an output after the signature, not after its layer."""
+    inputs = keras.Input((32, 32, 3))
+    x = stem(inputs)
+    functional = keras.Model(inputs, {str(n): layers.Conv2D(4, 1, name=f"head_{n}")(x) for n in (10, 2, 1)})
+    many = keras.Model(inputs, [layers.Conv2D(n + 1, 1, name=f"out_{n}")(x) for n in range(12)])
+    steps = [layers.ZeroPadding2D(1), layers.Conv2D(16, 3, 2), layers.Conv2D(4, 1, name="last")]
+    sequential = keras.Sequential([keras.Input((32, 32, 3)), *steps])
+    for model, expected in (
+        (functional, {"head_10", "head_2", "head_1"}),
+        (many, {f"out_{number}" for number in range(12)}),
+        (sequential, {"last"}),
+    ):
+        found = ks.tflite.check(model).violations
+        assert {one["layer"] for one in found if "an output of the model" in one["violation"]} == expected
 
 
 def test_two_layers_of_one_size():

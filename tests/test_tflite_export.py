@@ -246,6 +246,7 @@ def test_int8(build, tmp_path):
         assert {leaf["dtype"] for leaf in worker.inputs} <= {"float32", "int32"} and not worker.scales
 
 
+@pytest.mark.slow
 @tensorflow_only
 @pytest.mark.parametrize("inference_type", ["int8", "uint8"])
 def test_integers_in_and_out(inference_type, tmp_path):

@@ -45,6 +45,7 @@ def test_random_networks(quantize):
 
 
 @needs_sparse_runtime
+@pytest.mark.slow
 def test_without_the_rules_wrong_files_are_found(monkeypatch):
     monkeypatch.setattr(verification, "hazard", lambda model: None)
     words = ["32x32", "fit", "elu", "pointwise relu6", "max pooling", "pointwise relu6", "dense", "0.9"]
