@@ -29,6 +29,7 @@ def stored(content):
     return sorted((t.shape, t.dtype, (t.values() + 0).tobytes()) for t in tensors if t.stored is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "float16", "dynamic"])
 @pytest.mark.parametrize("kind", [*MODELS, "conv3d"])
 def test_values_are_kept(kind, quantize):
@@ -65,6 +66,7 @@ def test_random_kernels(seed):
     assert after.encoding != "dense" or not smaller
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [cnn, mlp])
 @pytest.mark.parametrize("sparsity", [0.4, 0.6, 0.9])
 def test_smaller_than_tensorflows_own(build, sparsity):

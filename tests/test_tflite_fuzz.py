@@ -25,6 +25,7 @@ FAMILIES = {
 
 
 @needs_sparse_runtime
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_of_broken_files(name):
     words, quantize = FAMILIES[name]

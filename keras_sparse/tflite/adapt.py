@@ -67,7 +67,7 @@ def adapt(model, target="xnnpack", verbose=1, return_report=False):
     Example:
 
     >>> import keras, keras_sparse as ks
-    >>> model = keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
+    >>> model = keras.applications.MobileNet((96, 96, 3), alpha=0.25, weights=None, classes=10)
     >>> adapted, report = ks.tflite.adapt(model, verbose=0, return_report=True)
     >>> report.totals["exact"], report.totals["difference"] < 1e-4
     (True, True)

@@ -95,10 +95,12 @@ def check(model, target="xnnpack", sparsity=0.9):
     Example:
 
     >>> import keras, keras_sparse as ks
-    >>> model = keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
+    >>> stem = keras.layers.Conv2D(8, 3, strides=2, padding="same", name="stem")
+    >>> body = [stem, keras.layers.Conv2D(64, 1), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(4)]
+    >>> model = keras.Sequential([keras.Input((32, 32, 3)), *body])
     >>> report = ks.tflite.check(model)
     >>> report.violations[0]["layer"], report.violations[0]["mend"][:16]
-    ('Conv1', 'ks.tflite.adapt:')
+    ('stem', 'ks.tflite.adapt:')
     >>> adapted = ks.tflite.adapt(model, verbose=0)
     >>> report = ks.tflite.check(adapted)
     >>> report.violations, report.pattern
