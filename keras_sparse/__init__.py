@@ -58,6 +58,7 @@ __all__ = [
     "report",
     "reports",
     "schedules",
+    "search",
     "selection",
     "tflite",
     "update_masks",
@@ -65,8 +66,8 @@ __all__ = [
 
 
 def __getattr__(name):
-    # `tflite` brings the TFLite runtime and converter, which only those who use them should pay for.
-    if name in ("tflite", "comparison"):
+    # These bring the TFLite runtime and converter, which only those who use them should pay for.
+    if name in ("tflite", "comparison", "search"):
         return importlib.import_module(f"keras_sparse.{name}")
     if name == "compare":
         return importlib.import_module("keras_sparse.comparison").compare

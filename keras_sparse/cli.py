@@ -7,13 +7,12 @@ interrupted. With `--json` stdout holds one JSON document and nothing else.
 import argparse
 import contextlib
 import importlib
+import multiprocessing
 import os
 import sys
-import tempfile
+from concurrent.futures import ProcessPoolExecutor
 
-import numpy as np
-
-from keras_sparse import comparison, pruning, quickstart, reports, tflite
+from keras_sparse import comparison, files, pruning, quickstart, reports, search, tflite
 from keras_sparse.quiet import quiet
 
 __all__ = ["main"]
@@ -49,7 +48,7 @@ def main(arguments=None):
     except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         print(f"keras-sparse: error: {_one_line(error)}", file=sys.stderr)
         return 1
     return 0
@@ -87,6 +86,10 @@ def _parser():
             )
         return sub
 
+    def draws(sub, what):
+        sub.add_argument("--html", metavar="FILE", help="write what is printed as an HTML page, too")
+        sub.add_argument("--plot", metavar="FILE", help=f"draw {what} (.png, .svg, .pdf)")
+
     sub = add(_quickstart, "--dataset mnist --sparsity 0.95 --output results")
     sub.add_argument("--dataset", choices=list(quickstart.DATASETS), default="digits", help="default: digits")
     sub.add_argument("--sparsity", type=float, default=0.9, help="share of weights to prune (default: 0.9)")
@@ -120,8 +123,7 @@ def _parser():
     sub.add_argument("-o", "--output", metavar="OUT.keras", required=True, help="file to write; may be the input")
 
     sub = add(_report, "model.keras --html report.html --plot report.png", loads="model")
-    sub.add_argument("--html", metavar="FILE", help="write the table as an HTML page, too")
-    sub.add_argument("--plot", metavar="FILE", help="draw the sparsity of each weight (.png, .svg, .pdf)")
+    draws(sub, "the sparsity of each weight")
 
     sub = add(_check, "model.keras --target xnnpack", loads="model")
     sub.add_argument("--target", default="xnnpack", help="see `keras-sparse targets` (default: xnnpack)")
@@ -180,8 +182,37 @@ def _parser():
     )
     sub.add_argument("--threshold", type=float, help="from where on a single output means class 1 (default: 0.5)")
     sub.add_argument("--seconds", type=float, default=1.0, help="of measuring latency, for each; 0: none (default: 1)")
-    sub.add_argument("--html", metavar="FILE", help="write the tables as an HTML page, too")
-    sub.add_argument("--plot", metavar="FILE", help="draw the first metric over sparsity and size (.png, .svg, .pdf)")
+    draws(sub, "the first metric over sparsity and size")
+
+    sub = add(_search, "model.keras --data data.npz --sparsity 0.9 --epochs 1 --workers 2 -o best.keras", loads="model")
+    sub.add_argument(
+        "--data",
+        metavar="FILE.npz",
+        required=True,
+        help="arrays `x` and `y` to score on, and `x_train`, `y_train` to train candidates on with --epochs",
+    )
+    for name in ("sparsity", "bytes", "macs", "latency_ms"):
+        what = "share of zeros to have" if name == "sparsity" else "upper limit"
+        sub.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="N", help=f"constraint: {what}")
+    sub.add_argument(
+        "--objective",
+        nargs="+",
+        metavar="NAME",
+        help="metrics of the model, sparsity, macs, bytes, latency_ms; several make a front (default: first metric)",
+    )
+    sub.add_argument(
+        "--searcher", choices=["evolution", "reinforce", "random"], default="evolution", help="default: evolution"
+    )
+    sub.add_argument("--patterns", nargs="+", default=["unstructured"], help="to choose from, such as 2:4 block_1x4")
+    sub.add_argument("--filters", nargs="+", metavar="REGEX", help="search only weights whose path matches")
+    sub.add_argument("--budget", type=int, default=100, help="candidates (default: 100)")
+    sub.add_argument("--epochs", type=int, default=0, help="of training each candidate (default: 0)")
+    sub.add_argument("--time-limit", type=float, metavar="SECONDS", help="ask for no more candidates after that")
+    sub.add_argument("--seed", type=int, default=0, help="default: 0")
+    sub.add_argument("--workers", type=int, help="processes that evaluate (default: this one alone)")
+    sub.add_argument("--directory", metavar="DIR", help="journal: a search that was killed goes on where it was")
+    sub.add_argument("-o", "--output", metavar="OUT.keras", help="write the model, pruned to the best allocation")
+    draws(sub, "the candidates and the front")
 
     add(_setup_arm64, "")
     return parser
@@ -206,7 +237,7 @@ def _prune(options, stderr):
         if allocation != "global":
             raise ValueError(f"`--floor` goes with `--allocation global`. Received: --allocation {allocation}")
         allocation = pruning.Global(options.floor)
-    with _replacing(options.output, ".keras") as path:
+    with files.replacing(options.output, ".keras") as path:
         model, notes = _load_compiled(options.model)
         report = pruning.prune(
             model,
@@ -215,7 +246,7 @@ def _prune(options, stderr):
             pattern=options.pattern,
             allocation=allocation,
             filters=options.filters,
-            data=_load_arrays(options.data) if options.data else None,
+            data=files.load_arrays(options.data) if options.data else None,
         )
         model.save(path)
     report.notes += [*notes, f"Written: {options.output}"]
@@ -239,7 +270,7 @@ def _targets(options, stderr):
 
 def _adapt(options, stderr):
     """Bring a saved model into the form that a runtime's sparse kernels take; the weights stay the same."""
-    with _replacing(options.output, ".keras") as path:
+    with files.replacing(options.output, ".keras") as path:
         model, report = tflite.adapt(comparison.load(options.model), options.target, verbose=0, return_report=True)
         model.save(path)
     report.notes.append(f"Written: {options.output}")
@@ -250,7 +281,7 @@ def _export(options, stderr):
     """Write a saved model as a .tflite file that is verified against it."""
     data = None
     if options.representative_data:
-        data = _load_arrays(options.representative_data, "inputs, by name or as `x`", _inputs)
+        data = files.load_arrays(options.representative_data, "inputs, by name or as `x`", _inputs)
     return tflite.export(
         comparison.load(options.model),
         options.output,
@@ -289,13 +320,49 @@ def _compare(options, stderr):
     models = {path if names.count(name) > 1 else name: path for name, path in zip(names, options.models, strict=True)}
     report = comparison.compare(
         models,
-        *_load_arrays(options.data),
+        *files.load_arrays(options.data),
         metrics=options.metrics,
         threshold=options.threshold,
         seconds=options.seconds,
         console=Console(file=stderr),
     )
     return _drawn(report, options)
+
+
+def _search(options, stderr):
+    """Search for how sparse each weight of a saved, compiled model should be."""
+    from rich.console import Console
+
+    model = comparison.load(options.model, compile=True)
+    data = files.load_arrays(options.data, "`x` and `y`, or these and `x_train` and `y_train`", _both_sets)
+    limits = {name: getattr(options, name) for name in ("sparsity", "bytes", "macs", "latency_ms")}
+    with contextlib.ExitStack() as stack:
+        if options.output:
+            path = stack.enter_context(files.replacing(options.output, ".keras"))
+        executor = None
+        if options.workers:
+            context = multiprocessing.get_context("spawn")
+            executor = stack.enter_context(ProcessPoolExecutor(options.workers, mp_context=context))
+        results = search.search(
+            model,
+            data,
+            search.Space(model, patterns=options.patterns, filters=options.filters),
+            searcher=options.searcher,
+            objective=options.objective,
+            constraints={name: limit for name, limit in limits.items() if limit is not None},
+            budget=options.budget,
+            epochs=options.epochs,
+            time_limit=options.time_limit,
+            seed=options.seed,
+            executor=executor,
+            directory=options.directory,
+            console=Console(file=stderr),
+        )
+        if options.output:
+            pruning.prune(model, results.best.allocation)
+            model.save(path)
+            results.notes.append(f"Written: {options.output}")
+    return _drawn(results, options)
 
 
 def _setup_arm64(options, stderr):
@@ -307,10 +374,10 @@ def _setup_arm64(options, stderr):
 def _drawn(report, options):
     """The report, once it is written where `--html` and `--plot` say."""
     if options.html:
-        with _replacing(options.html) as path, open(path, "w", encoding="utf-8") as file:
+        with files.replacing(options.html) as path, open(path, "w", encoding="utf-8") as file:
             file.write(reports.html_page(report.title, report))
     if options.plot:
-        with _replacing(options.plot) as path:
+        with files.replacing(options.plot) as path:
             report.plot().savefig(path)
     return report
 
@@ -325,23 +392,14 @@ def _import(modules):
             raise ImportError(f"`--import {module}` failed: {type(error).__name__}: {error}") from error
 
 
-def _load_arrays(path, what="`x` and `y`", read=lambda file: (file["x"], file["y"])):
-    """What `read` takes from an .npz file: `(x, y)`."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no such file. Received: {path!r}")
-    try:
-        with np.load(path) as file:
-            return read(file)
-    except Exception as error:  # whatever zip and NumPy readers raise on a damaged file
-        raise ValueError(
-            f"Expected an .npz file with arrays: {what}, as `numpy.savez(path, x=x, ...)` writes it. "
-            f"Received: {path!r} ({type(error).__name__}: {_one_line(error)})"
-        ) from error
-
-
 def _inputs(file):
     arrays = {name: file[name] for name in file.files if name != "y"}
     return arrays["x"] if list(arrays) == ["x"] else arrays
+
+
+def _both_sets(file):
+    sets = {"val": (file["x"], file["y"])}
+    return sets | ({"train": (file["x_train"], file["y_train"])} if "x_train" in file.files else {})
 
 
 def _load_compiled(path):
@@ -351,21 +409,6 @@ def _load_compiled(path):
     except ValueError as error:
         reason = _one_line(error)
     return comparison.load(path), [f"Optimizer and losses were left out, because they cannot be loaded. {reason}"]
-
-
-@contextlib.contextmanager
-def _replacing(path, suffix=""):
-    """Yield the path of a temporary file that becomes `path` if the block succeeds, and else leaves nothing."""
-    folder, name = os.path.split(os.path.abspath(path))
-    if not name.endswith(suffix):
-        raise ValueError(f"The output must end in '{suffix}'. Received: {path!r}")
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"The output must be a file, and there is a folder of that name. Received: {path!r}")
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"The folder {folder!r} does not exist; create it first. Received: {path!r}")
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as temporary:
-        yield os.path.join(temporary, name)
-        os.replace(os.path.join(temporary, name), path)
 
 
 def _print(result):

@@ -1,6 +1,7 @@
 """Quiet is a stretch of a program in which nothing that TensorFlow prints, from C++ too, reaches the terminal."""
 
 import contextlib
+import importlib.util
 import io
 import logging
 import os
@@ -8,7 +9,7 @@ import sys
 import threading
 import warnings
 
-__all__ = ["quiet"]
+__all__ = ["quiet", "shows_progress"]
 
 _REDIRECTION = threading.RLock()
 
@@ -76,3 +77,20 @@ def _same_target(stream, descriptor, saved):
         return
     with open(saved, "w", buffering=1, encoding=stream.encoding, errors=stream.errors, closefd=False) as copy:
         yield copy
+
+
+def shows_progress(console):
+    """Whether a progress bar can be drawn: on a terminal, and in a notebook that has widgets.
+
+    Args:
+        console: A `rich.console.Console`.
+
+    Example:
+
+    >>> import io
+    >>> from rich.console import Console
+    >>> from keras_sparse.quiet import shows_progress
+    >>> shows_progress(Console(file=io.StringIO())), shows_progress(Console(force_terminal=True))
+    (False, True)
+    """
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)

@@ -231,14 +231,23 @@ def select(model, filters=None, frozen=False):
 
 
 def matching(pattern, candidates):
-    """Return the weights among `candidates` whose path the regex hits, or raise if there is none."""
+    """Return the weights among `candidates` whose path the regex hits, or raise if there is none.
+
+    A callable on the variable does instead of a regex.
+    """
+    if callable(pattern):
+        found = [w for w in candidates if pattern(w.variable)]
+        if not found:
+            raise ValueError(f"{pattern!r} is true for no weight that could be pruned.")
+        return found
     try:
         found = [w for w in candidates if re.search(pattern, w.path)]
     except re.error as error:
         raise ValueError(f"Expected a regular expression ({error}). Received: {pattern!r}") from error
     except TypeError as error:
         raise TypeError(
-            f"Expected a regular expression as a string. Received: {pattern!r} of type {type(pattern).__name__}"
+            "Expected a regular expression as a string, or a callable on the variable. "
+            f"Received: {pattern!r} of type {type(pattern).__name__}"
         ) from error
     if not found:
         paths = ", ".join(repr(w.path) for w in candidates[:10]) + (", ..." if len(candidates) > 10 else "")

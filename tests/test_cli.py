@@ -12,7 +12,7 @@ import pytest
 import keras_sparse as ks
 from keras_sparse.cli import main
 
-COMMANDS = ["quickstart", "prune", "report", "export", "inspect", "benchmark", "compare"]
+COMMANDS = ["quickstart", "prune", "report", "export", "inspect", "benchmark", "compare", "search"]
 
 
 def small_model(compile=True):
@@ -36,6 +36,17 @@ def saved(tmp_path):
     path = tmp_path / "model.keras"
     small_model().save(path)
     return path
+
+
+@pytest.fixture
+def searched(tmp_path):
+    """A saved classifier, and arrays to search on."""
+    model, rng = small_model(compile=False), np.random.default_rng(0)
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+    x, y = rng.normal(size=(64, 40)).astype("float32"), rng.integers(5, size=64)
+    np.savez(tmp_path / "data.npz", x=x, y=y, x_train=x, y_train=y)
+    model.save(tmp_path / "model.keras")
+    return [tmp_path / "model.keras", "--data", tmp_path / "data.npz"]
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +316,31 @@ def damaged(kind, saved, tmp_path):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("config.json", "{}")
     return path
+
+
+def test_search(searched, tmp_path, capsys):
+    output, page, plot = (tmp_path / name for name in ("best.keras", "page.html", "plot.png"))
+    files = ["-o", output, "--html", page, "--plot", plot, "--directory", tmp_path / "journal"]
+    arguments = ["search", *searched, "--sparsity", 0.8, "--objective", "loss", "macs"]
+    more = ["--budget", 10, "--epochs", 1, "--patterns", "unstructured", "block_1x4"]
+    content = run_json([*arguments, *files, *more], capsys)
+    assert len(content["candidates"]) == 10
+    assert content["objective"] == {"loss": "min", "macs": "min"}
+    totals = ks.report(keras.saving.load_model(output)).totals
+    assert totals["sparsity"] == pytest.approx(content["best"]["values"]["sparsity"])
+    assert "Best allocation" in page.read_text()
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    text = run_ok([*arguments, "--budget", 3], capsys)
+    assert "Front of the search" in text
+    check_error(run(["search", *searched, "--sparsity", 0.999], capsys), "reaches sparsities from 0 to 0.99")
+    check_error(run(["search", *searched, "--macs", 1], capsys), "reaches macs from")
+
+
+@pytest.mark.slow
+def test_search_in_two_processes(searched, capsys):
+    arguments = ["search", *searched, "--sparsity", 0.8, "--budget", 4, "--epochs", 1]
+    one, two = (run_json([*arguments, "--workers", workers], capsys) for workers in (1, 2))
+    assert [each["values"] for each in one["candidates"]] == [each["values"] for each in two["candidates"]]
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "flipped", "folder", "other zip"])

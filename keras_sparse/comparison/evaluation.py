@@ -11,6 +11,7 @@ from keras_sparse import batches
 from keras_sparse.comparison.report import CompareReport
 from keras_sparse.comparison.scores import Scores, resolve
 from keras_sparse.comparison.subjects import Model, open_subject
+from keras_sparse.quiet import shows_progress
 from keras_sparse.tflite.benchmark import in_turns
 from keras_sparse.tflite.runtimes import TIMEOUT
 
@@ -222,7 +223,7 @@ def _progress(console, total):
     from rich.progress import Progress
 
     console = Console(stderr=True) if console is None else console
-    progress = Progress(console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))
+    progress = Progress(console=console, transient=True, disable=not shows_progress(console))
     task, start, running = progress.add_task("compare", total=total), time.perf_counter(), []
 
     def advance():

@@ -22,7 +22,7 @@ import numpy as np
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.signatures import HALF, Input, output_names, signature
 
-__all__ = ["Conversion", "ExportError", "convert", "first_line"]
+__all__ = ["Conversion", "ExportError", "convert", "first_line", "modules"]
 
 
 class ExportError(ValueError):
@@ -218,8 +218,15 @@ def _convert_elsewhere(model, called, quantize, samples, inference_type):
         folder = pathlib.Path(folder)
         with quiet():
             model.save(folder / "model.keras")
+        found = modules(folder / "model.keras")
+        if "__main__" in found:
+            raise ExportError(
+                f"On the {keras.config.backend()} backend the model is converted in another Python process, and that "
+                f"cannot find a class which is defined in `__main__`, the script or notebook itself. Move it to a "
+                f"module and import it from there. Received: {found['__main__']!r}"
+            )
         job = {
-            "modules": _modules(folder / "model.keras"),
+            "modules": sorted(found),
             "inputs": [astuple(leaf) for leaf in called.inputs],  # saving a model may change the names of its inputs
             "quantize": quantize,
             "samples": len(samples or []),
@@ -258,17 +265,32 @@ def _run_elsewhere(model, folder):
     return result
 
 
-def _modules(path):
-    """Modules that must be imported before a .keras file can be loaded.
+def modules(path, compiled=False):
+    """Find the modules that must be imported before a .keras file can be loaded by another process.
 
-    Raises:
-        ExportError: If it holds an object that is defined in `__main__`: another process cannot import that.
+    Args:
+        path: Of a .keras file that this process has written.
+        compiled: Whether its optimizer, losses and metrics are loaded, too.
+
+    Returns:
+        Dict from the name of a module to that of a class which it registers; `"__main__"` if nobody can import it.
+
+    Example:
+
+    >>> import os, tempfile, keras
+    >>> from keras_sparse.tflite.convert import modules
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "model.keras")
+    ...     keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]).save(path)
+    ...     modules(path)
+    {}
     """
     with zipfile.ZipFile(path) as archive:
         config = json.loads(archive.read("config.json"))
-    config.pop("compile_config", None)
+    if not compiled:
+        config.pop("compile_config", None)
     registered = keras.saving.get_custom_objects()
-    modules, pending = set(), [config]
+    found, pending = {}, [config]
     while pending:
         item = pending.pop()
         if isinstance(item, (list, dict)):
@@ -281,15 +303,9 @@ def _modules(path):
             module = known.__module__
         elif module is None and name is not None:
             module = "__main__"  # Keras omits it for a class that is neither registered nor importable
-        if module == "__main__":
-            raise ExportError(
-                f"On the {keras.config.backend()} backend the model is converted in another Python process, and that "
-                f"cannot find a class which is defined in `__main__`, the script or notebook itself. Move it to a "
-                f"module and import it from there. Received: {name or item['class_name']!r}"
-            )
         if module and module.split(".")[0] not in ("keras", "builtins"):
-            modules.add(module)
-    return sorted(modules)
+            found[module] = name or item["class_name"]
+    return found
 
 
 def _main(folder):

@@ -1,0 +1,73 @@
+"""A journal is a file that remembers evaluations line by line, so that a search that was killed goes on."""
+
+import json
+import os
+import pathlib
+
+__all__ = ["Journal"]
+
+
+class Journal:
+    """Evaluations on disk: a line of JSON each, after a line that says which search they belong to.
+
+    Args:
+        path: The file; `None` remembers nothing beyond this process.
+        header: Plain data that tells this search from others.
+
+    Raises:
+        ValueError: If the file belongs to another search or is damaged before its last line.
+
+    Attributes:
+        entries: `{number: entry}` of what was there.
+
+    Example:
+
+    >>> import os, tempfile
+    >>> from keras_sparse.search.journal import Journal
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = os.path.join(folder, "journal.jsonl")
+    ...     Journal(path, {"seed": 0}).write(0, {"loss": 1.5})
+    ...     Journal(path, {"seed": 0}).entries
+    {0: {'loss': 1.5}}
+    """
+
+    def __init__(self, path, header):
+        self.entries, self._path = {}, None if path is None else pathlib.Path(path)
+        if self._path is None:
+            return
+        header = json.loads(json.dumps(header))
+        lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else [""]
+        # Each line ends with a newline: what comes behind the last one was being written when the search was killed.
+        whole = lines[:-1]
+        if not whole:
+            self._rewrite([json.dumps(header)])
+            return
+        try:
+            found = [json.loads(line) for line in whole]
+        except ValueError as error:
+            raise ValueError(
+                f"The journal is damaged: remove it to begin anew. Received: {str(self._path)!r}"
+            ) from error
+        if found[0] != header:
+            different = sorted(key for key in {*header, *found[0]} if header.get(key) != found[0].get(key))
+            raise ValueError(
+                "The journal is of another search: use another `directory`, or remove it to begin anew. "
+                f"Received: {str(self._path)!r}, which differs in {different}"
+            )
+        self.entries = {entry.pop("number"): entry for entry in found[1:]}
+        if lines[-1]:
+            self._rewrite(whole)
+
+    def _rewrite(self, lines):
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+    def write(self, number, entry):
+        """Remember an evaluation; it is on disk when this returns."""
+        self.entries[number] = entry
+        if self._path is not None:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"number": number} | entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())

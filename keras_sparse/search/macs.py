@@ -1,0 +1,99 @@
+"""MACs are multiplications: how often each weight is used for one sample, read off a run of the model."""
+
+import math
+
+import keras
+
+from keras_sparse import selection
+
+__all__ = ["uses"]
+
+
+def uses(model, sample):
+    """Count how many numbers each kernel's weights are multiplied with, for one sample.
+
+    A weight of a dense layer is used once for each position along the axes between batch and features, one of a
+    convolution once for each position of the output (of a transposed one: of the input), one of a recurrent layer once
+    for each time step, as often as the layer is called. Embeddings are looked up, not multiplied. The weights of a
+    custom layer count like a dense layer's.
+
+    Args:
+        model: A built Keras model.
+        sample: Its inputs, a structure of arrays with a batch of one sample. They are run once.
+
+    Returns:
+        Dict `{id(variable): int}`; variables that were not used are missing.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_sparse.search.macs import uses
+    >>> layers = [keras.layers.Conv2D(4, 3, name="a"), keras.layers.Flatten(), keras.layers.Dense(2, name="b")]
+    >>> model = keras.Sequential([keras.Input((8, 8, 1)), *layers])
+    >>> found = uses(model, np.zeros((1, 8, 8, 1)))
+    >>> [found[id(layer.kernel)] for layer in (model.layers[0], model.layers[2])]
+    [36, 1]
+    """
+    kernels, found = {}, {}
+    for weight in selection.weights(model):
+        if weight.kernel and "embedding" not in weight.variable.name:
+            kernels.setdefault(id(weight.layer), []).append(weight)
+    state = {"times": 1, "inside": False}  # how often a wrapper repeats; whether a loop is being run
+
+    def observed(layer, call):
+        loop = isinstance(layer, loops)
+
+        def run(*args, **kwargs):
+            if state["inside"]:
+                return call(*args, **kwargs)
+            state["inside"] = loop
+            try:
+                outputs = call(*args, **kwargs)
+            finally:
+                state["inside"] = False
+            inputs, output = (
+                next(x for x in keras.tree.flatten(each) if hasattr(x, "shape")) for each in ((args, kwargs), outputs)
+            )
+            if isinstance(layer, keras.layers.TimeDistributed):
+                # What is inside may run any number of times at once: it is counted at one step.
+                before, state["times"] = state["times"], state["times"] * inputs.shape[1]
+                try:
+                    layer.layer(keras.ops.take(inputs, 0, axis=1))
+                finally:
+                    state["times"] = before
+                return outputs
+            holders = selection.layers(layer) if loop else [layer]
+            for weight in (weight for holder in holders for weight in kernels.get(id(holder), ())):
+                count = _places(weight, layer, tuple(inputs.shape), tuple(output.shape))
+                found[id(weight.variable)] = found.get(id(weight.variable), 0) + state["times"] * count
+            return outputs
+
+        return run
+
+    loops = keras.layers.RNN, keras.layers.TimeDistributed
+    watched = [layer for layer in selection.layers(model) if id(layer) in kernels or isinstance(layer, loops)]
+    before = [vars(layer).get("call") for layer in watched]
+    try:
+        for layer in watched:
+            vars(layer)["call"] = observed(layer, layer.call)
+        model(sample, training=False)
+    finally:
+        for layer, own in zip(watched, before, strict=True):
+            vars(layer).pop("call", None)
+            if own is not None:
+                vars(layer)["call"] = own
+    return found
+
+
+def _places(weight, layer, inputs, outputs):
+    """How often one call uses each weight, for one sample."""
+    if isinstance(layer, keras.layers.RNN):
+        spatial = outputs[2:-1] if getattr(layer, "return_sequences", False) else outputs[1:-1]
+        return inputs[1] * math.prod(spatial)
+    if type(layer).__name__.endswith("Transpose"):
+        axis = 1 if getattr(layer, "data_format", None) == "channels_first" else -1
+        return math.prod(inputs[1:]) // inputs[axis]
+    if isinstance(layer, keras.layers.EinsumDense):
+        return math.prod(outputs[1:]) // math.prod(weight.variable.shape[axis] for axis in weight.output_axes)
+    axis = 1 if getattr(layer, "data_format", None) == "channels_first" else -1
+    return math.prod(outputs[1:]) // outputs[axis]

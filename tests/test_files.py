@@ -1,0 +1,41 @@
+"""Files are whole or not there; what is wrong with one is said."""
+
+import os
+
+import numpy as np
+import pytest
+
+from keras_sparse import files
+
+
+def test_a_block_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), files.replacing(path) as temporary:
+        with open(temporary, "w") as file:
+            file.write("half")
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["a.txt"]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("a.bin", ValueError), ("folder.txt", IsADirectoryError), ("no/a.txt", FileNotFoundError)]
+)
+def test_where_nothing_can_be_written(tmp_path, name, error):
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(error), files.replacing(tmp_path / name, ".txt"):
+        pass
+    assert os.listdir(tmp_path) == ["folder.txt"]
+
+
+def test_arrays(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, x=np.arange(3), y=np.ones(3))
+    x, y = files.load_arrays(path)
+    assert (x.tolist(), y.tolist()) == ([0, 1, 2], [1, 1, 1])
+    with pytest.raises(ValueError, match="arrays: `z`.*KeyError"):
+        files.load_arrays(path, "`z`", lambda file: file["z"])
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="Expected an .npz file"):
+        files.load_arrays(path)
