@@ -610,3 +610,12 @@ def test_patterns_see_the_matrix_that_the_runtime_multiplies(pattern):
         np.testing.assert_array_equal(now, np.where(mask, matrix, 0))
         if pattern == "channel":
             assert (now == 0).all(axis=1).sum() == len(matrix) // 2
+
+
+def test_keys_of_a_target_may_be_callables():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8), keras.layers.Dense(8)])
+    kernel = model.layers[1].kernel
+    ks.prune(model, {lambda variable: variable is kernel: (0.5, "2:4")})
+    assert [int(np.sum(w == 0)) for w in model.get_weights()[::2]] == [0, 32]
+    with pytest.raises(ValueError, match="is true for no weight"):
+        ks.prune(model, {lambda variable: False: 0.5})

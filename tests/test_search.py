@@ -20,6 +20,7 @@ from search_models import data, facts, search
 
 import keras_sparse as ks
 
+OTHERS = ("random", "reinforce")
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -51,11 +52,11 @@ def test_found_allocation_goes_into_pruning_and_beats_uniform():
 
 
 @pytest.mark.parametrize("kind", ["functional", "subclassed"])
-@pytest.mark.parametrize("searcher", ["random", "evolution", "reinforce"])
+@pytest.mark.parametrize("searcher", ["evolution", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_every_searcher_on_every_kind_of_model(kind, searcher):
-    first, again = (facts(search(kind=kind, searcher=searcher, budget=18)) for _ in range(2))
+    first, again = (facts(search(kind=kind, searcher=searcher, budget=12)) for _ in range(2))
     assert first == again
-    assert first != facts(search(kind=kind, searcher=searcher, budget=18, seed=1))
+    assert first != facts(search(kind=kind, searcher=searcher, budget=12, seed=1))
     assert not any(error for *_, error, _ in first)
 
 
@@ -69,7 +70,7 @@ def test_it_begins_with_known_allocations():
 
 
 def test_several_objectives_make_a_front():
-    results = search(objective={"accuracy": "max", "sparsity": "max"}, constraints=None, budget=40, epochs=0)
+    results = search(objective={"accuracy": "max", "sparsity": "max"}, constraints=None, budget=24, epochs=0)
     values = [(one.values["accuracy"], one.values["sparsity"]) for one in results.candidates]
     brute = [a for a in values if not any(b[0] >= a[0] and b[1] >= a[1] and b != a for b in values)]
     assert sorted((one.values["accuracy"], one.values["sparsity"]) for one in results.front) == sorted(brute)
@@ -78,7 +79,7 @@ def test_several_objectives_make_a_front():
 
 
 def test_constraints_are_limits():
-    results = search(constraints={"macs": 40}, budget=30, epochs=0)
+    results = search(constraints={"macs": 40}, budget=24, epochs=0)
     assert results.best.violation == 0
     assert results.best.values["macs"] <= 40
     over = [one for one in results.candidates if one.values["macs"] > 40]
@@ -178,6 +179,7 @@ def test_time_limit_ends_between_batches():
     assert len(results.candidates) == 8
 
 
+@pytest.mark.slow
 def test_threads_find_the_same():
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         assert facts(search(executor=executor, budget=16)) == facts(search(budget=16))

@@ -187,6 +187,7 @@ def test_macs_of_a_candidate_are_its_live_weights_times_their_uses(scored):
     assert found["macs"] == 36 * 24 + 24 * 4 * 3 / 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="the conversion takes long on other backends")
 def test_bytes_are_those_of_an_exported_file(scored, tmp_path):
     model = network(layers.Dense(64, activation="relu"), layers.Dense(3), shape=(64,))

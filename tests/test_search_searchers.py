@@ -45,7 +45,7 @@ def best_of(searcher, space, objective, seed, budget=400):
 
 
 @pytest.mark.parametrize("objective", [separable, deceptive])
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("learner", ["evolution", pytest.param("reinforce", marks=pytest.mark.slow)])
 def test_beats_random_search(learner, objective):
     space = space_of(9)
     wins = losses = 0
