@@ -9,7 +9,6 @@ batch 128, shifts and flips as augmentation, pruning over the first half. The er
 
 import argparse
 import pathlib
-import statistics
 import time
 
 import result  # isort: skip - sets the environment that TensorFlow reads
@@ -98,9 +97,8 @@ def main():
                 seed, method, errors[method][-1], f"{time.perf_counter() - started:.0f} s", layers[method], flush=True
             )
     for method, found in errors.items():
-        spread = statistics.stdev(found) if len(found) > 1 else 0.0
         each = " ".join(f"{error:.2f}" for error in found)
-        rows.append([method, f"{statistics.mean(found):.2f} ± {spread:.2f} %", each, layers[method]])
+        rows.append([method, result.mean_and_spread(found), each, layers[method]])
     result.show(
         f"CIFAR-10 at {args.sparsity:.0%}, {args.epochs} epochs, seeds {' '.join(map(str, args.seeds))}",
         ["allocation", "error", "each seed", "zeros of each kernel, last seed"],

@@ -11,7 +11,6 @@ Han et al. 2015 (https://arxiv.org/abs/1506.02626) report 1.59 % test error at 9
 
 import argparse
 import itertools
-import statistics
 import time
 
 import result  # isort: skip - sets the environment that TensorFlow reads
@@ -95,14 +94,13 @@ def main():
             started = time.perf_counter()
             runs = [train(method, sparsity, seed, rate, end, args.epochs, data) for seed in args.seeds]
             errors = [error for error, _ in runs]
-            spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
             row = {
                 "method": {"global": "Pruning, global", "uniform": "Pruning, uniform"}.get(method, method),
                 "sparsity": f"{sparsity:.0%}",
                 "kernels' zeros": " ".join(sorted({f"{zeros:.3%}" for _, zeros in runs})),
                 "learning rate": f"{rate:g}",
                 "prunes until": "-" if dense else f"{end:.0%}",
-                "error": f"{statistics.mean(errors):.2f} ± {spread:.2f} %",
+                "error": result.mean_and_spread(errors),
                 "each seed": " ".join(f"{error:.2f}" for error in errors),
                 "s per run": f"{(time.perf_counter() - started) / len(runs):.0f}",
             }

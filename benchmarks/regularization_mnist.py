@@ -11,7 +11,6 @@ Published: Louizos et al. 2018 (https://arxiv.org/abs/1712.01312), table 1: LeNe
 """
 
 import argparse
-import statistics
 import time
 
 import result  # isort: skip - sets the environment that TensorFlow reads
@@ -147,11 +146,10 @@ def main():
             runs.append(METHODS[method](data))
             print(method, seed, *runs[-1], f"{time.perf_counter() - started:.0f} s", flush=True)
         errors = [run[0] for run in runs]
-        spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
         rows.append(
             [
                 method,
-                f"{statistics.mean(errors):.2f} ± {spread:.2f} %",
+                result.mean_and_spread(errors),
                 " ".join(f"{error:.2f}" for error in errors),
                 " ".join(f"{run[1]:.1%}" for run in runs),
                 "; ".join(run[2] for run in runs),

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import statistics
 import sys
 
 import numpy as np
@@ -68,6 +69,12 @@ def show(title, columns, rows, notes=(), load_before=None):
     print()
     for note in notes:
         print(note)
+
+
+def mean_and_spread(values):
+    """Return `"1.23 ± 0.04 %"`, the mean and the standard deviation of percentages, one for each seed."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.2f} ± {spread:.2f} %"
 
 
 def bootstrap_median(groups, seed=0, samples=4000):

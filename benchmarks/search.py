@@ -19,6 +19,7 @@ import result  # isort: skip - sets the environment that TensorFlow reads
 import cifar_allocation
 import keras
 import numpy as np
+import regularization_mnist
 
 import keras_sparse as ks
 
@@ -32,25 +33,12 @@ SEARCHERS = {
 
 def mnist():
     """Return `(x, y, x_test, y_test)`, images in [0, 1]."""
-    (x, y), (x_test, y_test) = keras.datasets.mnist.load_data()
-    return (*((a / np.float32(255))[..., None] if a.ndim > 2 else a for a in (x, y, x_test, y_test)),)
+    return regularization_mnist.mnist(validate=False, images=True)
 
 
-def lenet5():
-    """LeNet-5 as it comes with Caffe: 431,000 weights."""
-    layers = keras.layers
-    return keras.Sequential(
-        [
-            layers.Input((28, 28, 1)),
-            layers.Conv2D(20, 5, activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Conv2D(50, 5, activation="relu"),
-            layers.MaxPooling2D(),
-            layers.Flatten(),
-            layers.Dense(500, activation="relu"),
-            layers.Dense(10),
-        ]
-    )
+def processes(count):
+    """A pool of fresh interpreters."""
+    return concurrent.futures.ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
 def train(model, data, rate, epochs, callbacks=()):
@@ -70,9 +58,8 @@ def find(model, data, method, rate, args, seed):
     """Return the allocation that a search finds, and how long it took."""
     x, y = data
     train, val = (x[: args.images], y[: args.images]), (x[-2000:], y[-2000:])
-    context = multiprocessing.get_context("spawn")
     started = time.perf_counter()
-    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=context) as executor:
+    with processes(args.workers) as executor:
         results = ks.search.search(
             compiled(model, rate),
             {"train": train, "val": val},
@@ -114,7 +101,7 @@ def main():
     errors, seconds, layers = {method: [] for method in ["dense", *args.methods]}, {}, {}
     for seed in args.seeds:
         keras.utils.set_random_seed(seed)
-        model = cifar_allocation.build(rate, 1) if cifar else lenet5()
+        model = cifar_allocation.build(rate, 1) if cifar else regularization_mnist.lenet_5()
         batches = Batches(x[:-2000], y[:-2000], seed, shifts=cifar)
         train(model, batches, rate, args.dense_epochs)
         dense = model.get_weights()
@@ -140,10 +127,9 @@ def main():
             record(method)
     rows = []
     for method, found in errors.items():
-        spread = statistics.stdev(found) if len(found) > 1 else 0.0
         each, took = " ".join(f"{error:.2f}" for error in found), seconds.get(method)
         took = f"{statistics.mean(took):.0f} s" if took else ""
-        rows.append([method, f"{statistics.mean(found):.2f} ± {spread:.2f} %", each, took, layers[method]])
+        rows.append([method, result.mean_and_spread(found), each, took, layers[method]])
     result.show(
         f"Search on {args.dataset} at {args.sparsity:.0%}, {args.budget} candidates, {args.epochs} epochs after",
         ["allocation", "error", "each seed", "search", "zeros of each kernel, last seed"],

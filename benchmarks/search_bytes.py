@@ -7,8 +7,6 @@ one's candidate is trained in full, in the same way as the uniform one.
 """
 
 import argparse
-import concurrent.futures
-import multiprocessing
 import pathlib
 import statistics
 import tempfile
@@ -16,6 +14,7 @@ import tempfile
 import result  # isort: skip - sets the environment that TensorFlow reads
 
 import keras
+import regularization_mnist
 import search
 
 import keras_sparse as ks
@@ -42,13 +41,11 @@ def main():
     rows, ratios = [], []
     for seed in args.seeds:
         keras.utils.set_random_seed(seed)
-        model = search.lenet5()
+        model = regularization_mnist.lenet_5()
         batches = search.Batches(x[:-5000], y[:-5000], seed, shifts=False)
         search.train(model, batches, 0.001, args.dense_epochs)
         dense = model.get_weights()
-        space = ks.search.Space(model)
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as executor:
+        with search.processes(2) as executor:
             uniform = ks.search.search(
                 search.compiled(model, 0.001),
                 data,
@@ -61,7 +58,6 @@ def main():
             results = ks.search.search(
                 model,
                 data,
-                space,
                 objective=["loss", "bytes"],
                 epochs=1,
                 budget=args.budget,

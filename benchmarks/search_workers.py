@@ -4,13 +4,12 @@ Processes are started within the time that is measured, and so is all that the s
 """
 
 import argparse
-import concurrent.futures
-import multiprocessing
 import statistics
 import time
 
 import result  # isort: skip - sets the environment that TensorFlow reads
 
+import regularization_mnist
 import search
 
 import keras_sparse as ks
@@ -22,15 +21,14 @@ def main():
     parser.add_argument("--budget", type=int, default=48)
     args = parser.parse_args()
     load, (x, y, _, _) = result.load(), search.mnist()
-    model = search.compiled(search.lenet5(), 0.001)
+    model = search.compiled(regularization_mnist.lenet_5(), 0.001)
     model.fit(x[:20000], y[:20000], batch_size=128, verbose=0)
     data = {"train": (x[:4000], y[:4000]), "val": (x[-2000:], y[-2000:])}
     seconds, found = {1: [], 2: []}, set()
     for _ in range(args.rounds):
         for workers in seconds:
             started = time.perf_counter()
-            context = multiprocessing.get_context("spawn")
-            with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as executor:
+            with search.processes(workers) as executor:
                 results = ks.search.search(
                     model, data, constraints={"sparsity": 0.95}, budget=args.budget, epochs=1, executor=executor
                 )

@@ -17,7 +17,6 @@ measures on the other 10,000: for choosing hyperparameters.
 """
 
 import argparse
-import statistics
 import time
 
 import result  # isort: skip - sets the environment that TensorFlow reads
@@ -146,12 +145,11 @@ def main():
         args.epochs = epochs or (50 if method == "lottery" else 25 if lenet5 else 30)
         started = time.perf_counter()
         errors, zeros = zip(*(train(method, args, seed, data) for seed in args.seeds), strict=True)
-        spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
         row = {
             "method": method,
             "epochs": str(args.epochs),
             "zeros": " ".join(sorted({f"{share:.2%}" for share in zeros})),
-            "error": f"{statistics.mean(errors):.2f} ± {spread:.2f} %",
+            "error": result.mean_and_spread(errors),
             "each seed": " ".join(f"{error:.2f}" for error in errors),
             "s per run": f"{(time.perf_counter() - started) / len(errors):.0f}",
         }

@@ -1,9 +1,9 @@
 """Batches of a model's inputs, from any data that `predict` takes, and of targets, from any that `evaluate` takes."""
 
-import numbers
-
 import keras
 import numpy as np
+
+from keras_sparse.registry import check_whole
 
 __all__ = ["check", "count", "labelled", "of"]
 
@@ -29,8 +29,7 @@ def check(data, batch_size=32):
     ...
     ValueError: `data` are inputs only: pass `x`, not `(x, y)`, and several inputs as a list or dict. Received: ...
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be a whole number of at least 1. Received: batch_size={batch_size!r}")
+    check_whole("batch_size", batch_size)
     if isinstance(data, tuple):
         raise ValueError(
             "`data` are inputs only: pass `x`, not `(x, y)`, and several inputs as a list or dict. "

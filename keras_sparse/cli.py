@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 from keras_sparse import comparison, files, pruning, quickstart, reports, search, tflite
 from keras_sparse.quiet import quiet
+from keras_sparse.search.goals import CONSTRAINTS
 
 __all__ = ["main"]
 
@@ -191,7 +192,7 @@ def _parser():
         required=True,
         help="arrays `x` and `y` to score on, and `x_train`, `y_train` to train candidates on with --epochs",
     )
-    for name in ("sparsity", "bytes", "macs", "latency_ms"):
+    for name in CONSTRAINTS:
         what = "share of zeros to have" if name == "sparsity" else "upper limit"
         sub.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="N", help=f"constraint: {what}")
     sub.add_argument(
@@ -335,7 +336,7 @@ def _search(options, stderr):
 
     model = comparison.load(options.model, compile=True)
     data = files.load_arrays(options.data, "`x` and `y`, or these and `x_train` and `y_train`", _both_sets)
-    limits = {name: getattr(options, name) for name in ("sparsity", "bytes", "macs", "latency_ms")}
+    limits = {name: getattr(options, name) for name in CONSTRAINTS}
     with contextlib.ExitStack() as stack:
         if options.output:
             path = stack.enter_context(files.replacing(options.output, ".keras"))

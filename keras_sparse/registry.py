@@ -6,7 +6,7 @@ import numbers
 
 import keras
 
-__all__ = ["Configurable", "Registry", "check_penalty", "is_real", "serializable"]
+__all__ = ["Configurable", "Registry", "check_penalty", "check_whole", "is_real", "serializable"]
 
 
 def serializable(cls):
@@ -123,6 +123,24 @@ def check_penalty(name, value):
         raise TypeError(f"`{name}` must be a number. Received: {name}={value!r} of type {type(value).__name__}")
     if not 0 <= value < math.inf:
         raise ValueError(f"`{name}` must be at least 0 and finite. Received: {name}={value!r}")
+
+
+def check_whole(name, value, least=1):
+    """Raise unless `value` is a whole number of at least `least`.
+
+    Raises:
+        ValueError: If it is something else.
+
+    Example:
+
+    >>> from keras_sparse.registry import check_whole
+    >>> check_whole("batch_size", 2.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: `batch_size` must be a whole number of at least 1. Received: batch_size=2.5
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}. Received: {name}={value!r}")
 
 
 def is_real(value):

@@ -123,7 +123,7 @@ class Moody(keras.layers.Layer):
         zeros = keras.ops.sum(keras.ops.cast(keras.ops.equal(self.inner.kernel, 0), "float32"))
         if self.mood == "nan":
             return self.inner(x) + keras.ops.where(zeros > 36, float("nan"), 0.0)
-        if float(keras.ops.convert_to_numpy(zeros)) > {"raise": 36, "always": -1}[self.mood]:
+        if float(keras.ops.convert_to_numpy(zeros)) > 36:
             raise OverflowError("in a bad mood")
         return self.inner(x)
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_sparse import batches, patterns, reports, selection
-from keras_sparse.neurons.activity import Trace
+from keras_sparse.neurons.activity import Trace, substituted
 
 __all__ = ["Probe", "neuron_sparsity"]
 
@@ -130,23 +130,12 @@ class Probe:
                 f"Received a batch of shape {shapes}"
             ) from error
 
-    @contextlib.contextmanager
     def _recording(self):
         """Let every layer tell the present trace what it was called on and what it returned."""
         # Rematerialization would keep the tensors to itself, and is of no use without gradients.
         functions = [(layer, "rematerialized_call", _as_it_is) for layer in self._recorded]
         functions += [(layer, "call", self._observed(layer, layer.call)) for layer in self._recorded]
-        before = [vars(layer).get(name) for layer, name, _ in functions]
-        try:
-            for layer, name, function in functions:
-                vars(layer)[name] = function
-            yield
-        finally:
-            for (layer, name, _), own in zip(functions, before, strict=True):
-                if own is None:
-                    vars(layer).pop(name, None)
-                else:
-                    vars(layer)[name] = own
+        return substituted(functions)
 
     def _observed(self, layer, call):
         def observed(*args, **kwargs):

@@ -10,12 +10,11 @@ stores them.
 
 import itertools
 import math
-import numbers
 import re
 
 import numpy as np
 
-from keras_sparse.registry import Configurable, Registry, serializable
+from keras_sparse.registry import Configurable, Registry, check_whole, serializable
 
 __all__ = [
     "NM",
@@ -311,7 +310,7 @@ class Block(Pattern):
 
     def __init__(self, rows=1, cols=4):
         for name, value in (("rows", rows), ("cols", cols)):
-            _check_size(name, value)
+            check_whole(name, value)
         self.rows, self.cols = int(rows), int(cols)
 
     def pool(self, scores):
@@ -356,7 +355,7 @@ class NM(Pattern):
 
     def __init__(self, n, m):
         for name, value in (("n", n), ("m", m)):
-            _check_size(name, value)
+            check_whole(name, value)
         if n >= m:
             raise ValueError(f"`n` must be below `m`: n non-zeros in m inputs. Received: n={n}, m={m}")
         self.n, self.m = int(n), int(m)
@@ -397,11 +396,6 @@ class NM(Pattern):
 
     def get_config(self):
         return {"n": self.n, "m": self.m}
-
-
-def _check_size(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number of at least 1. Received: {name}={value!r}")
 
 
 def get(identifier):

@@ -4,6 +4,7 @@ It travels to other processes as the name of a folder, which holds the model and
 """
 
 import contextlib
+import functools
 import importlib
 import json
 import math
@@ -173,7 +174,7 @@ class Evaluation:
         copy.restore(seed)
         if allocation is not None:
             if self.epochs:
-                copy.wrap(self.indices, any(_silences(pattern) for _, pattern in allocation.values()))
+                copy.wrap(any(_silences(pattern) for _, pattern in allocation.values()))
             pruning.prune(model, copy.target(allocation), filters=lambda variable: True)
             if self.epochs:
                 self._train(copy, seed, deadline)
@@ -182,10 +183,8 @@ class Evaluation:
         options = {"batch_size": self.batch_size, "verbose": 0, "callbacks": [deadline], "return_dict": True}
         found = model.evaluate(x, y, sample_weight=weight, **options)
         values = {name: float(value) for name, value in found.items()}
-        everything = selection.weights(model)
-        weights = [everything[index] for index in self.indices]
-        zeros = sum(int(np.sum(weight.numpy() == 0)) for weight in weights)
-        values["sparsity"] = zeros / sum(weight.size for weight in weights)
+        zeros = sum(int(np.sum(weight.numpy() == 0)) for weight in copy.chosen)
+        values["sparsity"] = zeros / sum(weight.size for weight in copy.chosen)
         deadline.check()
         if "macs" in self.measures:
             values["macs"] = float(copy.macs())
@@ -237,7 +236,7 @@ class Evaluation:
         # The file was written by the search from the caller's own model: its Lambda layers are the caller's code.
         with quiet(), keras.saving.custom_object_scope(objects):
             model = keras.saving.load_model(folder / "model.keras", safe_mode=False)
-        return _Copy(model, train, test)
+        return _Copy(model, train, test, self.indices)
 
 
 class _Deadline(keras.callbacks.Callback):
@@ -247,7 +246,7 @@ class _Deadline(keras.callbacks.Callback):
         super().__init__()
         self._timeout, self._start = timeout, time.monotonic()
 
-    def check(self, *_):
+    def check(self):
         if self._timeout is not None and time.monotonic() - self._start > self._timeout:
             raise TimeoutError(f"the candidate took longer than {self._timeout} seconds")
 
@@ -265,10 +264,12 @@ class _Copy:
     model: keras.Model
     train: list | None
     test: list
+    indices: tuple
 
     def __post_init__(self):
+        self.weights = selection.weights(self.model)
+        self.chosen = [self.weights[index] for index in self.indices]
         self._before = [(v, np.array(selection.as_array(v))) for v in self.model.variables]
-        self._uses = None
 
     def restore(self, seed):
         """Put back all weights and states, and draw the seeds of layers anew."""
@@ -279,28 +280,28 @@ class _Copy:
 
     def target(self, allocation):
         """What `ks.prune` takes as sparsity, from an allocation by index."""
-        weights = selection.weights(self.model)
-        return {_is(weights[index].variable): value for index, value in allocation.items()}
+        return {_is(self.weights[index].variable): value for index, value in allocation.items()}
 
-    def wrap(self, indices, units):
-        """Let the optimizer keep the zeros of some weights; compiled functions stay what they are after the first time.
+    def wrap(self, units):
+        """Let the optimizer keep the zeros of the chosen weights; compiled functions stay after the first time.
 
         Args:
-            indices: Positions in `ks.selection.weights(model)`.
             units: Whether also what belongs to their output units can be zero.
         """
         sparse = optimizers.wrap(self.model)
-        everything = selection.weights(self.model)
-        weights = [everything[index] for index in indices]
-        masked = {id(weight.variable): weight.variable for weight in weights}
-        for found in graph.unit_variables(self.model, weights) if units else ():
-            masked |= {} if isinstance(found, str) else {id(variable): variable for variable in found}
+        variables = [weight.variable for weight in self.chosen] + (self._unit_variables if units else [])
+        masked = {id(variable): variable for variable in variables}  # a normalization may follow several kernels
         trainable = {id(variable) for variable in self.model.trainable_variables}
         if sparse.add_masks([variable for key, variable in masked.items() if key in trainable]):
             optimizers.drop_functions(self.model)
         for variable, mask in sparse.masks:
             mask.assign(np.ones(variable.shape, bool))
         optimizers.restart(sparse.inner_optimizer, self.model.trainable_variables)
+
+    @functools.cached_property
+    def _unit_variables(self):
+        found = graph.unit_variables(self.model, self.chosen)
+        return [variable for variables in found if not isinstance(variables, str) for variable in variables]
 
     def estimate(self, batch_size, deadline):
         """Give batch normalizations the mean statistics of some batches, now that the weights are others."""
@@ -323,10 +324,11 @@ class _Copy:
 
     def macs(self):
         """Multiplications of one sample with weights that are not zero."""
-        if self._uses is None:
-            self._uses = uses(self.model, _take(self.test[0], slice(1)))
-        weights = selection.weights(self.model)
-        return sum(int(np.sum(w.numpy() != 0)) * self._uses.get(id(w.variable), 0) for w in weights if w.kernel)
+        return sum(int(np.sum(w.numpy() != 0)) * self._uses.get(id(w.variable), 0) for w in self.weights if w.kernel)
+
+    @functools.cached_property
+    def _uses(self):
+        return uses(self.model, _take(self.test[0], slice(1)))
 
 
 @contextlib.contextmanager

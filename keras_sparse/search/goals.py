@@ -4,11 +4,12 @@ import math
 
 from keras_sparse.registry import is_real
 
-__all__ = ["MEASURES", "Goals"]
+__all__ = ["CONSTRAINTS", "MEASURES", "Goals"]
 
 # Measures besides those of `model.evaluate`, and whether more is better.
 MEASURES = {"sparsity": True, "macs": False, "bytes": False, "latency_ms": False}
-_LIMITS = ("bytes", "macs", "latency_ms")
+CONSTRAINTS = ("sparsity", "bytes", "macs", "latency_ms")
+_LIMITS = CONSTRAINTS[1:]  # what may not be exceeded; candidates are scaled to a sparsity
 # In the names of Keras's metrics of which less is better.
 _SMALL = ("loss", "error", "mse", "mae", "mape", "msle", "divergence", "crossentropy", "hinge", "perplexity", "poisson")
 
@@ -52,12 +53,12 @@ class Goals:
     def settle(self, reference):
         """Choose the objective, where none was given, from what was measured of the model, and check its names."""
         if self.directions is None:
-            metrics = [name for name in reference if not name.endswith("loss") and name not in ("seconds", *MEASURES)]
+            metrics = [name for name in reference if not name.endswith("loss") and name not in MEASURES]
             name = metrics[0] if metrics else "loss"
             self.directions = {name: _direction(name)}
         unknown = sorted(set(self.directions) - set(reference))
         if unknown:
-            known = sorted({*reference, *MEASURES} - {"seconds"})
+            known = sorted({*reference, *MEASURES})
             raise ValueError(f"`objective` must be of {known}. Received: {unknown}")
 
     def costs(self, values):
@@ -106,9 +107,9 @@ def _constraints(constraints):
     if not isinstance(constraints or {}, dict):
         raise TypeError(f"`constraints` must be a dict. Received: constraints={constraints!r}")
     limits = dict(constraints or {})
-    unknown = sorted(set(limits) - {"sparsity", *_LIMITS})
+    unknown = sorted(set(limits) - set(CONSTRAINTS))
     if unknown:
-        raise ValueError(f"`constraints` must be of {['sparsity', *_LIMITS]}. Received: {unknown}")
+        raise ValueError(f"`constraints` must be of {list(CONSTRAINTS)}. Received: {unknown}")
     for name, value in limits.items():
         if not is_real(value):
             raise TypeError(f"The constraint on {name!r} must be a number. Received: {value!r}")

@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 
+from keras_sparse import files
+
 __all__ = ["Journal"]
 
 
@@ -59,9 +61,8 @@ class Journal:
             self._rewrite(whole)
 
     def _rewrite(self, lines):
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, self._path)
+        with files.replacing(self._path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
 
     def write(self, number, entry):
         """Remember an evaluation; it is on disk when this returns."""

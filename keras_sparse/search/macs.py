@@ -5,6 +5,7 @@ import math
 import keras
 
 from keras_sparse import selection
+from keras_sparse.neurons.activity import substituted
 
 __all__ = ["uses"]
 
@@ -72,16 +73,8 @@ def uses(model, sample):
 
     loops = keras.layers.RNN, keras.layers.TimeDistributed
     watched = [layer for layer in selection.layers(model) if id(layer) in kernels or isinstance(layer, loops)]
-    before = [vars(layer).get("call") for layer in watched]
-    try:
-        for layer in watched:
-            vars(layer)["call"] = observed(layer, layer.call)
+    with substituted([(layer, "call", observed(layer, layer.call)) for layer in watched]):
         model(sample, training=False)
-    finally:
-        for layer, own in zip(watched, before, strict=True):
-            vars(layer).pop("call", None)
-            if own is not None:
-                vars(layer)["call"] = own
     return found
 
 
@@ -90,10 +83,8 @@ def _places(weight, layer, inputs, outputs):
     if isinstance(layer, keras.layers.RNN):
         spatial = outputs[2:-1] if getattr(layer, "return_sequences", False) else outputs[1:-1]
         return inputs[1] * math.prod(spatial)
-    if type(layer).__name__.endswith("Transpose"):
-        axis = 1 if getattr(layer, "data_format", None) == "channels_first" else -1
-        return math.prod(inputs[1:]) // inputs[axis]
     if isinstance(layer, keras.layers.EinsumDense):
         return math.prod(outputs[1:]) // math.prod(weight.variable.shape[axis] for axis in weight.output_axes)
-    axis = 1 if getattr(layer, "data_format", None) == "channels_first" else -1
-    return math.prod(outputs[1:]) // outputs[axis]
+    shape = inputs if type(layer).__name__.endswith("Transpose") else outputs
+    channels = shape[1 if getattr(layer, "data_format", None) == "channels_first" else -1]
+    return math.prod(shape[1:]) // channels

@@ -2,9 +2,6 @@
 
 import dataclasses
 import re
-from dataclasses import dataclass
-
-import numpy as np
 
 from keras_sparse.reports import Report, figure_class
 from keras_sparse.search.pareto import fronts
@@ -12,7 +9,7 @@ from keras_sparse.search.pareto import fronts
 __all__ = ["Candidate", "SearchResults"]
 
 
-@dataclass
+@dataclasses.dataclass
 class Candidate:
     """One evaluated allocation.
 
@@ -53,19 +50,20 @@ class SearchResults(Report):
 
     Example:
 
+    >>> from keras_sparse.search.goals import Goals
     >>> from keras_sparse.search.results import Candidate, SearchResults
     >>> found = [Candidate(i, (i,), {"^a$": (i / 4, "2:4")}, {"loss": 1.0 - i / 10}) for i in range(3)]
-    >>> results = SearchResults(found, {"loss": "min"}, {"loss": 0.5})
+    >>> results = SearchResults(found, Goals("loss"), {"loss": 0.5})
     >>> results.best.number, results.allocation.rows
     (2, [{'weight': 'a', 'sparsity': 0.5, 'pattern': '2:4'}])
     """
 
-    def __init__(self, candidates, objective, reference):
-        self.candidates, self.reference, self._objective = list(candidates), dict(reference), dict(objective)
+    def __init__(self, candidates, goals, reference):
+        self.candidates, self.reference, self._objective = list(candidates), dict(reference), dict(goals.directions)
         living = [one for one in candidates if not one.error]
-        costs = np.array([[self._cost(one, name) for name in objective] for one in living], "float64")
+        costs = [goals.costs(one.values) for one in living]
         first = fronts(costs, [one.violation for one in living])[0]
-        self.front = sorted((living[i] for i in first), key=lambda one: self._cost(one, next(iter(objective))))
+        self.front = [living[i] for i in sorted(first, key=lambda i: costs[i][0])]
         self.best = self.front[0]
         rows = [{"candidate": "the model itself", **reference}]
         rows += [{"candidate": str(one.number), **one.values} for one in self.front]
@@ -96,9 +94,6 @@ class SearchResults(Report):
         return super().to_html() + self.allocation.to_html()
 
     _repr_html_ = to_html
-
-    def _cost(self, candidate, name):
-        return -candidate.values[name] if self._objective[name] == "max" else candidate.values[name]
 
     def to_dict(self):
         """The results as plain data, with `objective`, `reference`, `best`, `front` and `candidates`."""

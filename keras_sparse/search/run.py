@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_sparse import pruning, selection
 from keras_sparse.quiet import shows_progress
-from keras_sparse.registry import is_real
+from keras_sparse.registry import check_whole, is_real
 from keras_sparse.search import searchers
 from keras_sparse.search.evaluation import Evaluation, Forked, arrays
 from keras_sparse.search.goals import Goals
@@ -24,6 +24,8 @@ from keras_sparse.search.results import Candidate, SearchResults
 from keras_sparse.search.space import Space
 
 __all__ = ["search"]
+
+_GRACE = 60  # seconds that a worker may take to start, beyond what a candidate may take
 
 
 def search(
@@ -109,7 +111,10 @@ def search(
     selection.check_model(model)
     if not getattr(model, "compiled", False):
         raise ValueError("`model` must be compiled: candidates are scored by `model.evaluate`. Received: no loss")
-    _check_numbers(budget=budget, seed=seed, epochs=epochs, batch_size=batch_size)
+    check_whole("budget", budget)
+    check_whole("batch_size", batch_size)
+    check_whole("seed", seed, least=0)
+    check_whole("epochs", epochs, least=0)
     for name, value in (("time_limit", time_limit), ("timeout", timeout)):
         if value is not None and (not is_real(value) or not value > 0):
             raise ValueError(f"`{name}` must be a number of seconds above 0, or None. Received: {name}={value!r}")
@@ -155,7 +160,7 @@ def search(
     failed = [candidate for candidate in run.candidates if candidate.error]
     if len(failed) == len(run.candidates):
         raise RuntimeError(f"All {len(failed)} candidates failed. The first one:\n{failed[0].error}")
-    return SearchResults(run.candidates, goals.directions, reference)
+    return SearchResults(run.candidates, goals, reference)
 
 
 class _Run:
@@ -180,39 +185,37 @@ class _Run:
 
     def _evaluate(self, points, advance):
         """The candidates of a batch in its order, in whatever order their evaluations end."""
-        numbered = list(enumerate(points, len(self.candidates)))
-        found, waiting = {}, {}
+        batch, waiting = [], {}
 
-        def finish(number, point, values, new=True):
+        def finish(candidate, values, new=True):
             if new:
-                self._journal.write(number, {"point": list(point), "values": values})
-            found[number] = self._candidate(number, point, dict(values))
-            advance(self._better(found[number]))
+                self._journal.write(candidate.number, {"point": list(candidate.point), "values": values})
+            values = dict(values)
+            candidate.error, candidate.seconds = values.pop("error", None), values.pop("seconds", None)
+            candidate.values = values
+            if not candidate.error:
+                candidate.violation += self._goals.violation(values)
+            advance(self._better(candidate))
 
         try:
-            for number, point in numbered:
+            for number, point in enumerate(points, len(self.candidates)):
+                allocation, missed = self._space.scaled(point, self._goals.sparsity)
+                candidate = Candidate(number, point, allocation, {}, violation=missed)
+                batch.append(candidate)
                 known = self._journal.entries.get(number)
-                if known is not None and tuple(known["point"]) == point:
-                    finish(number, point, known["values"], new=False)
-                    continue
-                allocation, _ = self._space.scaled(point, self._goals.sparsity)
                 arguments = self._space.indexed(allocation), self._seed + number
-                if self._executor is None:
-                    finish(number, point, self._evaluation(*arguments))
+                if known is not None and tuple(known["point"]) == point:
+                    finish(candidate, known["values"], new=False)
+                elif self._executor is None:
+                    finish(candidate, self._evaluation(*arguments))
                 else:
-                    waiting[self._submit(arguments)] = number, point
+                    waiting[self._submit(arguments)] = candidate
             for future, values in self._ended(set(waiting)):
-                finish(*waiting[future], values)
+                finish(waiting[future], values)
         finally:
             for future in waiting:
                 future.cancel()
-        return [found[number] for number, _ in numbered]
-
-    def _candidate(self, number, point, values):
-        allocation, missed = self._space.scaled(point, self._goals.sparsity)
-        error, seconds = values.pop("error", None), values.pop("seconds", None)
-        violation = missed if error else missed + self._goals.violation(values)
-        return Candidate(number, point, allocation, values, error, violation, seconds)
+        return batch
 
     def _submit(self, arguments):
         with _workers():
@@ -241,15 +244,11 @@ class _Run:
 
     def _better(self, candidate):
         """What the progress bar says, now that there is another candidate."""
-        name, direction = next(iter(self._goals.directions.items()))
         if not candidate.error and not candidate.violation:
-            value = candidate.values[name]
-            pick = max if direction == "max" else min
-            self._best = value if self._best is None else pick(value, self._best)
-        return "search" if self._best is None else f"search, best {name} {self._best:.4g}"
-
-
-_GRACE = 60  # seconds that a worker may take to start, beyond what a candidate may take
+            best = candidate if self._best is None else self._best
+            self._best = min(best, candidate, key=lambda one: self._goals.costs(one.values)[0])
+        name = next(iter(self._goals.directions))
+        return "search" if self._best is None else f"search, best {name} {self._best.values[name]:.4g}"
 
 
 class _Broken(RuntimeError):
@@ -290,13 +289,6 @@ def _split(data):
         raise ValueError('`data` needs validation data: {"train": ..., "val": ...}. Received: only "train"')
     found = {name: arrays(value, f"`data[{name!r}]`" if parts is data else "`data`") for name, value in parts.items()}
     return found.get("train"), found["val"]
-
-
-def _check_numbers(**numbers):
-    for name, value in numbers.items():
-        least = int(name in ("budget", "batch_size"))
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"`{name}` must be a whole number of at least {least}. Received: {name}={value!r}")
 
 
 def _check_space(space, model):

@@ -5,12 +5,11 @@ the same size however many workers there are, so that a seed leads to the same s
 Everything is NumPy, seeded.
 """
 
-import numbers
 from collections import deque
 
 import numpy as np
 
-from keras_sparse.registry import Configurable, Registry
+from keras_sparse.registry import Configurable, Registry, check_whole
 from keras_sparse.search.pareto import crowding, fronts
 
 __all__ = ["Evolution", "Random", "Reinforce", "Searcher", "get"]
@@ -40,7 +39,8 @@ class Searcher(Configurable):
     """
 
     def __init__(self, batch=8):
-        self.batch = _whole("batch", batch)
+        check_whole("batch", batch)
+        self.batch = batch
 
     def get_config(self):
         return {"batch": self.batch}
@@ -130,8 +130,10 @@ class Evolution(Searcher):
 
     def __init__(self, population=24, sample=6, batch=8):
         super().__init__(batch)
-        self.population, self.sample = _whole("population", population), _whole("sample", sample)
-        if self.sample > self.population:
+        check_whole("population", population)
+        check_whole("sample", sample)
+        self.population, self.sample = population, sample
+        if sample > population:
             raise ValueError(
                 f"`sample` must not exceed `population`. Received: sample={sample}, population={population}"
             )
@@ -232,7 +234,7 @@ class Reinforce(Searcher):
 
     def start(self, space, seed=0, initial=()):
         super().start(space, seed, initial)
-        sizes = np.array([sum(part.size for part in choice.parts) for choice in space.choices], "float64")
+        sizes = np.array([choice.size for choice in space.choices], "float64")
         self._sizes = sizes / sizes.sum()
         # Zeros: every option is as likely. A row for each feature of the state, of which the last is always 1.
         self.parameters = [np.zeros((_FEATURES, len(choice.options))) for choice in space.choices]
@@ -339,9 +341,3 @@ def get(identifier):
     'Evolution'
     """
     return _REGISTRY.get(identifier, Searcher)
-
-
-def _whole(name, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number of at least 1. Received: {name}={value!r}")
-    return int(value)
