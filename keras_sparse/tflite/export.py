@@ -1,12 +1,11 @@
 """An export is a verified .tflite file: converted, stored the smaller way, compared with its model, accounted for."""
 
-import contextlib
 import os
 
 import keras
 import numpy as np
 
-from keras_sparse import selection
+from keras_sparse import files, selection
 from keras_sparse.layers import gated_layers
 from keras_sparse.reports import Report
 from keras_sparse.tflite.convert import ExportError, convert
@@ -359,15 +358,7 @@ def _match(model, written):
 
 def _write(path, content):
     """Write a file whole or not at all."""
-    folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk shows itself here at the latest
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # a full disk shows itself here at the latest
