@@ -19,7 +19,7 @@ from tflite_models import MODELS, attention, cnn, dict_of_inputs, lstm, mlp, sev
 
 import keras_sparse as ks
 from keras_sparse.quiet import quiet
-from keras_sparse.tflite.parity import random_batches
+from keras_sparse.tflite.parity import Reference, random_batches
 from keras_sparse.tflite.runtimes import Worker
 from keras_sparse.tflite.signatures import signature
 
@@ -293,14 +293,30 @@ def test_a_crash_of_the_converter_is_an_error(tmp_path):
 
 
 @tensorflow_only
-def test_int8_with_a_fixed_batch(tmp_path):
-    inputs = keras.Input((4,), batch_size=5, name="x")
-    model = keras.Model(inputs, layers.Dense(2)(inputs))
-    with pytest.raises(ValueError, match="at least one batch of the model's fixed size of 5"):
-        ks.tflite.export(model, tmp_path / "m.tflite", quantize="int8", representative_data=np.ones((4, 4)))
-    data = np.random.default_rng(0).normal(size=(12, 4))
-    report = ks.tflite.export(model, tmp_path / "m.tflite", quantize="int8", representative_data=data)
-    assert report.parity_relative < 0.1
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("size", [1, 5, 200])
+def test_representative_data_and_a_fixed_batch(size, quantize, tmp_path):
+    inputs = keras.Input((4, 4, 2), batch_size=size, name="x")
+    # A shape that names the batch size: the file cannot be run with another one.
+    outputs = keras.ops.reshape(layers.Conv2D(2, 1)(layers.GlobalAveragePooling2D(keepdims=True)(inputs)), (size, 2))
+    model = keras.Model(inputs, outputs)
+    data = np.random.default_rng(0).normal(size=(max(size, 33), 4, 4, 2))
+    if size > 1:
+        with pytest.raises(ValueError, match=f"at least one batch of the model's fixed size of {size}"):
+            ks.tflite.export(model, tmp_path / "m.tflite", quantize=quantize, representative_data=data[: size - 1])
+    report = ks.tflite.export(model, tmp_path / "m.tflite", quantize=quantize, representative_data=data)
+    assert report.parity_relative < (0.1 if quantize else 1e-5)
+
+
+@tensorflow_only
+def test_a_dense_file_that_cannot_be_run_is_an_error(tmp_path, monkeypatch):
+    def compare(self, content):
+        raise RuntimeError("XNNPack delegate failed")
+
+    monkeypatch.setattr(Reference, "compare", compare)
+    with pytest.raises(ks.tflite.ExportError, match="with dense weights either. Received: .*XNNPack delegate failed"):
+        ks.tflite.export(mlp(), tmp_path / "m.tflite", sparse=False)
+    assert clean(tmp_path)
 
 
 @tensorflow_only

@@ -122,9 +122,8 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
     samples = representative_batches(representative_data, called) if representative_data is not None else []
     if samples and not called.typed:
         called = called.with_dtypes([array.dtype for array in samples[0]])
-    step = called.inputs[0].shape[0] or 1
     if quantize == "int8":
-        samples = _calibration(samples, called, step)
+        samples = _calibration(samples, called)
     conversion = convert(model, called, quantize, samples, inference_type)
     # int8 clips what is beyond the calibrated range: random inputs would be.
     batches = samples[:_SAMPLES] if quantize == "int8" else random_batches(model, called) + samples
@@ -183,15 +182,10 @@ def _check_quantize(quantize, representative_data, inference_type):
         )
 
 
-def _calibration(samples, called, step):
-    samples = in_batches_of(step, samples)
-    samples = [[a.astype(leaf.dtype) for a, leaf in zip(batch, called.inputs, strict=True)] for batch in samples]
-    if not samples:
-        raise ValueError(
-            f"`representative_data` must hold at least one batch of the model's fixed size of {step} for the input "
-            f"{called.inputs[0].name!r}. Received: fewer samples"
-        )
-    return samples
+def _calibration(samples, called):
+    """One sample at a time, where the batch size is open."""
+    samples = in_batches_of(called.inputs[0].shape[0] or 1, samples)
+    return [[a.astype(leaf.dtype) for a, leaf in zip(batch, called.inputs, strict=True)] for batch in samples]
 
 
 def _check_path(path):

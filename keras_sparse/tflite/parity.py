@@ -223,10 +223,10 @@ def representative_batches(data, signature):
         signature: The model's `Signature`.
 
     Returns:
-        List of flat lists of arrays, of 128 samples at most.
+        List of flat lists of arrays, of 128 samples at most; if the model's batch size is fixed, in batches of it.
 
     Raises:
-        ValueError: If the data are empty or do not fit the model's inputs.
+        ValueError: If the data are empty, do not fit the model's inputs, or do not fill a batch of fixed size.
 
     Example:
 
@@ -236,7 +236,7 @@ def representative_batches(data, signature):
     >>> [len(batch[0]) for batch in representative_batches(np.ones((200, 4)), signature(model))]
     [128]
     """
-    batches, left = [], _MAX_SAMPLES
+    batches, left = [], max(_MAX_SAMPLES, signature.inputs[0].shape[0] or 0)
     for element in _elements(data() if callable(data) and not hasattr(data, "__iter__") else data, signature):
         arrays = [
             _fitting(array, leaf) for array, leaf in zip(_leaves(element, signature), signature.inputs, strict=True)
@@ -251,7 +251,18 @@ def representative_batches(data, signature):
             break
     if not batches:
         raise ValueError("`representative_data` must hold at least one sample. Received: no data")
-    return batches
+    leaf = signature.inputs[0]
+    return batches if leaf.shape[0] is None else _filled(leaf, batches)
+
+
+def _filled(leaf, batches):
+    filled = in_batches_of(leaf.shape[0], batches)
+    if not filled:
+        raise ValueError(
+            f"`representative_data` must hold at least one batch of the model's fixed size of {leaf.shape[0]} for the "
+            f"input {leaf.name!r}. Received: fewer samples"
+        )
+    return filled
 
 
 def _elements(data, signature):

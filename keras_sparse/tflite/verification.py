@@ -6,7 +6,7 @@ faults. Others that have them on are emulated.
 
 import platform
 
-from keras_sparse.tflite.convert import first_line
+from keras_sparse.tflite.convert import ExportError, first_line
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.runtimes import RuntimeMissing, available
 from keras_sparse.tflite.xnnpack import hazard, touched
@@ -94,9 +94,19 @@ class Verification:
         self.verified_on, self.notes = [], []
 
     def dense(self):
-        """Whether the dense file is right, and its parity on this machine."""
+        """Whether the dense file is right, and its parity on this machine.
+
+        Raises:
+            ExportError: If ai-edge-litert cannot run it.
+        """
         self.verified_on = [_here()]
-        parity = self._native(self._dense)
+        try:
+            parity = self._native(self._dense)
+        except (RuntimeError, ValueError) as error:
+            raise ExportError(
+                "ai-edge-litert cannot run what TensorFlow's converter makes of this model, with dense weights either. "
+                f"Received: {first_line(error)}"
+            ) from error
         for runtime in self._runtimes if self._strict else ():
             self._fault_on(runtime, self._dense, self._tolerance)
         return parity.relative <= self._tolerance, parity
