@@ -1,4 +1,5 @@
-"""Damaged .tflite files (flipped bits, truncation, wild offsets, blanked and moved bytes), inspected and benchmarked.
+"""Damaged .tflite files (flipped bits, truncation, wild offsets, blanked and moved bytes) through `inspect`,
+`benchmark` and `ks.compare`.
 
 Each seed damages one of the files of the tests in its own way (tests/tflite_mutations.py). Right is an answer that
 makes sense or a clean error (`ValueError`, `OSError`), in bounded time; anything else ends this program with the seed.
@@ -12,25 +13,36 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import result
 
 import keras_sparse as ks
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import tflite_models
-from tflite_mutations import mutate, outcome
+from tflite_mutations import attempt, mutate, outcome
 
 MODELS = ("mlp", "several", "attention", "lstm", "qualifying")
 
 
 def contents(folder):
-    """Content of the undamaged files."""
+    """The undamaged files: content, inputs and outputs of the model."""
+    rng = np.random.default_rng(0)
     for name in MODELS:
         model = getattr(tflite_models, name)()
         if name != "qualifying":
             model = tflite_models.sparsify(model, 0.9, blocks=name == "mlp")
         ks.tflite.export(model, folder / "whole.tflite")
-        yield (folder / "whole.tflite").read_bytes()
+        x = {each.name: rng.integers(0, 9, (2, *each.shape[1:])).astype(each.dtype) for each in model.inputs}
+        x = x if len(x) > 1 else x.popitem()[1]
+        yield (folder / "whole.tflite").read_bytes(), x, model.predict(x, verbose=0)
+
+
+def compare(path, x, y):
+    """Compare a file's outputs with the model's."""
+    report = ks.compare({"damaged": path}, x, y, ["mean_absolute_error"], seconds=0.01, timeout=20)
+    assert not any(value < 0 for name, value in report.rows[0].items() if name.endswith("mean_absolute_error"))
+    assert str(report) and report.to_json()
 
 
 def main():
@@ -47,11 +59,12 @@ def main():
         whole = list(contents(folder))
 
         def one(seed):
-            path = folder / f"{seed}.tflite"
-            path.write_bytes(mutate(whole[seed % len(whole)], seed))
+            path, (content, x, y) = folder / f"{seed}.tflite", whole[seed % len(whole)]
+            path.write_bytes(mutate(content, seed))
             start = time.perf_counter()
             try:
-                return outcome(path, runtime=args.runtime), time.perf_counter() - start
+                found = (*outcome(path, runtime=args.runtime), attempt(compare, path, x, y))
+                return found, time.perf_counter() - start
             except BaseException as error:
                 raise SystemExit(f"seed {seed}: {type(error).__name__}: {error}") from error
             finally:
@@ -59,13 +72,13 @@ def main():
 
         with concurrent.futures.ThreadPoolExecutor(args.processes) as pool:
             seeds = range(args.first, args.first + args.files)
-            for seed, (pair, seconds) in zip(seeds, pool.map(one, seeds), strict=True):
-                counts[pair] += 1
+            for seed, (found, seconds) in zip(seeds, pool.map(one, seeds), strict=True):
+                counts[found] += 1
                 slowest = max(slowest, (seconds, seed))
-    rows = [[inspected, measured, f"{count:,d}"] for (inspected, measured), count in counts.most_common()]
+    rows = [[*found, f"{count:,d}"] for found, count in counts.most_common()]
     notes = [f"Slowest: {slowest[0]:.1f} s (seed {slowest[1]})."]
     title = f"{args.files:,d} damaged files on the runtime {args.runtime}"
-    result.show(title, ["`inspect`", "`benchmark`", "files"], rows, notes, load_before=load)
+    result.show(title, ["`inspect`", "`benchmark`", "`compare`", "files"], rows, notes, load_before=load)
 
 
 if __name__ == "__main__":
