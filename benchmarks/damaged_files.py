@@ -1,7 +1,8 @@
 """Damaged .tflite files through `inspect`, `benchmark` and `ks.compare`.
 
-Bits are flipped, files cut short, offsets set wild, bytes blanked and moved: each seed damages one of the files of the tests in its
-own way (tests/tflite_mutations.py). Right is an answer that makes sense or a clean error (`ValueError`, `OSError`), in bounded time; anything else ends this program with the seed.
+Bits are flipped, files cut short, offsets set wild, bytes blanked and moved: each seed damages one of the files of the
+tests in its own way (tests/tflite_mutations.py). Right is an answer that makes sense or a clean error (`ValueError`,
+`OSError`), in bounded time; anything else ends this program with the seed.
 """
 
 import argparse
