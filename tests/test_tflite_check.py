@@ -22,7 +22,7 @@ def pruned(model, report):
     return model
 
 
-@pytest.mark.parametrize("build", [mlp, cnn, conv1d, lstm, attention, nested, several, subclassed])
+@pytest.mark.parametrize("build", [mlp, cnn, conv1d, lstm, attention, nested, subclassed])
 def test_what_it_predicts_is_what_export_writes(build, tmp_path):
     keras.utils.set_random_seed(0)
     model = build()
@@ -37,6 +37,13 @@ def test_what_it_predicts_is_what_export_writes(build, tmp_path):
     assert exported.bytes_file == pytest.approx(report.bytes_sparse, rel=0.03)
     sparse = [row for row in report.rows if row["runs"] == "sparse"]
     assert len(exported.runs_sparse) == len(sparse) >= len(report.target_sparsity) > 0
+
+
+def test_dense_layers_run_sparse_only_if_the_network_gains(tmp_path):
+    model = several()  # its large Dense layer has 289 inputs
+    report = ks.tflite.check(model)
+    assert report.pattern is None and report.target_sparsity == {}
+    assert any("out of XNNPACK" in note and "4 divides" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -222,8 +222,30 @@ def blocks_of_16():
     """Dense layers whose zeros stand in blocks of one output by 16 inputs."""
     inputs = keras.Input((128,))
     model = keras.Model(inputs, layers.Dense(64)(layers.Dense(96, activation="relu")(inputs)))
-    ks.prune(model, 0.9, pattern="block_1x16")
+    ks.prune(model, 0.97, pattern="block_1x16")
     return model
+
+
+@tensorflow_only
+@pytest.mark.parametrize(
+    ("goal", "runs"),
+    [
+        ({"a|b": 0.9}, ["a", "b"]),  # the head, of 640 weights, loses less than they gain
+        ({"b": 0.9}, []),  # half of the weights
+        ({"c": 0.9}, []),  # the head alone
+        ({"a|b|c": 0.8}, []),
+    ],
+)
+def test_sparse_kernels_of_dense_layers_are_used_where_the_network_gains(goal, runs, tmp_path):
+    inputs = keras.Input((64,))
+    hidden = layers.Dense(64, activation="relu", name="b")(layers.Dense(64, activation="relu", name="a")(inputs))
+    model = keras.Model(inputs, layers.Dense(10, name="c")(hidden))
+    ks.prune(model, goal, pattern="block_1x4")
+    report = ks.tflite.export(model, tmp_path / "m.tflite")
+    assert sorted(row["weight"].split("/")[0] for row in report.rows if row["runs"].startswith("sparse")) == runs
+    noted = [note for note in report.notes if "out of XNNPACK" in note]
+    assert len(noted) == (not runs and "a|b|c" not in goal)
+    assert all(row["encoding"] != "dense" for row in report.rows if row["zeros"] > 400)
 
 
 @tensorflow_only

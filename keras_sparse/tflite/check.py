@@ -9,7 +9,7 @@ from keras_sparse import patterns, selection
 from keras_sparse.reports import Report
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.editing import File
-from keras_sparse.tflite.encoding import encode
+from keras_sparse.tflite.encoding import OUTWEIGHED, encode
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.signatures import output_names, signature
 from keras_sparse.tflite.targets import get
@@ -114,7 +114,8 @@ def check(model, target="xnnpack", sparsity=0.9):
         raise TypeError(f"`model` must be a `keras.Model`. Received: {type(model).__name__}")
     dense = convert(model, signature(model)).content
     kinds = {kind.operator: kind for kind in wanted.sparse if "float32" in kind.dtypes}
-    flat = read(encode(_pruned(dense, kinds, sparsity)).content)
+    encoded = encode(_pruned(dense, kinds, sparsity))
+    flat = read(encoded.content)
     whole = {tensor.name: tensor for graph in read(dense).subgraphs for tensor in graph.tensors}
     how = {use.tensor.name: use for use in uses(flat)}
     names = _Layers(model)
@@ -154,6 +155,8 @@ def check(model, target="xnnpack", sparsity=0.9):
     fault = hazard(flat)
     if fault:
         notes.append(f"As it is, {fault}. `ks.tflite.export` keeps the file out of them.")
+    if encoded.outweighed:
+        notes.append(f"{OUTWEIGHED}: they need a number of inputs that 4 divides.")
     if not goals:
         notes.append(f"Nothing would run sparse on {wanted.title}. {wanted.otherwise.text}.")
     return CheckReport(f"{model.name} at {sparsity:.0%} on {wanted.title}", rows, totals, notes, found, goals)

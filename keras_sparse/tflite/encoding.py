@@ -18,20 +18,30 @@ The storage is that of TFLite's converter: compressed sparse rows of single valu
 but the last (schema.fbs, `SparsityParameters`).
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from keras_sparse.tflite.editing import File
 
-__all__ = ["Encoded", "encode"]
+__all__ = ["OUTWEIGHED", "Encoded", "encode"]
 
+OUTWEIGHED = (
+    "A sparse kernel would take all Dense layers out of XNNPACK, and those without blocks of zeros would lose more "
+    "than it gains"
+)
 _ALONE = ("TRANSPOSE_CONV", "CONV_3D", "CONV_3D_TRANSPOSE")  # what XNNPACK does not take, always or often
 _READERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL", *_ALONE)  # they read weights as input 1
 _FULLY_CONNECTED_SPARSE = 8  # the version of the operator that reads sparse weights
 _DEQUANTIZE_CHANNELS = 5  # the version of the operator that knows scales for each channel
 _CONVOLUTION_CHANNELS = 5  # the version of CONV_2D that does
-_WORTH = 0.85  # share of zero blocks from where on a sparse kernel is faster than XNNPACK's dense one (0.80 is not)
+# Share of zero blocks from where on a sparse kernel is faster than XNNPACK's dense one (measured at 0.80 and 0.90 for
+# blocks of 1x4, 0.90 and 0.95 for 1x16).
+_WORTH = {4: 0.85, 16: 0.95}
+# What other Dense layers lose if sparse kernels take them out of XNNPACK, too, in times of their time there: 0.5 (x86),
+# 1.8 (ARM64) and 2.4 (WebAssembly) for floats; 3, 5 and 75 for integers.
+_LOSS = {"float32": 2.0, "int8": 10.0}
 _OVERHEAD = 300  # bytes of the tables that an encoded weight and its DENSIFY add
 _OVERHEAD_CHANNEL = 12  # bytes of the scale and the zero point of a channel, which each integer tensor has anew
 
@@ -44,6 +54,7 @@ class Encoded:
         content: The file's bytes.
         kept: `{name of a tensor: reason}` of weights with zeros that stay dense although an encoding were smaller.
         moved: How many convolutions were kept out of XNNPACK's sparse kernels, see `encode`.
+        outweighed: Names of weights in blocks that are restored, although a sparse kernel reads them.
 
     Example:
 
@@ -54,6 +65,7 @@ class Encoded:
     content: object
     kept: dict = field(default_factory=dict)
     moved: int = 0
+    outweighed: list = field(default_factory=list)
 
 
 def encode(content, engage=True):
@@ -82,35 +94,36 @@ def encode(content, engage=True):
     True
     """
     file = File(content)
-    kept = {}
-    moved = 0
+    encoded = Encoded(None)
     for graph in file.model.subgraphs:
-        moved += 0 if engage else _move_entries(file, graph)
-        _encode_graph(file, graph, kept)
-    return Encoded(file.pack(), kept, moved)
+        encoded.moved += 0 if engage else _move_entries(file, graph)
+        _encode_graph(file, graph, encoded)
+    encoded.content = file.pack()
+    return encoded
 
 
-def _encode_graph(file, graph, kept):
+def _encode_graph(file, graph, encoded):
     readers = {}
     for operator in graph.operators:
         for position, number in enumerate(operator.inputs):
             readers.setdefault(int(number), []).append((operator, position))
+    weights = {number: _Weight.of(file, graph, readers, number) for number in range(len(graph.tensors))}
+    weights = {number: weight for number, weight in weights.items() if weight is not None}
+    direct = {number: weight.best for number, weight in weights.items() if weight.runs_sparse}
+    if direct and not _pays(file, graph, direct):
+        for number in direct:
+            weights[number].direct = None
+        encoded.outweighed += [_name(graph.tensors[number]) for number in direct]
     unpacking = []
-    for number, tensor in enumerate(list(graph.tensors)):
-        weight = _Weight.of(file, graph, readers, number)
-        if weight is None:
-            continue
-        found = [weight.stored(block) for block in weight.blocks]
-        if weight.obstacle:  # then blocks must be read directly
-            found = [rows for rows in found if rows.zeros >= _WORTH]
-        best = min(found, key=lambda rows: rows.bytes, default=None)
-        if best is None or best.bytes + weight.overhead >= weight.values.nbytes:
+    for number, weight in weights.items():
+        tensor, best = graph.tensors[number], weight.best
+        if best is None:
             if weight.obstacle and weight.stored(1).bytes + weight.overhead < weight.values.nbytes:
-                kept[tensor.name.decode("utf8", "replace")] = weight.obstacle
+                encoded.kept[_name(tensor)] = weight.obstacle
             continue
         file.store(tensor, best.values)
         tensor.sparsity = best.parameters(file.schema, tensor.shape)
-        if best.block == weight.direct and best.zeros >= _WORTH:
+        if weight.runs_sparse:
             file.code("FULLY_CONNECTED", _FULLY_CONNECTED_SPARSE)
             continue
         if weight.pixels:
@@ -129,6 +142,26 @@ def _encode_graph(file, graph, kept):
         if weight.pixels:
             _as_convolutions(file, graph, [reader for reader, _ in readers[number]])
     graph.operators = unpacking + graph.operators
+
+
+def _name(tensor):
+    return tensor.name.decode("utf8", "replace")
+
+
+def _pays(file, graph, direct):
+    # One sparse kernel in use takes all Dense layers out of XNNPACK. `direct`: what they would read, by tensor.
+    gain = 0.0
+    for operator in graph.operators:
+        if file.name(operator) != "FULLY_CONNECTED":
+            continue
+        number = int(operator.inputs[1])
+        kernel, rows = graph.tensors[number], direct.get(number)
+        products = np.prod(kernel.shape) * np.prod(graph.tensors[int(operator.outputs[0])].shape[:-1])
+        if rows is not None:
+            gain += products * (1 - (1 - rows.zeros) / (1 - _WORTH[rows.block]))
+        elif kernel.sparsity is None:
+            gain -= products * _LOSS.get(file.dtype(kernel), 0.0)
+    return gain >= 0
 
 
 @dataclass
@@ -193,6 +226,27 @@ class _Weight:
 
     def stored(self, block):
         return _Rows.of(self.values, block)
+
+    @functools.cached_property
+    def smaller(self):
+        """List of `_Rows`, those that are smaller than the dense weight."""
+        found = [self.stored(block) for block in self.blocks]
+        return [rows for rows in found if rows.bytes + self.overhead < self.values.nbytes]
+
+    @property
+    def best(self):
+        """The smallest `_Rows` that can be read, or `None`."""
+        # What cannot be restored must be read directly.
+        found = [rows for rows in self.smaller if not self.obstacle or self._reads(rows)]
+        return min(found, key=lambda rows: rows.bytes, default=None)
+
+    @property
+    def runs_sparse(self):
+        """Whether a sparse kernel multiplies the best rows."""
+        return self.best is not None and self._reads(self.best)
+
+    def _reads(self, rows):
+        return rows.block == self.direct and rows.zeros >= _WORTH[rows.block]
 
 
 @dataclass

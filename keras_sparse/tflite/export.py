@@ -9,7 +9,7 @@ from keras_sparse import files, selection
 from keras_sparse.layers import gated_layers
 from keras_sparse.reports import Report
 from keras_sparse.tflite.convert import ExportError, convert
-from keras_sparse.tflite.encoding import encode
+from keras_sparse.tflite.encoding import OUTWEIGHED, encode
 from keras_sparse.tflite.flatmodel import gzip_size, read
 from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches, representative_batches
 from keras_sparse.tflite.signatures import signature
@@ -273,11 +273,17 @@ def _choose(dense, check, sparse, notes):
 
 
 def _kept(encoded):
-    """Notes on weights that stay dense, by reason."""
+    """Notes on weights that stay dense, by reason, or run dense."""
     reasons = {}
     for name, reason in encoded.kept.items():
         reasons.setdefault(reason, []).append(name)
-    return [f"Stored dense: {', '.join(names)}. {reason}." for reason, names in reasons.items()]
+    notes = [f"Stored dense: {', '.join(names)}. {reason}." for reason, names in reasons.items()]
+    if encoded.outweighed:
+        notes.append(
+            f"Multiplied dense, although the zeros come in blocks: {', '.join(encoded.outweighed)}. {OUTWEIGHED}: "
+            "prune those in blocks, too."
+        )
+    return notes
 
 
 def _report(model, path, dense, content, encoding, bytes_sparse, parity, verified_on, notes):

@@ -140,7 +140,7 @@ TARGETS = (
         "TFLite's own CPU kernels, without XNNPACK",
         (
             Sparse("FULLY_CONNECTED", "block_1x4", 0.85, ("float32",), _FULLY_CONNECTED + ", EvalFloat; read"),
-            Sparse("FULLY_CONNECTED", "block_1x16", 0.85, ("int8",), _FULLY_CONNECTED + ", EvalQuantized; read"),
+            Sparse("FULLY_CONNECTED", "block_1x16", 0.95, ("int8",), _FULLY_CONNECTED + ", EvalQuantized; read"),
         ),
         (),
         _RESTORED,
