@@ -2,7 +2,7 @@
 
 Steps are the optimizer's iterations, never callback calls: steps per execution, gradient accumulation and skipped
 fp16 steps all come out right. What a resumed run must know again (where the clock started, how many steps the fit has,
-when the last update was) are variables of the `SparseOptimizer`.
+when the last update was) are variables of the `SparseOptimizer`; each callback has a last update of its own.
 """
 
 import numbers
@@ -27,6 +27,7 @@ class Clock:
         first: The step at which the first update is due, counted from the start, or `None` if it is not known yet.
         last: The step at which the last one is due, likewise.
         every: Steps between updates.
+        updated: The step of the last update, negative if there was none.
 
     Raises:
         ValueError: If a number is out of range or `end` does not follow `begin`.
@@ -57,15 +58,15 @@ class Clock:
         """Forget the last fit."""
         self._first_epoch = None
 
-    def start_epoch(self, sparse, epoch, epochs, steps, late=False):
+    def start_epoch(self, sparse, counter, epoch, epochs, steps):
         """Read the state in `sparse`, measure the fit if that has not been done, and resolve the due steps.
 
         Args:
             sparse: The `SparseOptimizer`.
+            counter: The variable that holds the step of this clock's last update.
             epoch: Index of the epoch that starts.
             epochs: Index at which the fit ends.
             steps: Batches in an epoch, or `None` if that is not known.
-            late: Whether the epoch has begun: the first batch built the model.
 
         Returns:
             The present step, to be passed to `progress`.
@@ -75,12 +76,13 @@ class Clock:
         """
         if self._first_epoch is None:
             self._first_epoch = epoch
-        now, self._start = number(sparse.iterations), number(sparse.start)
+        now, self._start = self.now(sparse), number(sparse.start)
         self.length = number(sparse.length)
         if not self.length:  # Else a backup or a saved file brought it.
-            self.length = self._measure(sparse, epoch, epochs, steps, 0 if late else now - self._start)
+            self.length = self._measure(sparse, epoch, epochs, steps, now - self._start)
             sparse.length.assign(self.length)
-        self._updated = number(sparse.updated)
+        self._counter = counter
+        self.updated = number(counter)
         self._base = now
         self._resolve()
         return now
@@ -91,7 +93,7 @@ class Clock:
 
     def read(self, sparse, batch):
         """Return the present step, exactly."""
-        now = number(sparse.iterations)
+        now = self.now(sparse)
         self._base = now - (batch + 1)
         return now
 
@@ -103,10 +105,14 @@ class Clock:
         # Without a known end this is the update at the very beginning.
         return 0.0 if self.last is None else min(1.0, (step - self.first) / (self.last - self.first))
 
-    def mark(self, sparse, now):
+    def now(self, sparse):
+        """The present step; those that were rewound count as well."""
+        return number(sparse.iterations) + number(sparse.rewound)
+
+    def mark(self, now):
         """Remember that an update was made at step `now`."""
-        sparse.updated.assign(now)
-        self._updated = now
+        self._counter.assign(now)
+        self.updated = now
 
     def elapsed(self, now):
         """Steps since the clock started."""
@@ -152,7 +158,7 @@ class Clock:
         """The step, counted from the start, at which the next update is due."""
         if self.first is None:
             return float("inf")
-        updated = self._updated - self._start if self._updated >= 0 else -1
+        updated = self.updated - self._start if self.updated >= 0 else -1
         if updated < self.first:
             return self.first
         if self.last is None or updated >= self.last:

@@ -121,8 +121,8 @@ def test_tensorflow_only_where_it_must_be(path):
     own, late = module_of(path), in_functions(TREES[path])
     for name, node in imports(TREES[path]):
         if name.split(".")[0] in ("tensorflow", "tf_keras", "tensorflow_model_optimization", "ai_edge_litert"):
-            asks_distribute = own == "optimizers" and id(node) in late and name == "tensorflow"
-            assert own in ("tflite", "compat") or asks_distribute, f"{where(path, node)}: imports {name}"
+            needs_it = own == "optimizers" and id(node) in late and name == "tensorflow"
+            assert own in ("tflite", "compat") or needs_it, f"{where(path, node)}: imports {name}"
 
 
 @each_file

@@ -233,6 +233,17 @@ def test_two_of_ours_at_once():
     assert model.optimizer is optimizer
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_each_has_updates_of_its_own(compiled):
+    optimizer = keras.optimizers.Adam()
+    model = dense_model(optimizer=ks.optimizers.SparseOptimizer(optimizer) if compiled else optimizer)
+    for sparsity in (0.5, 0.6):
+        record = ZerosAfterEachStep()
+        static = ks.callbacks.DynamicSparseTraining(sparsity, filters="b/", grow="static")
+        fit(model, static, ks.callbacks.Pruning(sparsity, filters="a/", schedule="one_shot", frequency=10), record)
+        assert record.counts == [[round(120 * sparsity), round(30 * sparsity)]] * 18
+
+
 def test_the_same_callback_serves_two_fits():
     model, callback = dense_model(), ks.callbacks.Pruning(0.5)
     fit(model, callback)
@@ -381,13 +392,70 @@ def test_accumulation_counts_optimizer_steps():
     assert [counts[0] == 108 for counts in record.counts] == [False] * 11 + [True] * 7
 
 
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = keras.layers.Dense(10, activation="relu", name="a"), keras.layers.Dense(3, name="b")
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+class OwnStep(Subclassed):
+    def train_step(self, data):
+        return super().train_step((data[0][:, :8], data[1]))
+
+
+UNBUILT = {
+    "pruning": lambda: [ks.callbacks.Pruning(0.9, schedule="linear", end=0.5)],
+    "taylor": lambda: [ks.callbacks.Pruning(0.9, criterion="taylor")],
+    "rigl": lambda: [ks.callbacks.DynamicSparseTraining(0.9, "uniform", frequency=3)],
+    "lottery": lambda: [ks.callbacks.LotteryTicket(2, 0.9, allocation="uniform")],
+    "proximal": lambda: [ks.callbacks.ProximalL1(target_sparsity=0.9)],
+    "two": lambda: [
+        ks.callbacks.Pruning(0.9, criterion="movement", filters="b/"),
+        ks.callbacks.DynamicSparseTraining(0.9, filters="a/", frequency=3),
+    ],
+}
+
+
+def deferred():
+    return keras.Sequential([keras.layers.Dense(10, activation="relu", name="a"), keras.layers.Dense(3, name="b")])
+
+
+@pytest.mark.parametrize("name", UNBUILT)
+@pytest.mark.parametrize("make", [deferred, Subclassed, OwnStep])
+def test_a_model_that_fit_builds_trains_as_one_that_was_built(name, make):
+    if make is OwnStep and not TENSORFLOW:
+        pytest.skip("The training step has other arguments")
+    weights = []
+    for built in (True, False):
+        keras.utils.set_random_seed(1)
+        model = make()
+        model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        if built:
+            model(X[:1, :8] if make is OwnStep else X[:1])
+        callbacks = UNBUILT[name]()
+        fit(model, *callbacks, epochs=4)
+        assert all(callback.reached for callback in callbacks)
+        weights.append(model.get_weights())
+        assert isinstance(model.optimizer, keras.optimizers.Adam)
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_fit_cannot_build_is_an_error_of_its_first_step():
+    class Broken(Subclassed):
+        def call(self, x):
+            raise ArithmeticError("no such layer")
+
+    model = Broken()
+    model.compile("adam", "mse")
+    with pytest.raises((ArithmeticError, RuntimeError), match="no such layer"):
+        fit(model, ks.callbacks.Pruning(0.5))
+
+
 def test_unbuilt_model():
-    model = keras.Sequential([keras.layers.Dense(10, activation="relu"), keras.layers.Dense(3)])
-    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    record = ZerosAfterEachStep()
-    fit(model, ks.callbacks.Pruning(0.9, schedule="linear", end=0.5), record)
-    assert zeros(model) == [108, 27]
-    assert [counts[0] == 108 for counts in record.counts] == [False] * 8 + [True] * 10
     wrong = keras.Sequential([keras.layers.Dense(3)])
     wrong.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     with pytest.raises(ValueError, match="matches no weight"):

@@ -141,10 +141,13 @@ def test_mirrored_strategy(two_replicas):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_checkpoint_from_the_middle_of_fit_goes_on(tmp_path):
+@pytest.mark.parametrize("beside", [False, True])
+def test_checkpoint_from_the_middle_of_fit_goes_on(tmp_path, beside):
     def run(*callbacks, model=None, **arguments):
         model = model or make()
-        fit(model, ks.callbacks.LotteryTicket(2, 0.5, rewind_to=2), *callbacks, epochs=4, **arguments)
+        others = [ks.callbacks.Pruning(0.5, filters="b/")] if beside else []
+        ticket = ks.callbacks.LotteryTicket(2, 0.5, rewind_to=2, filters="a/" if beside else None)
+        fit(model, *others, ticket, *callbacks, epochs=4, **arguments)
         return model
 
     whole = run(keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras"))
@@ -160,6 +163,25 @@ def test_compiled_with_the_sparse_optimizer_twice():
     assert not model.optimizer.origin
     fit(model, ks.callbacks.LotteryTicket(2, 0.7), epochs=2)
     assert sum(zeros(model)) == 105
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_schedule_beside_it_goes_on_through_the_rounds(first):
+    model, record = dense_model(optimizer=keras.optimizers.SGD(0.1)), Weights()
+    pruning = ks.callbacks.Pruning(0.5, schedule="linear", filters="b/", begin=6, end=18, frequency=6)
+    ticket = ks.callbacks.LotteryTicket(2, 0.5, filters="a/")
+    fit(model, *([pruning, ticket] if first else [ticket, pruning]), record, epochs=4)
+    # Before the steps 6 and 12, at which the second round starts, and the last one: `b` is pruned at 6, 12 and 18.
+    assert [[int((kernel == 0).sum()) for kernel in record.seen[i]] for i in (6, 13, 23)] == [[0, 0], [60, 8], [60, 15]]
+    np.testing.assert_array_equal(record.seen[12][0], np.where(record.seen[12][0] == 0, 0, record.seen[0][0]))
+    assert zeros(model) == [60, 15]
+
+
+def test_two_in_one_fit_are_an_error():
+    model = make()
+    with pytest.raises(ValueError, match="One `fit` takes one `LotteryTicket`"):
+        fit(model, ks.callbacks.LotteryTicket(2, 0.5, filters="a/"), ks.callbacks.LotteryTicket(2, 0.5, filters="b/"))
+    assert isinstance(model.optimizer, keras.optimizers.Adam)
 
 
 def test_at_target_sparsity_waits_for_the_last_round():

@@ -18,10 +18,10 @@ def due_steps(clock, steps_per_epoch=10, epochs=4, stride=1, known=True):
         progress = clock.progress(now)
         if progress is not None:
             found.append((now, round(progress, 4)))
-            clock.mark(sparse, now)
+            clock.mark(now)
 
     for epoch in range(epochs):
-        check(clock.start_epoch(sparse, epoch, epochs, steps_per_epoch if known else None))
+        check(clock.start_epoch(sparse, sparse.last_update(0), epoch, epochs, steps_per_epoch if known else None))
         for end in range(stride - 1, steps_per_epoch, stride):
             sparse.inner_optimizer.iterations.assign(epoch * steps_per_epoch + end + 1)
             exact = clock.progress(epoch * steps_per_epoch + end + 1) is not None
@@ -65,11 +65,11 @@ def test_length_and_last_update_are_state():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     sparse.build(model.trainable_variables)
     first = Clock(0, 20, 10)
-    first.start_epoch(sparse, 0, 4, 10)
-    first.mark(sparse, 10)
+    first.start_epoch(sparse, sparse.last_update(0), 0, 4, 10)
+    first.mark(10)
     sparse.inner_optimizer.iterations.assign(10)
     again = Clock(0, 20, 10)
-    now = again.start_epoch(sparse, 1, 4, 10)
+    now = again.start_epoch(sparse, sparse.last_update(0), 1, 4, 10)
     assert again.progress(now) is None
     assert again.progress(20) == 1.0
     assert ks.clock.number(sparse.length) == 40

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_sparse import clock, criteria, optimizers, patterns, pruning, reports, schedules, selection
+from keras_sparse import criteria, optimizers, patterns, pruning, reports, schedules, selection
 from keras_sparse.callbacks.masks import ScheduledMasks, plain_filters
 from keras_sparse.registry import is_real, serializable
 
@@ -167,8 +167,8 @@ class DynamicSparseTraining(ScheduledMasks):
                 f"Received: frequency={self.frequency!r}, end={self.end!r}"
             )
         self._move(sparse, [self._first_mask(*found) for found in self._present(sparse, now)])
-        if clock.number(sparse.updated) < 0:  # Else a backup or an interrupted fit goes on.
-            self._clock.mark(sparse, now)
+        if self._clock.updated < 0:  # Else a backup or an interrupted fit goes on.
+            self._clock.mark(now)
 
     def _update(self, sparse, now, progress):
         fraction = self.drop_fraction * (1.0 - self.schedule(progress))

@@ -105,13 +105,13 @@ class L0Penalty(keras.callbacks.Callback, Configurable):
             before = epoch * steps // (optimizer.gradient_accumulation_steps or 1) if steps else now if epoch else 0
             # All that a clock asks of a `SparseOptimizer`. Nothing here has to be saved: what is due follows from the
             # step, since an update is never marked as made.
-            values = {"start": now - before, "length": 0, "updated": -1}
+            values = {"start": now - before, "length": 0, "rewound": 0, "updated": -1}
             self._time = SimpleNamespace(
                 gradient_accumulation_steps=optimizer.gradient_accumulation_steps,
                 **{name: keras.Variable(value, trainable=False, dtype="int32") for name, value in values.items()},
             )
         self._time.iterations = optimizer.iterations
-        now = self._clock.start_epoch(self._time, epoch, self.params["epochs"], steps)
+        now = self._clock.start_epoch(self._time, self._time.updated, epoch, self.params["epochs"], steps)
         self._base = now
         if first and self.target_sparsity is not None:
             # An interrupted training goes on as if the last update had been now: its integral is in the penalties.

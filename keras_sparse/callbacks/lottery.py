@@ -7,7 +7,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_sparse import clock, optimizers, pruning, reports, selection
+from keras_sparse import optimizers, pruning, reports, selection
 from keras_sparse.callbacks.masks import ScheduledMasks, plain_filters
 from keras_sparse.registry import is_real, serializable
 
@@ -105,6 +105,8 @@ class LotteryTicket(ScheduledMasks):
         return 1.0 - (1.0 - self.rate) ** prunings
 
     def _plan(self, model):
+        if any(isinstance(user, LotteryTicket) and user is not self for user in optimizers.find(model).users):
+            raise ValueError("One `fit` takes one `LotteryTicket`: name all weights in its `filters`. Received: two")
         target = self._sparsity(self.rounds - 1)
         plan = pruning.Plan(model, target, "magnitude", allocation=self.allocation, filters=self.filters)
         reports.remember(model, plan.skipped)
@@ -141,14 +143,14 @@ class LotteryTicket(ScheduledMasks):
                 self._rewind(sparse)
 
     def _rewind(self, sparse):
-        if clock.number(sparse.updated) < 0:
+        if self._clock.updated < 0:
             raise ValueError(f"The first round is over before `rewind_to` came. Received: rewind_to={self.rewind_to!r}")
         sparse.rewind()
         if self.verbose:
             print(f"\nRound {self._round + 1} of {self.rounds} trains at sparsity {self._sparsity(self._round):.4f}")
 
     def _update(self, sparse, now, progress):
-        if clock.number(sparse.updated) < 0:
+        if self._clock.updated < 0:
             sparse.origin.keep()
 
     def _complete(self, sparse):

@@ -49,11 +49,11 @@ class MaskCallback(keras.callbacks.Callback, Configurable):
         self.history = getattr(model, "history", None)
         others = [user for user in sparse.users if user.history is self.history and user is not self]
         sparse.users[:] = [*others, self]
+        self._position = len(others)
         self.running = False
         self._goals = None
         if model.built and model.weights:
             self._attach()
-            sparse.start_clock()
 
     def _attach(self):
         """Create the masks, in a built model."""
@@ -67,6 +67,7 @@ class MaskCallback(keras.callbacks.Callback, Configurable):
             self._abandon()
             raise
         sparse.apply_masks()
+        sparse.start_clock()
         if created:
             optimizers.drop_functions(self._model)
 
@@ -179,23 +180,31 @@ class ScheduledMasks(MaskCallback):
         super().on_train_begin(logs)
         self._clock.restart()
 
-    def _start_epoch(self, epoch, late=False):
+    def _attach(self):
+        super()._attach()
+        optimizers.find(self._model).last_update(self._position)
+
+    def _start_epoch(self, epoch):
         sparse = optimizers.find(self.model)
+        counter = sparse.last_update(self._position)
         try:
-            now = self._clock.start_epoch(sparse, epoch, self.params["epochs"], self.params.get("steps"), late)
+            now = self._clock.start_epoch(sparse, counter, epoch, self.params["epochs"], self.params.get("steps"))
             self._prepare(sparse, now)
-        except ValueError:
+            self._update_if_due(sparse, now)
+        except Exception:
             self._abandon()
             raise
-        self._update_if_due(sparse, now)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self._goals is None:
+            optimizers.before_first_step(self._model, self._join)
+
+    def _join(self):
+        self._attach()
+        self._start_epoch(self._epochs_done)
 
     def on_train_batch_end(self, batch, logs=None):
-        if self._goals is None:
-            # The first batch built the model: on TensorFlow, `fit` builds it inside of the compiled step.
-            self._attach()
-            self._start_epoch(self._epochs_done, late=True)
-            self._model.make_train_function(force=True)
-        elif not self._finished() and self._clock.may_be_due(batch):
+        if not self._finished() and self._clock.may_be_due(batch):
             sparse = optimizers.find(self.model)
             self._update_if_due(sparse, self._clock.read(sparse, batch))
 
@@ -207,7 +216,7 @@ class ScheduledMasks(MaskCallback):
         progress = None if self._finished() else self._clock.progress(now)
         if progress is not None:
             self._update(sparse, now, progress)
-            self._clock.mark(sparse, now)
+            self._clock.mark(now)
 
     def _say(self, sparse, now):
         zeros, size = count_zeros(sparse)

@@ -172,9 +172,7 @@ class ProximalL1(ScheduledMasks):
     def _prepare(self, sparse, now):
         # A backup that is resumed may have passed the end.
         last = self._clock.last
-        self._frozen |= (
-            self._freezes and last is not None and clock.number(sparse.updated) - clock.number(sparse.start) >= last
-        )
+        self._frozen |= self._freezes and last is not None and self._clock.elapsed(self._clock.updated) >= last
 
     @property
     def _freezes(self):

@@ -4,7 +4,7 @@ import warnings
 
 import keras
 
-from keras_sparse import clock, criteria, patterns, pruning, reports, schedules, selection
+from keras_sparse import criteria, patterns, pruning, reports, schedules, selection
 from keras_sparse.callbacks.masks import ScheduledMasks, count_zeros, plain_filters
 from keras_sparse.registry import serializable
 
@@ -145,7 +145,7 @@ class Pruning(ScheduledMasks):
                 stacklevel=2,
             )
             return
-        now = clock.number(sparse.iterations)
+        now = self._clock.now(sparse)
         self._update(sparse, now, progress=1.0)
         warnings.warn(
             f"This fit ended before the schedule did, at a sparsity of {zeros / size:.1%}; the target was reached with "

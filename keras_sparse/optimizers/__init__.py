@@ -4,11 +4,12 @@ from keras_sparse.optimizers.assignment import masked_value
 from keras_sparse.optimizers.proximal import Shrinkage, group_soft_threshold, knows_step, soft_threshold
 from keras_sparse.optimizers.slots import reset_slots, restart, slots
 from keras_sparse.optimizers.sparse import SparseOptimizer
-from keras_sparse.optimizers.wrapping import drop_functions, find, measuring, unwrap, wrap
+from keras_sparse.optimizers.wrapping import before_first_step, drop_functions, find, measuring, unwrap, wrap
 
 __all__ = [
     "Shrinkage",
     "SparseOptimizer",
+    "before_first_step",
     "drop_functions",
     "find",
     "group_soft_threshold",

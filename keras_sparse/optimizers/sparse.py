@@ -36,6 +36,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             otherwise; this is how a saved optimizer finds them again.
         statistics: Dict from a kind of gradient statistic to such indices, likewise; see `add_statistics`.
         origin: Whether it holds a copy of the weights to go back to, an `Origin`.
+        clocks: How many callbacks have a last update in it; see `last_update`.
         temporary: Whether the last callback that uses the wrapper takes it off.
         shrinkage: A `Shrinkage`, or `None`: what is shrunk after each step, by `strength`.
 
@@ -59,6 +60,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         masked=(),
         statistics=None,
         origin=False,
+        clocks=0,
         temporary=False,
         shrinkage=None,
     ):
@@ -77,6 +79,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         # Whether `compile` saw this object; `wrap` says otherwise.
         self.compiled = True
         self.users = []
+        self._updated = [None] * clocks
         self._masked = list(masked)
         self._masks = []
         self._statistics = {kind: list(indices) for kind, indices in (statistics or {}).items()}
@@ -99,15 +102,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         vars(self)["_trainable_variables"] = list(variables)
         self._trainable_variables_indices = {self._var_key(v): i for i, v in enumerate(variables)}
         self.built = True
-        # Optimizer steps: when the clock started, how many a schedule counts as 1.0 (0: not known), the last update.
-        self.start = self._add_counter("start", 0)
-        self.length = self._add_counter("length", 0)
-        self.updated = self._add_counter("updated", -1)
+        # Optimizer steps: when clocks started, how many a schedule counts as 1.0 (0: not known), those taken back.
+        self.start, self.length, self.rewound = (self._add_counter(name) for name in ("start", "length", "rewound"))
         # The price of a weight's magnitude, and how fast a constant gradient moves weights: for a `shrinkage` only.
         self.strength, self.pace = (
             self.add_variable((), "zeros", "float32", aggregation="only_first_replica", name=name)
             for name in ("strength", "pace")
         )
+        clocks, self._updated = len(self._updated), []
         masked, self._masked = self._masked, []
         statistics, self._statistics = dict(self._statistics), {}
         origin, self.origin = self.origin, None
@@ -117,6 +119,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                     f"`{name}` must hold indices into the {len(variables)} trainable variables. "
                     f"Received: {name}={indices}"
                 )
+        if clocks:
+            self.last_update(clocks - 1)
         for index in masked:
             self._add_mask(index)
         for kind, indices in statistics.items():
@@ -137,7 +141,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 return self._distribution_strategy.scope()
         return contextlib.nullcontext()
 
-    def _add_counter(self, name, value):
+    def _add_counter(self, name, value=0):
         return self.add_variable(
             (), keras.initializers.Constant(value), "int", aggregation="only_first_replica", name=name
         )
@@ -211,11 +215,12 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return True
 
     def rewind(self):
-        """Take the variables back to the origin, masked ones at zero, and the inner optimizer to the clock's start."""
+        """Take variables back to the origin, masked ones at zero, and the inner optimizer to the start of the fit."""
         self.origin.put_back()
         self.apply_masks()
+        start = _int(self.start)
+        self.rewound.assign(_int(self.rewound) + _int(self.iterations) - start)
         with self._scope():
-            start = int(ops.convert_to_numpy(ops.convert_to_tensor(self.start)))
             restart(self.inner_optimizer, self._trainable_variables, start)
 
     def _indices(self, variables):
@@ -230,18 +235,24 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def start_clock(self):
         """Let the clock start at the present step, unless it is running: in an interrupted or resumed fit."""
-        if int(ops.convert_to_numpy(ops.convert_to_tensor(self.length))) == 0:
-            self.start.assign(ops.convert_to_numpy(ops.convert_to_tensor(self.iterations)))
+        if _int(self.length) == 0:
+            self.start.assign(_int(self.iterations))
+
+    def last_update(self, position):
+        """The variable with the step of the last update, -1 before that, of the callback at `position` in a `fit`."""
+        while len(self._updated) <= position:
+            self._updated.append(self._add_counter(f"updated_{len(self._updated)}", -1))
+        return self._updated[position]
 
     def stop_clock(self):
         """Make the next `start_clock` start anew; keep no statistics, no origin. Returns whether there were any."""
         self.length.assign(0)
-        self.updated.assign(-1)
+        self.rewound.assign(0)
         dropped = [variable for statistic in self._statistics.values() for variable in statistic.variables]
         dropped += self.origin.variables if self.origin else []
-        self._statistics, self.origin = {}, None
-        for variable in dropped:
+        for variable in [*dropped, *self._updated]:
             self._untrack_variable(variable)
+        self._statistics, self.origin, self._updated = {}, None, []
         return bool(dropped)
 
     @property
@@ -268,8 +279,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return self._own_variables() + self.inner_optimizer.variables
 
     def _own_variables(self):
-        # A saved optimizer makes all masks before all statistics, whenever they came to this one.
-        later = [*self._masks, *(v for _, statistic in sorted(self._statistics.items()) for v in statistic.variables)]
+        # A saved optimizer makes last updates, masks and statistics in this order, whenever they came to this one.
+        later = [*self._updated, *self._masks]
+        later += [v for _, statistic in sorted(self._statistics.items()) for v in statistic.variables]
         known = {id(v) for v in later}
         return [v for v in self._variables if id(v) not in known] + later
 
@@ -405,6 +417,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 for kind, statistic in sorted(self._statistics.items())
             },
             "origin": bool(self.origin),
+            "clocks": len(self._updated),
             "temporary": self.temporary,
             "shrinkage": self.shrinkage and keras.saving.serialize_keras_object(self.shrinkage),
         }
@@ -414,6 +427,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         config = dict(config)
         inner = keras.saving.deserialize_keras_object(config.pop("inner_optimizer"), custom_objects=custom_objects)
         return cls(inner, **config)
+
+
+def _int(variable):
+    return int(ops.convert_to_numpy(ops.convert_to_tensor(variable)))
 
 
 def _passed_through(name):

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_sparse.optimizers.sparse import SparseOptimizer
 
-__all__ = ["find", "measuring", "unwrap", "wrap"]
+__all__ = ["before_first_step", "find", "measuring", "unwrap", "wrap"]
 
 
 def find(model):
@@ -139,6 +139,53 @@ def drop_functions(model):
     """Forget the compiled train and test functions, which hold the optimizer they were traced with."""
     model.train_function = None
     model.test_function = None
+
+
+def before_first_step(model, action):
+    """Call `action` in a `fit` on TensorFlow that builds the model, after that and before the first training step.
+
+    TensorFlow alone builds a model inside of its first compiled step. Other backends have built it when `fit` begins.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.layers.Dense(4)])
+    >>> model.compile("sgd", "mse")
+    >>> class Tell(keras.callbacks.Callback):
+    ...     def on_train_batch_begin(self, batch, logs=None):
+    ...         if not self.model.built:
+    ...             ks.optimizers.before_first_step(self.model, lambda: print(int(self.model.optimizer.iterations)))
+    >>> history = model.fit(np.ones((16, 8)), np.ones((16, 4)), verbose=0, callbacks=[Tell()])
+    0
+    """
+    if not isinstance(model.train_function, _FirstStep):
+        model.train_function = _FirstStep(model)
+    model.train_function.actions.append(action)
+
+
+class _FirstStep:
+    """A train function that traces the training step to build the model, acts, and goes on as the real one."""
+
+    def __init__(self, model):
+        self.model = model
+        self.actions = []
+
+    def __call__(self, iterator):
+        import tensorflow as tf
+
+        self.model.train_function = None
+        data = tf.nest.map_structure(
+            lambda spec: None if isinstance(spec, tf.OptionalSpec) else spec, iterator.element_spec
+        )
+        try:
+            tf.function(self.model.train_step, autograph=False).get_concrete_function(data)
+        except Exception as error:
+            error.add_note("This came up while `fit` built the model for its callbacks: build it before, if it can.")
+            raise
+        for action in self.actions:
+            action()
+        self.model.make_train_function()
+        return self.model.train_function(iterator)
 
 
 def _shadow_compile_config(model):
