@@ -753,6 +753,7 @@ def test_bad_arguments(arguments, error, message):
         ({"filters": lambda variable: False}, "nothing to prune"),
         ({"target_sparsity": {"nothing": 0.5}}, "matches no weight"),
         ({"filters": "("}, "regular expression"),
+        ({"criterion": "taylor", "schedule": "one_shot"}, "no training step has been taken"),
     ],
 )
 def test_errors_before_training_starts(arguments, message):

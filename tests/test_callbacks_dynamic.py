@@ -261,6 +261,37 @@ def test_evaluate_leaves_the_model_as_it_was():
     assert model.optimizer is optimizer
 
 
+@pytest.mark.parametrize("pruning", [None, "before", "after"])
+@pytest.mark.parametrize("grow", GROW)
+def test_weights_that_early_stopping_restores_are_whole(grow, pruning):
+    model, record = dense_model(optimizer=ks.optimizers.SparseOptimizer(keras.optimizers.Adam(0.01))), Masks()
+    stop = keras.callbacks.EarlyStopping("loss", mode="max", patience=4, restore_best_weights=True)
+    callbacks = [
+        dynamic(0.5, filters="a/", grow=grow, drop_fraction=0.8, frequency=4),
+        ks.callbacks.AtTargetSparsity(stop) if pruning else stop,
+    ]
+    if pruning is not None:
+        other = ks.callbacks.Pruning(0.5, filters="b/", schedule="one_shot")
+        callbacks = [other, *callbacks] if pruning == "before" else [*callbacks, other]
+    fit(model, *callbacks, record, epochs=8)
+    best = stop.best_epoch
+    assert best < 4
+    kernel = record.weights[6 * best + 5][pruning == "before"]
+    np.testing.assert_array_equal(kernels(model)[0], kernel)
+    mask = ks.selection.as_array(model.optimizer.mask_of(model.layers[0].kernel))
+    assert mask.sum() == 60
+    assert mask[kernel != 0].all()
+
+
+def test_weights_of_a_denser_epoch_are_masked_with_a_warning():
+    model = dense_model()
+    dense = model.get_weights()
+    restore = keras.callbacks.LambdaCallback(on_train_end=lambda logs: model.set_weights(dense))
+    with pytest.warns(UserWarning, match="pruned weights were not zero"):
+        fit(model, dynamic(0.5, allocation="uniform"), restore)
+    assert zeros(model) == [60, 15]
+
+
 def test_two_kinds_in_one_fit():
     model, record = dense_model(), Masks()
     rigl = dynamic(0.5, allocation="uniform", filters="a/")

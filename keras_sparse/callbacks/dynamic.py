@@ -178,6 +178,15 @@ class DynamicSparseTraining(ScheduledMasks):
         if self.verbose:
             print(f"\nStep {self._clock.elapsed(now)}: {moved // 2} weights dropped, as many grown")
 
+    def _complete(self, sparse):
+        # Another callback may have put back the weights of an earlier epoch, which had other masks.
+        for goal in self._goals.goals if self._goals is not None else ():
+            state = sparse.mask_of(goal.weight.variable)
+            mask, alive = selection.as_array(state), goal.weight.numpy() != 0
+            if np.count_nonzero(alive) <= np.count_nonzero(mask):
+                # Those that have just grown are zero: what this mask keeps comes first.
+                state.assign(patterns.keep_highest(2.0 * alive + mask, np.count_nonzero(~mask)))
+
     @property
     def _moves(self):
         return self.grow not in ("static", None)

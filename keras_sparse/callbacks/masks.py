@@ -124,7 +124,7 @@ class MaskCallback(keras.callbacks.Callback, Configurable):
         sparse = optimizers.find(self.model)
         if sparse is not None and sparse.built:
             self._complete(sparse)
-            if self._goals is not None:
+            if sparse.users == [self]:  # Others may still have to say what their masks are.
                 _warn_of_revived(sparse)
                 sparse.apply_masks()
         self._leave()
