@@ -36,6 +36,9 @@ _NORMALIZATIONS = _keras_layers("(Layer|Group|RMS|Unit)Normalization")
 _MOVING = re.compile(
     "Flatten|Reshape|Permute|RepeatVector|Transpose|Swapaxes|Moveaxis|ExpandDims|Squeeze|Ravel|Split|GetItem|Repeat|Tile"
 )
+# Layers and operations of several inputs: a product is zero where one of them is; in a sum or the like, others come in.
+_PRODUCT = re.compile("Multiply")
+_ADDING = re.compile("Add|Subtract|Average|Maximum|Minimum|Dot|Matmul|Einsum|Tensordot")
 
 
 class _Alive(Exception):
@@ -46,10 +49,11 @@ def unit_variables(model, weights):
     """Return for each kernel the variables that hold one number for each output unit, besides the kernel itself.
 
     With their entries and its slice of the kernel at zero, a unit's output is exactly zero: the bias of its layer, and
-    scale and shift of the batch normalizations behind it, up to the first layer that mixes units or adds others. Nested
-    models are followed inwards and outwards. A layer or operation without weights, such as a `Lambda`, is asked by
-    evaluating it (in inference) on units of which some are zero; one that does not leave those at zero keeps the unit
-    alive, and so does a layer that hides a batch normalization or has weights of its own that are no kernel.
+    scale and shift of the batch normalizations behind it, also behind a product with another input, up to the first
+    layer that mixes units or adds others. Nested models are followed inwards and outwards. A layer or operation without
+    weights, such as a `Lambda`, is asked by evaluating it (in inference) on units of which some are zero; one that does
+    not leave those at zero keeps the unit alive. So does a layer that hides a batch normalization or has weights of its
+    own that are no kernel, and a normalization behind a concatenation, which scales others as well.
 
     Where no graph can be seen (subclassed models, layers that are called several times), kernels count as followed by a
     batch normalization if the model has any, and by no other obstacle: what comes after the layer is up to its author.
@@ -155,9 +159,9 @@ class _Graphs:
         Raises:
             _Alive: If a unit that is zero would not stay so, or nobody can tell.
         """
-        found, stack = {}, [(reader, axis) for reader in self._readers(layer)]
+        found, stack = {}, [(reader, axis, None) for reader in self._readers(layer)]
         while stack:
-            (graph, operation), axis = stack.pop()
+            (graph, operation), axis, joined = stack.pop()
             if graph is None:
                 if self._normalized:
                     raise _Alive(operation)
@@ -166,21 +170,30 @@ class _Graphs:
             call = graph.calls[name]
             if isinstance(operation, keras.layers.BatchNormalization):
                 rank = len(operation.output.shape)
+                if joined:
+                    raise _Alive(f"{name} behind it normalizes it with what {joined} puts beside it")
                 if axis is None or operation.axis % rank != axis % rank or operation.gamma is None:
                     raise _Alive(f"{name} behind it has no scale for each unit (scale=False, or another axis)")
                 found |= {id(v): v for v in (operation.gamma, operation.beta) if v is not None}
             elif _hides_normalization(operation):
                 raise _Alive(f"a batch normalization behind it, inside of {name}, cannot be found")
-            elif len(references(call)) > 1 or _mixes(operation):
+            elif _mixes(operation):
                 continue
+            elif len(references(call)) > 1:
+                if _of_keras(operation, _ADDING):
+                    continue
+                if not _of_keras(operation, _PRODUCT):
+                    joined = name
+                elif len({len(x.shape) for x in (*keras.tree.flatten(operation.input), operation.output)}) > 1:
+                    axis = None
             elif isinstance(operation, _ACTIVATIONS):
                 if not _keeps_zero(operation):
                     raise _Alive(f"the activation {name} behind it does not map 0 to 0")
-            elif type(operation).__module__.startswith("keras.") and _MOVING.fullmatch(type(operation).__name__):
+            elif _of_keras(operation, _MOVING):
                 axis = None
             elif not isinstance(operation, _TRANSPARENT) and not _keeps_units(operation, call, axis):
                 raise _Alive(f"{name} behind it is not seen to keep a unit at 0")
-            stack += [(reader, axis) for reader in self._readers(operation)]
+            stack += [(reader, axis, joined) for reader in self._readers(operation)]
         return list(found.values())
 
     def _readers(self, operation):
@@ -214,6 +227,10 @@ class _Graphs:
             elif nested is not None:
                 found.append((None, f"a batch normalization in {name}, which has several inputs, cannot be found"))
         return found
+
+
+def _of_keras(operation, names):
+    return type(operation).__module__.startswith("keras.") and names.fullmatch(type(operation).__name__)
 
 
 def _hides_normalization(operation):
