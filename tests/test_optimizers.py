@@ -92,6 +92,16 @@ def test_update_masks_with_train_on_batch():
     assert zeros(model) == [38, 19]
 
 
+def test_update_masks_takes_the_sparsity_of_a_pattern():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    model.compile(ks.optimizers.SparseOptimizer("sgd"), "mse")
+    assert ks.update_masks(model, 0.25, pattern="2:4").totals["zeros"] == 8
+    assert ks.update_masks(model, pattern="2:4").totals["zeros"] == 16
+    for arguments in ({"sparsity": 0.9}, {"sparsity": 0.3, "allocation": "erk"}, {"sparsity": {"kernel": 0.9}}):
+        with pytest.raises(ValueError, match="leave the target out, or give this one or less.* Received: 0.[39]"):
+            ks.update_masks(model, **arguments, pattern="2:4")
+
+
 def test_update_masks_after_prune_keeps_the_zeros():
     model = make(ks.optimizers.SparseOptimizer("adam"))
     ks.prune(model, 0.5)

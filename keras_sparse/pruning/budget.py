@@ -37,8 +37,10 @@ def check_target(target_sparsity, allocation="uniform"):
         patterns.get(pattern)
 
 
-def final_target(target_sparsity, allocation, pattern):
+def final_target(target_sparsity, allocation, pattern, on_the_way=False):
     """Return the sparsity to end at, checked: `None` stands for the pattern's own, where it has one.
+
+    `on_the_way` to it, less than the pattern's own will do.
 
     Example:
 
@@ -56,10 +58,12 @@ def final_target(target_sparsity, allocation, pattern):
         if own.sparsity is None:
             continue
         shared_out = isinstance(allocations.get(allocation), allocations.ERK)
-        if shared_out or not math.isclose(sparsity, own.sparsity, abs_tol=1e-6):
+        fits = math.isclose(sparsity, own.sparsity, abs_tol=1e-6) or (on_the_way and sparsity < own.sparsity)
+        if shared_out or not fits:
             raise ValueError(
                 f"The pattern {own.get_config()} is a sparsity of {own.sparsity:g} in each weight: leave the target "
-                f"out, or give this one, with allocation='uniform'. Received: {sparsity!r}, allocation={allocation!r}"
+                f"out, or give this one{' or less' * on_the_way}, with allocation='uniform'. "
+                f"Received: {sparsity!r}, allocation={allocation!r}"
             )
     return target_sparsity
 

@@ -2,7 +2,8 @@
 
 import keras
 
-from keras_sparse import optimizers, reports, selection
+from keras_sparse import optimizers, patterns, reports, selection
+from keras_sparse.pruning.budget import final_target
 from keras_sparse.pruning.plan import Plan
 
 __all__ = ["update_masks"]
@@ -18,7 +19,8 @@ def update_masks(
 
     Args:
         model: A built Keras model.
-        sparsity: The sparsity to have now, as in `ks.prune`. `None` keeps the zeros that are there.
+        sparsity: The sparsity to have now, as in `ks.prune`; for `"2:4"` it may be below the pattern's own. `None` is
+            the pattern's own, if it has one, and keeps the zeros that are there otherwise.
         criterion: As in `ks.prune`.
         pattern: As in `ks.prune`.
         allocation: As in `ks.prune`.
@@ -52,7 +54,10 @@ def update_masks(
         )
     if not sparse.built:
         sparse.build(model.trainable_variables)
-    plan = Plan(model, 0.0 if sparsity is None else sparsity, criterion, pattern, allocation, filters)
+    if sparsity is None and patterns.get(pattern).sparsity is None:
+        sparsity = 0.0
+    sparsity = final_target(sparsity, allocation, pattern, on_the_way=True)
+    plan = Plan(model, sparsity, criterion, pattern, allocation, filters)
     if plan.attach(sparse):
         optimizers.drop_functions(model)
     plan.update(sparse)

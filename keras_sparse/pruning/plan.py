@@ -177,7 +177,7 @@ class Plan:
         ):
             raise ValueError(
                 f"`{type(self.criterion).__name__}` ranks weights by gradients, and no training step has been taken "
-                "yet. Let pruning begin later (`begin=1` is after the first step)."
+                "yet. Prune after the first one: `Pruning(begin=1)`, or a later call of `update_masks`."
             )
         return [selection.as_array(optimizer.statistic_of(goal.weight.variable, kind)) for goal in self.goals]
 
