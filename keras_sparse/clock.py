@@ -20,6 +20,7 @@ class Clock:
         begin: When the first update is due. A float is a fraction of the fit, an int counts optimizer steps.
         end: When the last one is due, like `begin`.
         frequency: Optimizer steps between updates; `None` is a fiftieth of the span.
+        name: What a user calls `begin`.
 
     Attributes:
         length: Optimizer steps of the fit; 0 if that is not known yet. This and the following exist from the first
@@ -42,8 +43,9 @@ class Clock:
     ValueError: `end` must be after `begin`. Received: begin=0.5, end=0.25
     """
 
-    def __init__(self, begin=0.0, end=0.75, frequency=None):
-        self.begin = _check_time("begin", begin)
+    def __init__(self, begin=0.0, end=0.75, frequency=None, name="begin"):
+        self.name = name
+        self.begin = _check_time(name, begin)
         self.end = _check_time("end", end)
         if type(self.begin) is type(self.end) and self.end <= self.begin:
             raise ValueError(f"`end` must be after `begin`. Received: begin={begin!r}, end={end!r}")
@@ -141,8 +143,8 @@ class Clock:
         if self.length and self.first is not None and self.first >= self.length:
             raise ValueError(
                 f"The schedule can never fire: it begins at step {self.first}, and this fit has {self.length} "
-                "optimizer steps. Lower `begin` (a float is a fraction of the fit), or train for longer. "
-                f"Received: begin={self.begin!r}, end={self.end!r}"
+                f"optimizer steps. Lower `{self.name}` (a float is a fraction of the fit), or train for longer. "
+                f"Received: {self.name}={self.begin!r}"
             )
         span = (self.last or 0) - (self.first or 0)
         self.every = self.frequency or max(1, span // 50)

@@ -1,6 +1,7 @@
 """A registry maps the strings that users may write to the classes they stand for, as `keras.optimizers.get` does."""
 
 import difflib
+import inspect
 import math
 import numbers
 
@@ -39,6 +40,10 @@ class Configurable:
     def from_config(cls, config):
         """The inverse of `get_config`."""
         return cls(**config)
+
+    def __repr__(self):
+        names = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
 
 
 class Registry:
@@ -99,7 +104,8 @@ class Registry:
                 return revived
         hint = " Create an instance of the class first." if isinstance(identifier, type) else ""
         raise TypeError(
-            f"A {self.kind} is a string among {sorted(self.classes)} or an instance of `{base.__name__}`. "
+            f"{'An' if self.kind[0] in 'aeiou' else 'A'} {self.kind} is a string among {sorted(self.classes)} or an "
+            f"instance of `{base.__name__}`. "
             f"Received: {identifier!r} of type {type(identifier).__name__}.{hint}"
         )
 

@@ -734,6 +734,9 @@ def test_mirrored_strategy(arguments, two_replicas):
         ({"target_sparsity": 0.5, "begin": "0"}, TypeError, "`begin` is a float"),
         ({"target_sparsity": 0.5, "frequency": 0}, ValueError, "`frequency` must be a whole number"),
         ({"target_sparsity": 0.5, "frequency": 1.5}, ValueError, "`frequency` must be a whole number"),
+        ({"target_sparsity": 0.5, "filters": 3}, TypeError, "`filters` must be a regex.*Received: filters=3"),
+        ({"target_sparsity": 0.5, "filters": ["a/", None]}, TypeError, "`filters` must be a regex"),
+        ({"target_sparsity": 0.5, "verbose": "x"}, ValueError, "`verbose` must be 0 or 1. Received: verbose='x'"),
     ],
     ids=str,
 )

@@ -331,6 +331,7 @@ BAD = [
     ({"drop_fraction": 1.5}, ValueError, "at most 1"),
     ({"schedule": "cosin"}, ValueError, "Did you mean 'cosine'"),
     ({"frequency": 0}, ValueError, "whole number"),
+    ({"end": 0}, ValueError, "`end` must be above 0"),
     ({"end": 1.5}, ValueError, "fraction of the fit"),
     ({"seed": -1}, ValueError, "`seed` must be"),
 ]

@@ -206,7 +206,8 @@ def test_stopped_early_says_so_and_verbose_tells_each_round(capsys):
         ({"rounds": 2.0}, ValueError, "whole number"),
         ({"rate": 1.0}, ValueError, "below 1"),
         ({"rate": "half"}, ValueError, "Received: rate='half'"),
-        ({"rewind_to": -1}, ValueError, "negative"),
+        ({"rewind_to": -1}, ValueError, "`rewind_to` in steps must not be negative"),
+        ({"rewind_to": "x"}, TypeError, "`rewind_to` is a float"),
         ({"rewind_to": 2.5}, ValueError, "fraction of the fit"),
         ({"allocation": "even"}, ValueError, "allocation"),
     ],
@@ -222,6 +223,8 @@ def test_bad_arguments(arguments, error, message):
     [
         ({}, 5, "multiple of 2. Received: epochs=5"),
         ({"rewind_to": 12}, 4, "first round, which has 12 steps"),
+        ({"rewind_to": 100}, 4, "Lower `rewind_to`.* Received: rewind_to=100"),
+        ({"rewind_to": 1.0}, 4, "Lower `rewind_to`.* Received: rewind_to=1.0"),
         ({"rewind_to": 0.5}, 4, "first round, which has 12 steps"),
     ],
 )

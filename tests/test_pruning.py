@@ -281,6 +281,14 @@ def check_along_the_schedule(model, pattern, criterion, rng, nan):
                 assert [int(part.sum()) for part in parts] == [min(shape.n, len(part)) for part in parts]
 
 
+class Halved(ks.patterns.Pattern):
+    def pool(self, scores):
+        return scores
+
+    def expand(self, groups, shape):
+        return groups / 2
+
+
 BAD = [
     ((1.0,), {}, ValueError, "at least 0 and below 1.*Received: 1.0"),
     ((50,), {}, ValueError, "Did you mean 0.5"),
@@ -298,6 +306,10 @@ BAD = [
     ((0.5,), {"criterion": "taylor", "data": (np.ones(3),)}, ValueError, "a tuple of 1"),
     ((0.5,), {"criterion": "taylor", "data": "mnist"}, TypeError, "Received: 'mnist'"),
     ((0.5,), {"criterion": "taylor", "data": (np.ones((4, 5)), np.ones((4, 5)))}, ValueError, "has no optimizer"),
+    ((0.5,), {"criterion": "taylor", "data": np.ones((4, 5))}, ValueError, r"must be \(x, y\).*Received: ndarray"),
+    ((0.5,), {"criterion": "taylor", "data": [np.ones((4, 5))] * 2}, ValueError, r"must be \(x, y\).*Received: list"),
+    (({"d0": 0.5},), {"allocation": "erk"}, ValueError, r"Received: allocation=ERK\(\)"),
+    ((0.5,), {"pattern": Halved()}, ValueError, r"`Halved.expand` must return booleans .* \(5, 5\) for .*d0/kernel"),
     ((0.9,), {"allocation": ks.pruning.Global(floor=0.2)}, ValueError, "Lower one of them"),
     ((0.9,), {"allocation": ks.pruning.Global(floor=4)}, ValueError, "keeps 4 of 25"),
 ]
@@ -310,6 +322,12 @@ def test_bad_arguments_change_nothing(args, kwargs, error, message):
     with pytest.raises(error, match=message):
         ks.prune(model, *args, **kwargs)
     np.testing.assert_array_equal(kernels(model)[0], before)
+
+
+@pytest.mark.parametrize("sparsity", [1.5, 1, -0.1, "0.5"])
+def test_erk_counts_checks_the_sparsity(sparsity):
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        ks.pruning.erk_counts([(3, 4)], [12], sparsity)
 
 
 @pytest.mark.parametrize("floor", [0.1, 0.02, 7, 10**6])
@@ -474,7 +492,9 @@ def test_frozen_kernels_have_no_gradients():
     assert "not trainable" in str(report)
 
 
-@pytest.mark.parametrize("data", [(X[:0], Y[:0]), (batch for batch in [])], ids=["arrays", "generator"])
+@pytest.mark.parametrize(
+    "data", [(X[:0], Y[:0]), (batch for batch in []), iter([])], ids=["arrays", "generator", "iterator"]
+)
 def test_data_without_samples(data):
     with pytest.raises(ValueError, match="at least one"):
         ks.prune(linear(), 0.5, criterion="snip", data=data)

@@ -30,6 +30,14 @@ def test_errors_say_what_there_is(get, base, name):
         get(type(get(name)))
 
 
+def test_what_has_a_config_shows_its_arguments():
+    assert repr(ks.patterns.NM(2, 4)) == "NM(n=2, m=4)"
+    assert repr(ks.pruning.ERK()) == "ERK()"
+    assert "filters=<function" in repr(ks.callbacks.Pruning(0.9, filters=lambda variable: True))
+    with pytest.raises(TypeError, match="An allocation is a string"):
+        ks.pruning.allocation.get(3)
+
+
 @pytest.mark.parametrize("module", [ks.schedules, ks.patterns, ks.criteria])
 def test_every_public_class_has_a_name(module):
     classes = [getattr(module, name) for name in module.__all__ if isinstance(getattr(module, name), type)]

@@ -87,7 +87,9 @@ class DynamicSparseTraining(ScheduledMasks):
         seed=0,
         verbose=0,
     ):
-        super().__init__(0, end, frequency)
+        if is_real(end) and end == 0:
+            raise ValueError(f"`end` must be above 0; `grow=None` moves no weight. Received: end={end!r}")
+        super().__init__(0, end, frequency, filters, verbose)
         if allocation not in ("erk", "uniform"):
             raise ValueError(
                 "`allocation` must be 'erk' or 'uniform': which weights are live says the training. "
@@ -116,9 +118,7 @@ class DynamicSparseTraining(ScheduledMasks):
         self.drop_fraction = float(drop_fraction)
         self.schedule = schedules.get(schedule)
         self.end, self.frequency = end, frequency
-        self.filters = filters
         self.seed = criteria.Random(seed).seed
-        self.verbose = verbose
         self._prepared = False
 
     def get_config(self):

@@ -65,7 +65,7 @@ class LotteryTicket(ScheduledMasks):
 
     def __init__(self, rounds, rate, rewind_to=0, allocation="global", filters=None, verbose=0):
         # The clock's only task is to say when `rewind_to` is.
-        super().__init__(rewind_to, sys.maxsize if isinstance(rewind_to, numbers.Integral) else 1.0, sys.maxsize)
+        super().__init__(rewind_to, sys.maxsize, sys.maxsize, filters, verbose, name="rewind_to")
         if isinstance(rounds, bool) or not isinstance(rounds, numbers.Integral) or rounds < 2:
             raise ValueError(
                 "`rounds` must be a whole number of at least 2: the first trains the dense network, the last the "
@@ -81,8 +81,6 @@ class LotteryTicket(ScheduledMasks):
         self.rewind_to = rewind_to
         pruning.check_target(self._sparsity(1), allocation)
         self.allocation = pruning.allocation.get(allocation)
-        self.filters = filters
-        self.verbose = verbose
         self._round = 0
 
     def get_config(self):

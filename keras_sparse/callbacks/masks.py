@@ -155,6 +155,13 @@ class ScheduledMasks(MaskCallback):
         begin: When the first update is due, as in `ks.clock.Clock`.
         end: When the last one is due.
         frequency: Optimizer steps between updates.
+        filters: Which weights, as in `ks.selection.select`.
+        verbose: 1 prints a line at each update.
+        name: What a user calls `begin`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a number is out of range.
 
     Example:
 
@@ -163,9 +170,19 @@ class ScheduledMasks(MaskCallback):
     True
     """
 
-    def __init__(self, begin, end, frequency):
+    def __init__(self, begin, end, frequency, filters, verbose, name="begin"):
         super().__init__()
-        self._clock = clock.Clock(begin, end, frequency)
+        self._clock = clock.Clock(begin, end, frequency, name)
+        for each in filters if isinstance(filters, (list, tuple)) else [filters]:
+            if not (callable(each) or isinstance(each, str) or filters is None):
+                raise TypeError(
+                    "`filters` must be a regex, a list of them, or a callable on the variable. "
+                    f"Received: filters={filters!r}"
+                )
+        if verbose not in (0, 1, 2):
+            raise ValueError(f"`verbose` must be 0 or 1. Received: verbose={verbose!r}")
+        self.filters = filters
+        self.verbose = verbose
 
     def _prepare(self, sparse, now):
         """What is to do at the start of each epoch, at step `now`, before an update that may be due."""

@@ -91,11 +91,10 @@ class ProximalL1(ScheduledMasks):
             if target_sparsity == 0:
                 raise ValueError("`target_sparsity` must be above 0. Received: target_sparsity=0")
         freezes = 0.65 if strength is None else 1.0
-        super().__init__(begin, freezes if end is None else end, frequency)
+        super().__init__(begin, freezes if end is None else end, frequency, filters, verbose)
         self.strength, self.target_sparsity = strength, target_sparsity
         self.group = None if group is None else patterns.get(group)
         self.begin, self.end, self.frequency = begin, end, frequency
-        self.filters, self.verbose = filters, verbose
         self._frozen = False
         self._shrinkage = None
 

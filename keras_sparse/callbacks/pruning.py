@@ -68,7 +68,7 @@ class Pruning(ScheduledMasks):
         filters=None,
         verbose=0,
     ):
-        super().__init__(begin, end, frequency)
+        super().__init__(begin, end, frequency, filters, verbose)
         if target_sparsity is None and patterns.get(pattern).sparsity is None:
             raise ValueError(
                 "`target_sparsity` is missing: the share of weights to set to zero, such as 0.9, or a dict "
@@ -80,8 +80,6 @@ class Pruning(ScheduledMasks):
         self.schedule = schedules.get(schedule)
         self.allocation = pruning.allocation.get(allocation)
         self.begin, self.end, self.frequency = begin, end, frequency
-        self.filters = filters
-        self.verbose = verbose
         self._reached = False
 
     def get_config(self):

@@ -50,10 +50,15 @@ class Goal:
     def expand(self, groups):
         """A boolean for each weight, from one for each group."""
         shape, axes = tuple(self.weight.variable.shape), self.weight.output_axes
-        if not self.pattern.matrix:
-            return self.pattern.expand(groups, shape)
         rows = int(np.prod([shape[axis] for axis in axes]))
-        return patterns.from_matrix(self.pattern.expand(groups, (rows, self.weight.size // rows)), shape, axes)
+        layout = (rows, self.weight.size // rows) if self.pattern.matrix else shape
+        kept = np.asarray(self.pattern.expand(groups, layout))
+        if kept.shape != layout or kept.dtype != bool:
+            raise ValueError(
+                f"`{type(self.pattern).__name__}.expand` must return booleans of the shape {layout} for "
+                f"{self.weight.path}. Received: shape {kept.shape}, dtype {kept.dtype}"
+            )
+        return patterns.from_matrix(kept, shape, axes) if self.pattern.matrix else kept
 
 
 class Allocation(Configurable):
@@ -226,6 +231,8 @@ def erk_counts(shapes, sizes, sparsity):
     >>> ks.pruning.erk_counts([(784, 300), (300, 100), (100, 10)], [235200, 30000, 1000], 0.98)
     [231579, 28664, 633]
     """
+    if not is_real(sparsity) or not 0 <= sparsity < 1:
+        raise ValueError(f"`sparsity` must be a number of at least 0 and below 1. Received: sparsity={sparsity!r}")
     kept = sum(sizes) - round(sparsity * sum(sizes))
     raw = [sum(shape) / math.prod(shape) for shape in shapes]
     dense = set()

@@ -1,5 +1,6 @@
 """Pruning in one shot sets weights to zero without training."""
 
+import itertools
 import warnings
 
 import keras
@@ -76,9 +77,14 @@ def _statistics(model, plan, data):
             f"`{name}` ranks weights by gradients: pass `data=(x, y)`, or prune in training, with "
             "`ks.callbacks.Pruning` or, in a loop of your own, `ks.update_masks`. Received: data=None"
         )
+    if isinstance(data, (list, dict)) or hasattr(data, "shape"):
+        raise ValueError(
+            "`data` must be (x, y) or (x, y, sample_weight), a tuple, or yield such batches: the loss is taken against "
+            f"targets. Received: {type(data).__name__}"
+        )
     if not isinstance(data, tuple):
         batches.check(data)
-        data = (data,)
+        data = (_started(data) if hasattr(data, "__next__") else data,)
     elif len(data) not in (2, 3):
         raise ValueError(f"`data` must be (x, y) or (x, y, sample_weight). Received: a tuple of {len(data)}")
     elif not len(keras.tree.flatten(data[0])[0]):
@@ -92,6 +98,14 @@ def _statistics(model, plan, data):
         if not selection.as_array(sparse.count_of(kind)):
             raise ValueError("`data` gave no finite gradient: it has no batch, or the loss overflows.")
         return [selection.as_array(sparse.statistic_of(variable, kind)) for variable in variables]
+
+
+def _started(data):
+    """The batches of an iterator, of which there is one at least, as a generator, which `fit` takes."""
+    first = next(data, None)
+    if first is None:
+        raise ValueError("`data` are empty: at least one batch is needed to take a gradient.")
+    return (batch for batch in itertools.chain([first], data))
 
 
 def _kept_notes(plan, masks):
