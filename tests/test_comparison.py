@@ -1,5 +1,6 @@
 """Comparisons: each number next to who else computes it - scikit-learn, Keras's evaluate, the interpreter, the file."""
 
+import collections
 import gzip
 import io
 import json
@@ -307,6 +308,61 @@ def test_several_inputs_and_outputs(structure, file, tmp_path):
         ks.compare(models, x, {"amount": amounts}, ["mse"], seconds=0)
     with pytest.raises(ValueError, match=r"Received: metrics for \['size'\]"):
         ks.compare(models, x, targets, {"size": ["mse"]}, seconds=0)
+
+
+def heads(outputs, seed):
+    """A model with two regressions, by layers that are named after them."""
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((6,), name="x")
+    made = {name: keras.layers.Dense(1, name=name)(inputs) for name in ("age", "sex", "years")}
+    return keras.Model(inputs, keras.tree.map_structure(made.get, outputs))
+
+
+AGES, SEXES = X[:, 0] * 40, X[:, 1]
+
+
+def head_errors(model, age="age"):
+    """What Keras says of the two outputs, by layer."""
+    inner = keras.Model(model.inputs, [model.get_layer(age).output, model.get_layer("sex").output])
+    found = inner.predict(X, verbose=0)
+    return [np.mean((y[:, 0] - own) ** 2) for y, own in zip(found, (AGES, SEXES), strict=True)]
+
+
+def test_outputs_are_paired_by_name():
+    models = {"dict": heads({"age": "age", "sex": "sex"}, 0), "list": heads(["sex", "age"], 1)}
+    for names in (["dict", "list"], ["list", "dict"]):
+        report = ks.compare({n: models[n] for n in names}, X, {"age": AGES, "sex": SEXES}, ["mse"], seconds=0)
+        for row in report.rows:
+            found = [row["age_mean_squared_error"], row["sex_mean_squared_error"]]
+            assert found == pytest.approx(head_errors(models[row["model"]]), rel=1e-5)
+
+
+@pytest.mark.parametrize("other", [{"years": "years", "sex": "sex"}, ["years", "sex"], {"age": "age"}])
+def test_outputs_that_cannot_be_paired(other):
+    models = {"a": heads({"age": "age", "sex": "sex"}, 0), "b": heads(other, 1)}
+    with pytest.raises(ValueError, match="must have the same outputs.*of 'a'.*of 'b'"):
+        ks.compare(models, X, {"age": AGES, "sex": SEXES}, ["mse"], seconds=0)
+
+
+@files_only
+@pytest.mark.parametrize("names", [["output_1", "output_2", "output_10"], ["a-b", "a0"], collections.OrderedDict])
+def test_the_order_of_models_changes_no_number(names, tmp_path):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,), name="x")
+    if names is collections.OrderedDict:
+        outputs = names((name, keras.layers.Dense(1)(inputs)) for name in ("b", "a"))
+    else:
+        outputs = {name: keras.layers.Dense(1)(inputs) for name in names}
+    model = keras.Model(inputs, outputs)
+    ks.tflite.export(model, tmp_path / "m.tflite")
+    models = {"m": model, "f": tmp_path / "m.tflite"}
+    targets = [X[:, i] for i in range(len(outputs))]
+    found = keras.tree.flatten(model.predict(X, verbose=0))  # in the order in which Keras has the outputs
+    wanted = [np.mean((y[:, 0] - own) ** 2) for y, own in zip(found, targets, strict=True)]
+    for order in (["m", "f"], ["f", "m"]):
+        report = ks.compare({n: models[n] for n in order}, X, targets, ["mse"], seconds=0)
+        for row in report.rows:
+            assert list(row.values())[2 : 2 + len(wanted)] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_without_metrics():

@@ -1,5 +1,7 @@
 """Signatures: how a model is called."""
 
+from collections import OrderedDict
+
 import keras
 import pytest
 from keras import layers
@@ -32,6 +34,8 @@ def test_names_are_identifiers_and_differ():
     assert names == ["left_hand_side", "left_hand_side_1"]
     assert output_names({"a.b": 1, "a_b": 2}) == ["output_0", "output_1"]
     assert output_names({"b": [1, 2]}) == ["output_0", "output_1"]
+    assert output_names({"b": [1, 2], "a": []}) == ["output_0", "output_1"]
+    assert output_names(OrderedDict(b=1, a=2)) == ["b", "a"]  # `keras.tree` keeps its order
 
 
 def test_dtypes_become_those_of_phones():

@@ -43,7 +43,8 @@ def compare(
             trust.
         x: An array, a list or dict of them, or a dataset, a `keras.utils.PyDataset` or a generator that yields
             `(x, y)` or `(x, y, sample_weight)` and ends.
-        y: Targets, if `x` are arrays: an array, or a list or dict of them for several outputs.
+        y: Targets, if `x` are arrays: an array, or a list or dict of them for several outputs. Outputs of the models
+            belong together if they have the same key, or number in a list, or if their layers have the same name.
         metrics: A list of `"accuracy"`, `"precision"`, `"recall"`, `"f1"` (scikit-learn's; the last three
             macro-averaged over the classes, for two classes too), names of Keras metrics and losses,
             `keras.metrics.Metric` and `keras.losses.Loss` objects, and functions; `[]` for none. For several outputs a
@@ -99,7 +100,7 @@ def compare(
         keras_model = next((one.model for one in subjects if isinstance(one, Model)), None)
         for one in subjects:
             one.like = keras_model
-        evaluation = _Evaluation(subjects, wanted, threshold, keras_model)
+        evaluation = _Evaluation(subjects, wanted, threshold)
         with _progress(console, batches.count(x, batch_size)) as advance:
             for batch in data:
                 evaluation.update(*batch)
@@ -120,8 +121,9 @@ def compare(
 class _Evaluation:
     """The scores of each subject on the same batches."""
 
-    def __init__(self, subjects, wanted, threshold, model):
-        self._subjects, self._wanted, self._threshold, self._model = subjects, wanted, threshold, model
+    def __init__(self, subjects, wanted, threshold):
+        self._subjects, self._wanted, self._threshold = subjects, wanted, threshold
+        self._reference = next((one for one in subjects if isinstance(one, Model)), None)
         self._scores = None
         self.sample, self.samples = None, 0
 
@@ -130,7 +132,7 @@ class _Evaluation:
         self.samples += len(keras.tree.flatten(x)[0])
         if self.sample is None:
             self.sample = keras.tree.map_structure(lambda array: array[:1], x)
-            self._start(found[0], y)
+            self._start(found, y)
         if not self._names:
             return
         targets = self._targets(y)
@@ -143,10 +145,14 @@ class _Evaluation:
                     where = f"model {one.name!r}, output {name!r}" if len(targets) > 1 else f"model {one.name!r}"
                     raise ValueError(f"{error} (of the {where})") from error
 
-    def _start(self, outputs, y):
+    def _start(self, found, y):
         """Settle the names of the outputs, and which metrics each has, from the first batch."""
-        names = list(outputs)
-        own = list(getattr(self._model, "output_names", None) or [])
+        names = list(found[0])
+        for one, outputs in zip(self._subjects, found, strict=True):
+            if one.form == "keras" and set(outputs) == set(names):
+                names = list(outputs)  # a file does not tell their order
+                break
+        own = self._reference.names()[-1] if self._reference and self._reference.names() else []
         if isinstance(y, dict) and set(y) != set(names) and set(y) == set(own) and len(own) == len(names):
             names = own  # targets by the names of the output layers, as `fit` takes them
         wanted = self._wanted if isinstance(self._wanted, dict) else dict.fromkeys(names, self._wanted)
@@ -178,12 +184,17 @@ class _Evaluation:
     def _in_order(self, one, outputs):
         if set(outputs) == set(self._all):
             return outputs
-        if len(outputs) != len(self._all):
-            raise ValueError(
-                f"All models must have the same outputs. Received: {self._all} of {self._subjects[0].name!r}, "
-                f"{list(outputs)} of {one.name!r}"
-            )
-        return dict(zip(self._all, outputs.values(), strict=True))
+        if len(outputs) == len(self._all) == 1:
+            return dict(zip(self._all, outputs.values(), strict=True))
+        for known in filter(None, (one if isinstance(one, Model) else None, self._reference)):
+            ways = {frozenset(way): way for way in known.names()}
+            theirs, ours = ways.get(frozenset(outputs)), ways.get(frozenset(self._all))
+            if theirs and ours:
+                return {name: outputs[key] for name, key in zip(ours, theirs, strict=True)}
+        raise ValueError(
+            "All models must have the same outputs: give those that mean the same the same key, in the dict that the "
+            f"model returns. Received: {self._all} of {self._subjects[0].name!r}, {list(outputs)} of {one.name!r}"
+        )
 
     def results(self):
         if not self.samples:

@@ -74,6 +74,13 @@ class Model:
     def __init__(self, name, model):
         self.name, self.model = name, model
 
+    def names(self):
+        """The ways to name the outputs, each a list in their order: by key or number, and by layer."""
+        with contextlib.suppress(AttributeError, ValueError):  # a subclassed model, whose outputs are not known
+            ways = output_names(self.model.output), list(self.model.output_names)
+            return [way for way in ways if len(set(way)) == len(ways[0])]
+        return []
+
     def predict(self, x):
         try:
             outputs = self.model.predict_on_batch(x)
@@ -114,8 +121,9 @@ class File:
 
     def __init__(self, name, path, worker):
         self.name, self._path, self._worker = name, path, worker
-        # `output_10` comes behind `output_9`; names of a dict stand in the order in which `keras.tree` has them
-        self._outputs = sorted(worker.outputs, key=lambda name: (len(name) if name.startswith("output_") else 0, name))
+        # Outputs of a list by number; names of a dict in the order in which `keras.tree` has them.
+        numbered = [f"output_{i}" for i in range(len(worker.outputs))]
+        self._outputs = numbered if set(numbered) == set(worker.outputs) else sorted(worker.outputs)
 
     def predict(self, x):
         found = self._worker.predict(self._inputs(x))

@@ -132,7 +132,10 @@ def output_names(outputs):
     >>> output_names({"b": 1, "a": 2}), output_names([1, 2])
     (['a', 'b'], ['output_0', 'output_1'])
     """
-    flat = keras.tree.flatten(outputs)
-    keys = sorted(outputs) if isinstance(outputs, dict) and all(isinstance(key, str) for key in outputs) else []
+    flat = list(range(len(keras.tree.flatten(outputs))))
+    places = keras.tree.pack_sequence_as(outputs, flat)
+    named = isinstance(places, dict) and all(isinstance(item, str) for item in places)
+    # Sorted, but for an `OrderedDict`, which keeps its order.
+    keys = sorted(places, key=places.get) if named and all(type(i) is int for i in places.values()) else []
     names = [re.sub(r"\W", "_", key) for key in keys]
-    return names if len(set(names)) == len(flat) else [f"output_{i}" for i in range(len(flat))]
+    return names if len(set(names)) == len(flat) else [f"output_{i}" for i in flat]
