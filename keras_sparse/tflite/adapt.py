@@ -6,10 +6,12 @@ by their form, not by what they compute:
 * Padding. "same" at stride 2 adds its one row and column at the bottom and right of an even image; XNNPACK's sparse
   kernels want one on each side, and never read the last ones. So they want a padding at the top and left. A network of
   convolutions that looks at the image upside down, with every kernel upside down as well, pads just there, and computes
-  the very same; global pooling at its end does not care. So the image is flipped once, at the input.
+  the very same; global pooling at its end does not care. So the image is flipped once, before the first convolution.
 * Heads. Global average pooling with `keepdims=True` and 1x1 convolutions behind it become pooling and Dense layers.
 * Squeeze-and-excite branches pool with `keepdims=True` in place of a `Reshape`.
 """
+
+import functools
 
 import keras
 import numpy as np
@@ -17,6 +19,9 @@ from keras import layers
 
 from keras_sparse import graph, selection
 from keras_sparse.reports import Report
+from keras_sparse.tflite.padding import same, wanted_padding, windows
+from keras_sparse.tflite.parity import random_batches
+from keras_sparse.tflite.signatures import HALF, signature
 from keras_sparse.tflite.targets import TARGETS, get
 
 __all__ = ["adapt"]
@@ -26,8 +31,9 @@ _POINTWISE = {
     "Activation", "ReLU", "LeakyReLU", "ELU", "BatchNormalization", "Dropout", "GaussianNoise", "GaussianDropout",
     "SpatialDropout2D", "Rescaling", "Normalization", "Add", "Multiply", "Subtract", "Average", "Maximum", "Minimum",
     "InputLayer", "Divide", "TrueDivide", "Relu", "Relu6", "Silu", "Sigmoid", "HardSigmoid", "HardSilu", "Tanh", "Gelu",
-    "Elu", "LeakyRelu", "Clip", "Identity", "UpSampling2D",
+    "Elu", "LeakyRelu", "Clip", "Identity", "UpSampling2D", "Concatenate",
 }  # fmt: skip
+_CONSTANTS = ("scale", "offset", "mean", "variance")  # arrays in these layers
 _ON_VECTORS = {"Activation", "ReLU", "LeakyReLU", "ELU", "Dropout", "Softmax"}
 _DENSE_ARGUMENTS = (
     "name", "trainable", "dtype", "activation", "use_bias", "kernel_initializer", "bias_initializer",
@@ -42,9 +48,9 @@ def adapt(model, target="xnnpack", verbose=1, return_report=False):
 
     * Convolutions of three channels at the input and depthwise convolutions, 3x3 or 5x5 with stride 2, get a
       `ZeroPadding2D` of half the kernel on each side. Where they padded at the bottom and right ("same" at even sizes;
-      what `keras.applications` does by `ZeroPadding2D`), the image is flipped at the input and all kernels with it,
-      which computes the same. Where a network pads on both sides in some layers and at the bottom in others, the latter
-      are shifted by one pixel: train such a model a little more.
+      what `keras.applications` does by `ZeroPadding2D`), the image is flipped before the first convolution and all
+      kernels with it, which computes the same. Where a network pads on both sides in some layers and at the bottom in
+      others, the latter are shifted by one pixel: train such a model a little more.
     * `GlobalAveragePooling2D(keepdims=True)` and 1x1 convolutions behind it become pooling and `Dense` layers.
     * `GlobalAveragePooling2D` and a `Reshape` to 1x1 in squeeze-and-excite branches become one pooling.
     * Nested models are laid out flat.
@@ -77,13 +83,23 @@ def adapt(model, target="xnnpack", verbose=1, return_report=False):
         raise ValueError(f"`target` must be one with rules for the graph: {names}. Received: target={target!r}")
     selection.check_model(model)
     _check(model)
+    trials = []
+    for flipped in (False, True):
+        try:
+            trials.append(_Rebuilding(model, flipped))
+        except ValueError as error:
+            refusal = error
+    if not trials:
+        raise refusal
+    tolerance = 1e-2 if any(one.compute_dtype in HALF for one in selection.layers(model)) else 1e-4
     # Upside down or not: what changes less of what the network computes, and then what changes less.
-    trials = [_Rebuilding(model, flipped) for flipped in (False, True)]
-    best = min(trials, key=lambda trial: (sum(not row["exact"] for row in trial.rows), trial.flipped))
-    adapted = best.model()
-    totals = {"changes": len(best.rows), "exact": all(row["exact"] for row in best.rows)}
-    totals["difference"] = _difference(model, adapted)
-    if totals["exact"] and not totals["difference"] < 1e-2:
+    for best in sorted(trials, key=lambda trial: (sum(not row["exact"] for row in trial.rows), trial.flipped)):
+        adapted = best.model()
+        totals = {"changes": len(best.rows), "exact": all(row["exact"] for row in best.rows)}
+        totals["difference"] = _difference(model, adapted)
+        if totals["difference"] < tolerance or not totals["exact"]:
+            break
+    else:
         raise ValueError(
             "The adapted model does not compute what the model computes, so it is not returned. Report this model to "
             f"keras_sparse if it has no random layer that is active in inference. Received: {model.name!r}, outputs "
@@ -107,14 +123,14 @@ def _check(model):
 
 
 def _difference(model, adapted):
-    rng = np.random.default_rng(0)
-    x = [rng.random([2, *(n or 32 for n in tensor.shape[1:])]).astype("float32") for tensor in model.inputs]
-    found = []
+    x, found = random_batches(model, signature(model))[1], []
     for one in (model, adapted):
-        outputs = one(x if len(x) > 1 else x[0], training=False)
-        found.append([keras.ops.convert_to_numpy(y) for y in keras.tree.flatten(outputs)])
-    pairs = zip(*found, strict=True)
-    return max(float(np.abs(a - b).max()) / max(float(np.abs(a).max()), 1e-6) for a, b in pairs)
+        outputs = keras.tree.flatten(signature(one).call(one, x))
+        found.append([np.asarray(keras.ops.convert_to_numpy(y), "float64") for y in outputs])
+    return max(
+        float(np.where(np.isnan(a) & np.isnan(b), 0, np.abs(a - b)).max() / np.abs(a[np.isfinite(a)]).max(initial=1e-6))
+        for a, b in zip(*found, strict=True)
+    )
 
 
 class _Rebuilding:
@@ -128,10 +144,9 @@ class _Rebuilding:
         self._vectors = {}  # id of a tensor (n, 1, 1, c) -> the same as (n, c)
         self._alive = []  # ids are of objects that must live on
         self._inputs = [keras.Input(t.shape[1:], t.shape[0], t.dtype, name=t.name) for t in model.inputs]
-        starts = [self._flip(x) if flipped and _is_image(x) else x for x in self._inputs]
-        if self._upside_down:
-            self._row("input", "the image is flipped, rows and columns, and all kernels with it", True)
-        outputs = [self._upright(y) for y in self._run(model, starts)]
+        # id of a tensor before the first convolution -> the same upside down, or None
+        self._before = dict.fromkeys(map(id, self._inputs)) if flipped else {}
+        outputs = [self._upright(y) for y in self._run(model, self._inputs)]
         self._outputs = _packed(model, outputs)
         sequential = isinstance(model, keras.Sequential)
         self._structure = self._inputs[0] if sequential else keras.tree.pack_sequence_as(model.input, self._inputs)
@@ -184,26 +199,29 @@ class _Rebuilding:
         first = args[0] if args and isinstance(args[0], keras.KerasTensor) else None
         kind = type(operation).__name__
         if kind == "ZeroPadding2D" and first is not None:
-            return self._pad(operation, first)
+            return self._pad(operation, self._turned(first))
         if type(operation) in (layers.Conv2D, layers.DepthwiseConv2D) and first is not None:
-            return self._convolve(operation, first)
+            return self._convolve(operation, self._turned(first))
         if kind == "GlobalAveragePooling2D" and first is not None:
             return self._pool(operation, first, operation.name in excited)
         if kind in ("Reshape", "Flatten") and id(first) in self._vectors:
             return self._reshape(operation, first)
-        if kind in _ON_VECTORS and id(first) in self._vectors and not kwargs.get("mask"):
+        if kind in _ON_VECTORS and id(first) in self._vectors and not kwargs.get("mask") and _on_channels(operation):
             return self._as_image(self._copy(operation)(self._vectors[id(first)]))
         if kind == "GlobalMaxPooling2D":
             return self._copy(operation)(*args, **kwargs)
-        tensors = [t for t in keras.tree.flatten([args, kwargs]) if isinstance(t, keras.KerasTensor)]
-        images = [t for t in tensors if _is_image(t)]
-        turned = [t for t in images if id(t) in self._upside_down]
-        if turned and (kind not in _POINTWISE | {"Concatenate"} or len(turned) < len(images) or not _alike(operation)):
-            args, kwargs = keras.tree.map_structure(self._upright, [args, kwargs])
-            turned = []
+        tensors = keras.tree.flatten([args, kwargs])
+        turned = any(id(t) in self._upside_down for t in tensors)
+        if turned:
+            others = [t for t in tensors if not self._can_turn(t)] + [getattr(operation, n, 0) for n in _CONSTANTS]
+            turned = kind in _POINTWISE and _alike(operation) and not any(_is_spatial(other) for other in others)
+            args, kwargs = keras.tree.map_structure(self._turned if turned else self._upright, [args, kwargs])
         outputs = self._copy(operation)(*args, **kwargs)
         if turned:
             self._mark(outputs)
+        elif all(id(t) in self._before for t in tensors if isinstance(t, keras.KerasTensor)):
+            self._alive += keras.tree.flatten(outputs)
+            self._before.update((id(y), None) for y in keras.tree.flatten(outputs))
         return outputs
 
     # What is known of tensors
@@ -213,8 +231,18 @@ class _Rebuilding:
         self._alive.append(tensor)
         return tensor
 
-    def _flip(self, tensor):
-        return self._mark(keras.ops.flip(tensor, (1, 2)))
+    def _can_turn(self, tensor):
+        return id(tensor) in self._upside_down or (id(tensor) in self._before and _is_image(tensor))
+
+    def _turned(self, tensor):
+        """The tensor upside down, if it is an image before the first convolution; else as it is."""
+        if id(tensor) in self._upside_down or not self._can_turn(tensor):
+            return tensor
+        if not self._upside_down:
+            self._row("input", "the image is flipped, rows and columns, and all kernels with it", True)
+        if self._before[id(tensor)] is None:
+            self._before[id(tensor)] = self._mark(keras.ops.flip(tensor, (1, 2)))
+        return self._before[id(tensor)]
 
     def _upright(self, tensor):
         return keras.ops.flip(tensor, (1, 2)) if id(tensor) in self._upside_down else tensor
@@ -240,7 +268,7 @@ class _Rebuilding:
             self._copies[id(operation)] = type(operation).from_config(config), changes, weights
         new, known, values = self._copies[id(operation)]
         # A kernel that reads an image both ways, upside down and not, would have to be two.
-        if known != changes or any(not np.array_equal(a, b) for a, b in zip(weights, values, strict=True)):
+        if known != changes or not all(map(functools.partial(np.array_equal, equal_nan=True), weights, values)):
             raise ValueError(
                 "A layer that is called several times and would have to change in one place cannot be adapted. "
                 f"Received: {operation.name!r}"
@@ -271,7 +299,7 @@ class _Rebuilding:
     def _convolve(self, layer, x):
         if id(x) in self._vectors and _is_pointwise(layer):
             return self._connect(layer, x)
-        wanted = _wanted(layer, x)
+        wanted = wanted_padding(layer, x)
         source, rows, columns = self._padded.get(id(x), (x, (0, 0), (0, 0)))
         if wanted is not None and None in source.shape[1:3]:
             self.notes.append(
@@ -281,14 +309,14 @@ class _Rebuilding:
             return self._plain(layer, x)
         if layer.padding == "valid" and rows == columns == (wanted, wanted):
             return self._plain(layer, x)
-        windows = self._windows(layer, x, source, (rows, columns))
-        fitting = [_windows_of(n, (wanted, wanted), layer, axis) for axis, n in enumerate(source.shape[1:3])]
-        if [count for _, _, count in windows] != [count for _, _, count in fitting]:
+        current = self._windows(layer, x, source, (rows, columns))
+        fitting = [windows(n, (wanted, wanted), layer, axis) for axis, n in enumerate(source.shape[1:3])]
+        if [count for _, _, count in current] != [count for _, _, count in fitting]:
             self.notes.append(f"{layer.name}: a padding of {wanted} on each side would give it another output size.")
             return self._plain(layer, x)
-        exact = all(first == wanted for first, _, _ in windows)
+        exact = all(first == wanted for first, _, _ in current)
         text = f"a padding of {wanted} on each side, by ZeroPadding2D"
-        self._row(layer.name, text if exact else f"{text}: the image is shifted by {wanted - windows[0][0]}", exact)
+        self._row(layer.name, text if exact else f"{text}: the image is shifted by {wanted - current[0][0]}", exact)
         if any(n % 2 for n in source.shape[1:3]):
             self.notes.append(
                 f"{layer.name}: of an odd size, {source.shape[1:3]}, which TFLite's converter pads its way."
@@ -303,9 +331,9 @@ class _Rebuilding:
         for axis, (size, padding) in enumerate(zip(source.shape[1:3], paddings, strict=True)):
             first, last = reversed(padding) if turned else padding  # as the model has it
             if layer.padding == "same":
-                front, behind = _same(size + first + last, layer, axis)
+                front, behind = same(size + first + last, layer, axis)
                 first, last = first + front, last + behind
-            first, last, count = _windows_of(size, (first, last), layer, axis)
+            first, last, count = windows(size, (first, last), layer, axis)
             found.append((last, first, count) if turned else (first, last, count))
         return found
 
@@ -318,12 +346,12 @@ class _Rebuilding:
                 return self._copy(layer)(self._upright(x))
             pads = []
             for axis, size in enumerate(sizes):
-                front, behind = _same(size, layer, axis) if layer.padding == "same" else (0, 0)
-                front, behind, _ = _windows_of(size, (front, behind), layer, axis)
+                front, behind = same(size, layer, axis) if layer.padding == "same" else (0, 0)
+                front, behind, _ = windows(size, (front, behind), layer, axis)
                 pads.append((behind, front))
             if min(first for first, _ in pads) < 0:  # the last rows are not read, which would be the first ones now
                 return self._copy(layer)(self._upright(x))
-            own = [_same(n, layer, i) if layer.padding == "same" else (0, 0) for i, n in enumerate(sizes)]
+            own = [same(n, layer, i) if layer.padding == "same" else (0, 0) for i, n in enumerate(sizes)]
             if pads != own:
                 changes = {"padding": "valid"}
                 pads = [(first, max(0, last)) for first, last in pads]
@@ -386,6 +414,15 @@ def _is_image(tensor):
     return len(tensor.shape) == 4 and tuple(tensor.shape[1:3]) != (1, 1)
 
 
+def _is_spatial(value):
+    """Whether it has rows or columns when it meets an image."""
+    return any(n != 1 for n in np.shape(value)[-3:-1])
+
+
+def _on_channels(operation):
+    return getattr(operation, "axis", -1) == -1 and getattr(operation, "noise_shape", None) is None
+
+
 def _is_pointwise(layer):
     return type(layer) is layers.Conv2D and layer.kernel_size == layer.strides == (1, 1) and layer.groups == 1
 
@@ -395,36 +432,6 @@ def _alike(operation):
     axis = getattr(operation, "axis", None)
     axes = axis if isinstance(axis, (tuple, list)) else [axis]
     return all(one in (None, -1, 3) for one in axes)
-
-
-def _wanted(layer, x):
-    """The padding on each side with which XNNPACK's sparse kernels take a convolution that it may be about."""
-    size = layer.kernel_size[0]
-    if layer.dilation_rate not in (1, (1, 1)) or layer.kernel_size != (size, size) or layer.strides != (2, 2):
-        return None
-    if type(layer) is layers.Conv2D:
-        return 1 if size == 3 and x.shape[-1] == 3 and layer.groups == 1 else None
-    return size // 2 if size in (3, 5) and layer.depth_multiplier == 1 else None
-
-
-def _extent(layer, axis):
-    rate = layer.dilation_rate if isinstance(layer.dilation_rate, int) else layer.dilation_rate[axis]
-    return rate * (layer.kernel_size[axis] - 1) + 1
-
-
-def _same(size, layer, axis):
-    """The padding of "same", in front and behind."""
-    stride = layer.strides[axis]
-    total = max(0, (-(-size // stride) - 1) * stride + _extent(layer, axis) - size)
-    return total // 2, total - total // 2
-
-
-def _windows_of(size, padding, layer, axis):
-    """`(padding in front, padding that is read behind, number of windows)`; negative behind: what is not read."""
-    first, last = padding
-    stride, extent = layer.strides[axis], _extent(layer, axis)
-    count = (size + first + last - extent) // stride + 1
-    return first, stride * (count - 1) + extent - size - first, count
 
 
 def _excitations(wiring, operations):

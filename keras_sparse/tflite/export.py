@@ -125,6 +125,11 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
     if quantize == "int8":
         samples = _calibration(samples, called)
     conversion = convert(model, called, quantize, samples, inference_type)
+    if quantize == "int8" and not _holds_integers(conversion.content):
+        raise ExportError(
+            f"The converter found nothing in the model {model.name!r} that it can compute in integers of 8 bits: use "
+            "quantize='float16'. Received: quantize='int8'"
+        )
     # int8 clips what is beyond the calibrated range: random inputs would be.
     batches = samples[:_SAMPLES] if quantize == "int8" else random_batches(model, called) + samples
     reference = Reference(model, called, in_batches_of(1, batches) if conversion.fixed_batch else batches)
@@ -184,8 +189,17 @@ def _check_quantize(quantize, representative_data, inference_type):
 
 def _calibration(samples, called):
     """One sample at a time, where the batch size is open."""
+    if all(np.ptp(np.concatenate(arrays, axis=None).astype("float64")) == 0 for arrays in zip(*samples, strict=True)):
+        raise ValueError(
+            "`representative_data` must be inputs as the model will meet them, for the range of each activation: pass "
+            f"some of the training data. Received: nothing but {float(samples[0][0].flat[0]):g}"
+        )
     samples = in_batches_of(called.inputs[0].shape[0] or 1, samples)
     return [[a.astype(leaf.dtype) for a, leaf in zip(batch, called.inputs, strict=True)] for batch in samples]
+
+
+def _holds_integers(content):
+    return any(tensor.dtype == "int8" for graph in read(content).subgraphs for tensor in graph.tensors)
 
 
 def _check_path(path):
@@ -226,6 +240,13 @@ def _model(model):
     gated = [layer.name for layer in gated_layers(model)]
     if gated:
         raise ValueError(f"Fold the gates in first: `export(ks.bake(model), ...)`. Received: `ks.layers.L0` {gated}")
+    broken = [weight.path for weight in model.weights if not np.isfinite(selection.as_array(weight)).all()]
+    if broken:
+        raise ValueError(
+            "The weights of `model` must be finite: its training diverged. Train it again with a smaller learning rate "
+            "or `clipnorm`, from a checkpoint before that (`keras.callbacks.TerminateOnNaN` stops in time). "
+            f"Received: NaN or infinity in {', '.join(broken)}"
+        )
     return model
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.convert import ExportError, first_line
 from keras_sparse.tflite.runtimes import TIMEOUT, Worker
-from keras_sparse.tflite.signatures import output_names
+from keras_sparse.tflite.signatures import HALF, output_names
 
 __all__ = ["Parity", "Reference", "in_batches_of", "random_batches", "representative_batches"]
 
@@ -150,8 +150,8 @@ def _difference(expected, found):
     if expected.shape != found.shape:
         return np.inf, np.inf
     with np.errstate(invalid="ignore"):
-        apart = np.abs(expected - found)
-    apart[(expected == found) | (np.isnan(expected) & np.isnan(found))] = 0.0
+        apart = np.atleast_1d(np.abs(expected - found))
+    apart[np.atleast_1d((expected == found) | (np.isnan(expected) & np.isnan(found)))] = 0.0
     apart[np.isnan(apart)] = np.inf
     finite = np.abs(expected[np.isfinite(expected)])
     largest = float(apart.max(initial=0.0))
@@ -226,7 +226,8 @@ def representative_batches(data, signature):
         List of flat lists of arrays, of 128 samples at most; if the model's batch size is fixed, in batches of it.
 
     Raises:
-        ValueError: If the data are empty, do not fit the model's inputs, or do not fill a batch of fixed size.
+        ValueError: If the data are empty, no finite numbers, do not fit the model's inputs, or do not fill a batch of
+            fixed size.
 
     Example:
 
@@ -314,5 +315,15 @@ def _fitting(array, leaf):
         raise ValueError(
             f"`representative_data` must fit the model's input {leaf.name!r} of shape {leaf.shape}. "
             f"Received: an array of shape {array.shape}"
+        )
+    if array.dtype.kind not in "biuf" and array.dtype.name not in HALF:
+        raise ValueError(
+            f"`representative_data` must hold real numbers for the input {leaf.name!r}. Received: an array of "
+            f"{array.dtype}"
+        )
+    if not np.isfinite(_numbers(array)).all():
+        raise ValueError(
+            f"`representative_data` must be finite: leave out samples with NaN or infinity. Received: "
+            f"{int(np.sum(~np.isfinite(_numbers(array)))):,} such numbers for the input {leaf.name!r}"
         )
     return array
