@@ -310,7 +310,9 @@ def test_bad_inference_types(inference_type, quantize, tmp_path):
 @pytest.mark.slow
 def test_a_crash_of_the_converter_is_an_error(tmp_path):
     with pytest.raises(ks.tflite.ExportError, match="TensorFlow crashed"):
-        ks.tflite.export(lstm(), tmp_path / "m.tflite", quantize="int8", representative_data=np.ones((4, 10, 8)))
+        ks.tflite.export(
+            lstm(), tmp_path / "m.tflite", quantize="int8", representative_data=np.eye(80).reshape(80, 10, 8)
+        )
     assert clean(tmp_path)
 
 
@@ -339,6 +341,40 @@ def test_a_dense_file_that_cannot_be_run_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(ks.tflite.ExportError, match="with dense weights either. Received: .*XNNPack delegate failed"):
         ks.tflite.export(mlp(), tmp_path / "m.tflite", sparse=False)
     assert clean(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_data_in_which_nothing_varies(value, tmp_path):
+    with pytest.raises(ValueError, match=f"inputs as the model will meet them.*Received: nothing but {value:g}"):
+        ks.tflite.export(mlp(), tmp_path / "m.tflite", quantize="int8", representative_data=np.full((9, 64), value))
+
+
+@tensorflow_only
+@pytest.mark.slow
+def test_int8_that_is_none(tmp_path):
+    inputs = keras.Input((4, 4, 4, 2))
+    model = keras.Model(inputs, layers.Conv3D(2, 3)(inputs))
+    data = np.random.default_rng(0).normal(size=(4, 4, 4, 4, 2))
+    with pytest.raises(ks.tflite.ExportError, match="nothing in the model.*use quantize='float16'"):
+        ks.tflite.export(model, tmp_path / "m.tflite", quantize="int8", representative_data=data)
+    assert clean(tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("quantize", [None, "dynamic"])
+def test_weights_that_are_not_finite(value, quantize, tmp_path):
+    model = mlp()
+    model.layers[-1].kernel.assign(np.full(model.layers[-1].kernel.shape, value))
+    with pytest.raises(ValueError, match=f"training diverged(.|\n)*{model.layers[-1].kernel.path}"):
+        ks.tflite.export(model, tmp_path / "m.tflite", quantize=quantize)
+    assert clean(tmp_path)
+
+
+@tensorflow_only
+def test_an_output_that_is_one_number(tmp_path):
+    inputs = keras.Input((4,))
+    report = ks.tflite.export(keras.Model(inputs, keras.ops.sum(layers.Dense(4)(inputs))), tmp_path / "m.tflite")
+    assert report.parity_relative < 1e-5
 
 
 @tensorflow_only

@@ -105,6 +105,11 @@ def test_endless_generator():
         (np.ones((0, 64)), "at least one sample"),
         ([(np.ones((2, 64)),) * 5], "must hold 1 arrays"),
         (7, "must be an array"),
+        (np.where(np.eye(64) == 1, np.nan, 0.0), "must be finite.*64 such numbers for the input 'pixels'"),
+        (np.full((2, 64), -np.inf), "must be finite"),
+        (np.ones((2, 64), "complex64"), "real numbers.*complex64"),
+        (np.full((2, 64), "a"), "real numbers.*<U1"),
+        ([np.full((2, 64), None)], "real numbers.*object"),
     ],
 )
 def test_bad_representative_data(data, message):
