@@ -117,13 +117,46 @@ def test_the_way_in_is_closed_without_a_change(height, width, moved):
     assert paddings == expected[height, width]
 
 
-def test_padding_that_others_read_is_left_alone():
+def two_stems(padded):
+    return [layers.Conv2D(8, 3, 2)(padded) for _ in range(2)]
+
+
+def two_paddings(inputs):
+    """The converter makes one of them."""
+    return [layers.Conv2D(8, 3, 2)(layers.ZeroPadding2D(1)(inputs)) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("body", "moved", "paddings"),
+    [
+        (two_paddings, 2, 1),
+        (lambda x: two_stems(layers.ZeroPadding2D(1)(x)), 2, 1),
+        (lambda x: (lambda y: [*two_stems(y), layers.MaxPooling2D(3, 2)(y)])(layers.ZeroPadding2D(1)(x)), 2, 2),
+        (lambda x: (lambda y: [*two_stems(y)[:1], y[:, 1:33:2, 1:33:2]])(layers.ZeroPadding2D(1)(x)), 1, 2),
+    ],
+)
+def test_padding_that_several_read(body, moved, paddings):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((32, 32, 3))
+    x = layers.Conv2D(64, 1)(layers.Concatenate()(body(inputs)))
+    model = sparsify(keras.Model(inputs, x), 0.9)
+    content = dense(model)
+    closed = encode(content, engage=False)
+    assert closed.moved == moved
+    operators = [o.name for graph in read(closed.content).subgraphs for o in graph.operators]
+    assert operators.count("PAD") == paddings
+    called = signature(model)
+    assert Reference(model, called, random_batches(model, called)).compare(closed.content).relative < 1e-5
+
+
+def test_padding_that_is_an_output():
     inputs = keras.Input((32, 32, 3))
     padded = layers.ZeroPadding2D(1)(inputs)
-    x = layers.Conv2D(8, 3, 2)(padded)
-    y = layers.MaxPooling2D(3, 2)(padded)
-    model = sparsify(keras.Model(inputs, layers.Concatenate()([layers.Conv2D(64, 1)(x), y])), 0.9)
-    assert encode(dense(model), engage=False).moved == 0
+    model = sparsify(keras.Model(inputs, [padded, layers.Conv2D(64, 1)(layers.Conv2D(16, 3, 2)(padded))]), 0.9)
+    closed = encode(dense(model), engage=False)
+    called = signature(model)
+    assert closed.moved == 1
+    assert Reference(model, called, random_batches(model, called)).compare(closed.content).relative < 1e-5
 
 
 @pytest.mark.parametrize(

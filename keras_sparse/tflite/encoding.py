@@ -18,6 +18,7 @@ The storage is that of TFLite's converter: compressed sparse rows of single valu
 but the last (schema.fbs, `SparsityParameters`).
 """
 
+import copy
 import functools
 from dataclasses import dataclass, field
 
@@ -332,23 +333,28 @@ def _as_convolutions(file, graph, operators):
 def _move_entries(file, graph):
     """Take the last row and column from the padding of convolutions that XNNPACK's sparse kernels may begin at."""
     moved = 0
-    sources = {int(n): operator for operator in graph.operators for n in operator.outputs}
-    for operator in graph.operators:
-        pad = sources.get(int(operator.inputs[0])) if file.name(operator) == "CONV_2D" else None
-        if pad is None or file.name(pad) != "PAD" or not _is_entry(file, graph, operator):
-            continue
-        inner, outer = graph.tensors[int(pad.inputs[0])], graph.tensors[int(pad.outputs[0])]
-        amounts = graph.tensors[int(pad.inputs[1])]
-        if sum(int(pad.outputs[0]) in [int(n) for n in o.inputs] for o in graph.operators) > 1:
-            continue
+    for pad in [operator for operator in graph.operators if file.name(operator) == "PAD"]:
+        padded = int(pad.outputs[0])
+        readers = [operator for operator in graph.operators if padded in [int(n) for n in operator.inputs]]
+        entries = [reader for reader in readers if _is_entry(file, graph, reader)]
+        inner, outer, amounts = (graph.tensors[int(n)] for n in (pad.inputs[0], padded, pad.inputs[1]))
         data = file.data(amounts)
-        if data is None:
+        if not entries or data is None:
             continue
         values = np.frombuffer(data.tobytes(), "<i4" if file.dtype(amounts) == "int32" else "<i8").reshape(4, 2).copy()
         signature = inner.shape if inner.shapeSignature is None else inner.shapeSignature
         even = [axis for axis in (1, 2) if signature[axis] > 0 and signature[axis] % 2 == 0]
         if values.tolist() != [[0, 0], [1, 1], [1, 1], [0, 0]] or not even:
             continue
+        if len(entries) < len(readers) or padded in [int(n) for n in graph.outputs]:  # others want it as it is
+            place = next(i for i, other in enumerate(graph.operators) if other is pad)
+            pad, outer = copy.copy(pad), copy.copy(outer)
+            outer.name += b"/moved"
+            pad.outputs = [len(graph.tensors)]
+            graph.tensors.append(outer)
+            graph.operators.insert(place + 1, pad)
+            for entry in entries:
+                entry.inputs = [pad.outputs[0], *entry.inputs[1:]]
         values[even, 1] = 0
         graph.tensors.append(
             file.schema.TensorT(shape=amounts.shape, type=amounts.type, name=amounts.name + b"/moved", hasRank=True)
@@ -361,11 +367,13 @@ def _move_entries(file, graph):
                 sizes = np.array(sizes, "int32")
                 sizes[even] -= 1
                 setattr(outer, field_name, sizes)
-        moved += 1
+        moved += len(entries)
     return moved
 
 
 def _is_entry(file, graph, operator):
+    if file.name(operator) != "CONV_2D":
+        return False
     options, kernel = operator.builtinOptions, graph.tensors[int(operator.inputs[1])].shape
     return (
         list(kernel[1:]) == [3, 3, 3]
