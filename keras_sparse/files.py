@@ -32,8 +32,12 @@ def load_arrays(path, what="`x` and `y`", read=lambda file: (file["x"], file["y"
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no such file. Received: {path!r}")
     try:
-        with open(path, "rb") as opened, np.load(opened) as file:  # NumPy leaves damaged files open
-            return read(file)
+        with open(path, "rb") as opened:  # NumPy leaves damaged files open
+            file = np.load(opened)
+            if isinstance(file, np.ndarray):
+                raise ValueError("it is an .npy file, with one array")
+            with file:
+                return read(file)
     except Exception as error:  # whatever zip and NumPy readers raise on a damaged file
         raise ValueError(
             f"Expected an .npz file with arrays: {what}, as `numpy.savez(path, x=x, ...)` writes it. "

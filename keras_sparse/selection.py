@@ -139,11 +139,15 @@ def check_model(model):
                 f"(not in this version). Received: {type(model).__module__}.{type(model).__name__}"
             )
         raise TypeError(f"Expected a Keras 3 model. Received: {model!r} of type {type(model).__name__}")
-    if not model.built or not model.weights:
-        reason = "is not built, so it has no weights yet" if not model.built else "has no weights"
+    if not model.built:
         raise ValueError(
-            f"The model {model.name!r} {reason}. Call it on a batch of data, call `model.build(input_shape)`, or start "
-            f"it with `keras.Input`. Received: {type(model).__name__} with built={model.built}"
+            f"The model {model.name!r} is not built, so it has no weights yet. Call it on a batch of data, call "
+            f"`model.build(input_shape)`, or start it with `keras.Input`. Received: {type(model).__name__}"
+        )
+    if not model.weights:
+        raise ValueError(
+            f"The model {model.name!r} has no weights, so there is nothing to make sparse. "
+            f"Received: {type(model).__name__} without weights"
         )
 
 

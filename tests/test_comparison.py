@@ -135,6 +135,9 @@ def test_nan_is_wrong():
         (np.array([0, 2]), np.ones((2, 1)), "from 0 to 1"),
         (np.ones((2, 3)), np.ones((2, 4)), r"\(2, 3\).*\(2, 4\)"),
         (np.ones(3), np.ones((2, 4)), "3 targets for 2 outputs"),
+        (np.array(["a", "b"]), np.ones((2, 4)), "must be numbers.*<U1"),
+        (np.array([None, 1]), np.ones((2, 4)), "must be numbers.*object"),
+        (np.array([np.nan, 1]), np.ones((2, 4)), "from 0 to 3"),
     ],
 )
 def test_targets_that_do_not_fit(targets, outputs, message):
@@ -143,8 +146,13 @@ def test_targets_that_do_not_fit(targets, outputs, message):
 
 
 def test_weights_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"\(2,\).*\(3,\)"):
-        Scores(["f1"]).update(np.array([0, 1]), np.ones((2, 4)), np.ones(3))
+    for weights, message in (
+        (np.ones(3), r"\(2,\).*\(3,\)"),
+        (np.array([1, -1]), "negative"),
+        (np.array([1, np.nan]), "NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Scores(["f1"]).update(np.array([0, 1]), np.ones((2, 4)), weights)
 
 
 def test_names_of_metrics():
@@ -154,13 +162,15 @@ def test_names_of_metrics():
     assert names[:5] == ["accuracy", "f1", "mean_squared_error", "huber", "auc"]
     assert names[5:] == ["sparse_categorical_crossentropy", "p", "_largest"]
     assert resolve("accuracy") == ["accuracy"]
+    # Whatever was made before.
+    assert [metric.name for metric in resolve(["AUC", "Precision"]) + resolve(["AUC"])] == ["auc", "precision", "auc"]
     for wrong, error, message in (
         (["nope"], ValueError, "'nope'"),
         (["loss"], ValueError, "by its own name"),
         (["mse", "mse"], ValueError, "twice.*mean_squared_error"),
         ([keras.metrics.Mean(name="bytes")], ValueError, "'bytes'"),
         ([3], TypeError, "Received: 3"),
-        ([keras.metrics.AUC], TypeError, "AUC"),
+        ([keras.metrics.AUC], TypeError, "of a class make one.*AUC"),
     ):
         with pytest.raises(error, match=message):
             resolve(wrong)
@@ -395,6 +405,14 @@ def test_forms_of_the_report(tmp_path):
     figure.savefig(tmp_path / "plot.png")
     single = ks.compare({"one": classifier()}, X, LABELS, seconds=0)
     assert "Against" not in str(single) + single.to_html()
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="TensorFlow's log")
+def test_several_models_are_no_reason_to_warn(caplog):
+    models = {str(seed): classifier(seed=seed) for seed in range(7)}
+    with caplog.at_level("WARNING", "tensorflow"):
+        ks.compare(models, X, LABELS, seconds=0)
+    assert caplog.records == []
 
 
 def test_models_are_left_alone():

@@ -36,6 +36,9 @@ def test_arrays(tmp_path):
     assert (x.tolist(), y.tolist()) == ([0, 1, 2], [1, 1, 1])
     with pytest.raises(ValueError, match="arrays: `z`.*KeyError"):
         files.load_arrays(path, "`z`", lambda file: file["z"])
+    np.save(path.with_suffix(".npy"), np.ones(3))
+    with pytest.raises(ValueError, match=r"Expected an .npz file.*a.npy.*it is an .npy file, with one array"):
+        files.load_arrays(path.with_suffix(".npy"))
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match="Expected an .npz file"):
         files.load_arrays(path)

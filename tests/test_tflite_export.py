@@ -370,6 +370,21 @@ def test_weights_that_are_not_finite(value, quantize, tmp_path):
     assert clean(tmp_path)
 
 
+def test_double_precision(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, dtype="float64")])
+    with pytest.raises(ValueError, match="TFLite does not in float64.*Received: float64 in .*/kernel"):
+        ks.tflite.export(model, tmp_path / "m.tflite")
+
+
+@tensorflow_only
+def test_a_constant_that_is_not_finite(tmp_path):
+    inputs = keras.Input((64,))
+    scaled = inputs * np.where(np.arange(64) == 3, np.inf, 1.0).astype("float32")  # the converter folds it in
+    with pytest.raises(ks.tflite.ExportError, match="multiplies with a constant that is NaN or infinite"):
+        ks.tflite.export(keras.Model(inputs, layers.Dense(64)(scaled)), tmp_path / "m.tflite", quantize="dynamic")
+    assert clean(tmp_path)
+
+
 @tensorflow_only
 def test_an_output_that_is_one_number(tmp_path):
     inputs = keras.Input((4,))
@@ -451,6 +466,20 @@ def test_nan_and_infinity_are_compared(tmp_path):
 def test_unknown_quantization(quantize, tmp_path):
     with pytest.raises(ValueError, match=r"must be one of None, 'float16', 'dynamic', 'int8'\. Received"):
         ks.tflite.export(mlp(), tmp_path / "m.tflite", quantize=quantize)
+
+
+@pytest.mark.parametrize("sparse", ["no", 0, None])
+def test_sparse_is_a_bool(sparse, tmp_path):
+    with pytest.raises(TypeError, match="`sparse` must be True or False. Received: sparse="):
+        ks.tflite.export(mlp(), tmp_path / "m.tflite", sparse=sparse)
+
+
+@tensorflow_only
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "m.tflite").symlink_to(tmp_path / "there" / "real.tflite")
+    ks.tflite.export(mlp(), tmp_path / "m.tflite")
+    assert (tmp_path / "m.tflite").is_symlink() and (tmp_path / "there" / "real.tflite").stat().st_size > 1000
 
 
 def test_int8_needs_data(tmp_path):

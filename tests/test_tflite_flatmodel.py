@@ -68,5 +68,5 @@ def test_operators_that_run_in_circles(files):
     densify[0].outputs = densify[0].inputs
     builder = flatbuffers.Builder()
     builder.Finish(model.Pack(builder), b"TFL3")
-    with pytest.raises(ValueError, match="an operator reads a tensor that is computed later"):
+    with pytest.raises(ValueError, match="damaged or truncated.*Received: content of"):
         read(bytes(builder.Output()))

@@ -1,6 +1,7 @@
 """An evaluation runs all subjects of a comparison on the same batches and scores what they put out."""
 
 import contextlib
+import logging
 import math
 import time
 
@@ -96,6 +97,9 @@ def compare(
     wanted = {key: resolve(of) for key, of in metrics.items()} if isinstance(metrics, dict) else resolve(metrics)
     data = batches.labelled(x, y, sample_weight, batch_size)
     with contextlib.ExitStack() as stack:
+        logger = logging.getLogger("tensorflow")  # it takes several models for one that is traced again and again
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
         subjects = [open_subject(name, model, timeout, stack) for name, model in models.items()]
         keras_model = next((one.model for one in subjects if isinstance(one, Model)), None)
         for one in subjects:

@@ -1,5 +1,7 @@
 """A score says how well outputs meet targets: it takes them batch by batch and ends in numbers."""
 
+import re
+
 import keras
 import numpy as np
 
@@ -55,7 +57,10 @@ def _resolve(metric):
                 known = module.get(metric)
             except ValueError:
                 continue
-            return known if isinstance(known, keras.metrics.Metric) else _mean(known, metric)
+            if not isinstance(known, keras.metrics.Metric):
+                return _mean(known, metric)
+            # Keras numbers the names of its objects: "auc", then "auc_1".
+            return type(known).from_config(known.get_config() | {"name": re.sub(r"_\d+$", "", known.name)})
         raise ValueError(
             f"`metrics` must be {', '.join(map(repr, CLASSIFICATION))}, names that Keras knows (a loss by its own "
             f"name, such as 'sparse_categorical_crossentropy'), or objects. Received: {metric!r}"
@@ -67,8 +72,8 @@ def _resolve(metric):
     if callable(metric) and not isinstance(metric, type):
         return _mean(metric, getattr(metric, "__name__", type(metric).__name__))
     raise TypeError(
-        "`metrics` must hold names, `keras.metrics.Metric` or `keras.losses.Loss` objects, or functions of "
-        f"(y_true, y_pred). Received: {metric!r} of type {type(metric).__name__}"
+        "`metrics` must hold names, `keras.metrics.Metric` or `keras.losses.Loss` objects (of a class make one), or "
+        f"functions of (y_true, y_pred). Received: {metric!r} of type {type(metric).__name__}"
     )
 
 
@@ -122,6 +127,10 @@ class Scores:
         """
         if len(targets) != len(outputs):
             raise ValueError(f"There are {len(targets)} targets for {len(outputs)} outputs in a batch. Received: both")
+        if targets.dtype.kind in "OSUc":
+            raise ValueError(f"Targets must be numbers, classes too: 0, 1, ... Received: targets of {targets.dtype}")
+        if sample_weight is not None and not np.all(np.asarray(sample_weight) >= 0):
+            raise ValueError("Sample weights must not be negative. Received: a weight that is below 0, or NaN")
         self.nan += int(np.sum(np.isnan(outputs)))
         if self._classes is not None:
             self._classes.update(targets, outputs, sample_weight)
@@ -258,7 +267,8 @@ def _share(part, whole):
 
 def _whole(targets, classes):
     """Targets as whole numbers below `classes`."""
-    labels = targets.astype("int64")
+    with np.errstate(invalid="ignore"):  # NaN is no whole number
+        labels = targets.astype("int64")
     if np.any(labels != targets) or (labels.size and not 0 <= labels.min() <= labels.max() < classes):
         raise ValueError(
             f"Accuracy, precision, recall and F1 are for classes: here, targets must be whole numbers from 0 to "

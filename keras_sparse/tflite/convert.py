@@ -20,6 +20,7 @@ import keras
 import numpy as np
 
 from keras_sparse.quiet import quiet
+from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.signatures import HALF, Input, output_names, signature
 
 __all__ = ["Conversion", "ExportError", "convert", "first_line", "modules"]
@@ -125,7 +126,24 @@ def _content(model, called, quantize, samples, inference_type, batch):
         archive.write_out(folder, verbose=False)
         if quantize == "int8":
             return _calibrate_elsewhere(model, called, pathlib.Path(folder), samples, inference_type)
+        if quantize == "dynamic":
+            _check_factors(model.name, _converter(folder, None).convert())
         return _converter(folder, quantize).convert()
+
+
+def _check_factors(name, content):
+    """Refuse infinite factors, such as a constant that was folded into a kernel: the converter would crash on them."""
+    for graph in read(content).subgraphs:
+        for operator in graph.operators:
+            factor = graph.tensors[operator.inputs[1]] if len(operator.inputs) > 1 else None
+            if factor is None or not re.search("CONV|MATMUL|FULLY_CONNECTED", operator.name):
+                continue
+            # In a float file the converter writes the largest number for infinity.
+            if factor.stored is not None and not (np.abs(factor.values()) < np.finfo("float32").max).all():
+                raise ExportError(
+                    f"The model {name!r} cannot be stored in 8 bits: it multiplies with a constant that is NaN or "
+                    f"infinite. Received: {factor.name!r}"
+                )
 
 
 def _converter(folder, quantize):

@@ -101,7 +101,7 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
             `ValueError`; no file is left.
         RuntimeMissing: If `verify="strict"` and no runtime has sparse kernels; an `OSError`.
         ValueError: If an argument is wrong.
-        TypeError: If `model` is no Keras 3 model.
+        TypeError: If `model` is no Keras 3 model, or `sparse` no bool.
         OSError: If the file cannot be written.
 
     Example:
@@ -114,6 +114,8 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
     >>> report.encoding, report.bytes_file < report.bytes_dense / 3
     ('sparse', True)
     """
+    if not isinstance(sparse, bool):
+        raise TypeError(f"`sparse` must be True or False. Received: sparse={sparse!r}")
     _check_quantize(quantize, representative_data, inference_type)
     runtimes = sparse_runtimes(verify)
     path = _check_path(path)
@@ -206,7 +208,7 @@ def _check_path(path):
     path = os.fspath(path)
     if not path.endswith(".tflite"):
         raise ValueError(f"`path` must end in '.tflite'. Received: path={path!r}")
-    folder = os.path.dirname(os.path.abspath(path))
+    folder = os.path.dirname(os.path.realpath(path))  # a link is written through
     if os.path.isdir(path):
         raise ValueError(f"`path` must be a file, and there is a folder of that name. Received: path={path!r}")
     if not os.path.isdir(folder):
@@ -240,6 +242,12 @@ def _model(model):
     gated = [layer.name for layer in gated_layers(model)]
     if gated:
         raise ValueError(f"Fold the gates in first: `export(ks.bake(model), ...)`. Received: `ks.layers.L0` {gated}")
+    double = [weight.path for weight in model.weights if weight.dtype == "float64"]
+    if double:
+        raise ValueError(
+            "`model` must compute in float32 or half precision: TFLite does not in float64. Build it under the policy "
+            f"'float32' and copy the weights. Received: float64 in {', '.join(double)}"
+        )
     broken = [weight.path for weight in model.weights if not np.isfinite(selection.as_array(weight)).all()]
     if broken:
         raise ValueError(
@@ -379,7 +387,7 @@ def _match(model, written):
 
 def _write(path, content):
     """Write a file whole or not at all."""
-    with files.replacing(path) as temporary, open(temporary, "wb") as file:
+    with files.replacing(os.path.realpath(path)) as temporary, open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())  # a full disk shows itself here at the latest

@@ -220,16 +220,13 @@ def read(path):
     ...
     ValueError: Expected a .tflite file. ... Received: content of 16 bytes without the mark 'TFL3' ...
     """
-    if isinstance(path, bytes):
-        content, what = path, f"content of {len(path)} bytes"
-    else:
-        content, what = _content(path), f"path={str(path)!r}"
+    content = path if isinstance(path, bytes) else _content(path)
     if content[4:8] != b"TFL3":
         raise ValueError(
             "Expected a .tflite file. Write one with `ks.tflite.export(model, path)`. "
-            f"Received: {what} without the mark 'TFL3' at byte 4 ({len(content)} bytes in all)"
+            f"Received: {_described(path)} without the mark 'TFL3' at byte 4 ({len(content)} bytes in all)"
         )
-    with damaged(what if isinstance(path, bytes) else path):
+    with damaged(path):
         return FlatModel(_subgraphs(content), content)
 
 
@@ -256,8 +253,12 @@ def _content(path):
         return head if head[4:] != b"TFL3" else head + file.read()
 
 
+def _described(file):
+    return f"content of {len(file)} bytes" if isinstance(file, bytes) else f"path={os.fspath(file)!r}"
+
+
 @contextlib.contextmanager
-def damaged(what):
+def damaged(file):
     """Turn whatever a flatbuffer reader raises on a damaged file into one ValueError.
 
     Example:
@@ -266,14 +267,13 @@ def damaged(what):
     ...     [][3]
     Traceback (most recent call last):
     ...
-    ValueError: The .tflite file is damaged or truncated; export it again. Received: m.tflite (list index out of range)
+    ValueError: The .tflite file is damaged or truncated; export it again. Received: path='m.tflite'
     """
     try:
         yield
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, struct.error, AssertionError) as error:
         raise ValueError(
-            "The .tflite file is damaged or truncated; export it again. "
-            f"Received: {what if isinstance(what, str) else os.fspath(what)!s} ({error})"
+            f"The .tflite file is damaged or truncated; export it again. Received: {_described(file)}"
         ) from error
 
 

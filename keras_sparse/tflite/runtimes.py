@@ -107,7 +107,7 @@ class Worker:
         self._what = f"content of {len(file)} bytes" if isinstance(file, bytes) else f"path={os.fspath(file)!r}"
         # A damaged file should raise here, before native code meets it: that follows a sparse index wherever it leads.
         subgraphs = read(file).subgraphs
-        with damaged(self._what):
+        with damaged(file):
             _ = [tensor.zeros for subgraph in subgraphs for tensor in subgraph.tensors]
         self._runtime, self._timeout, self._process = runtime, timeout, None
         self._late = False
