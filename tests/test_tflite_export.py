@@ -370,6 +370,7 @@ def test_weights_that_are_not_finite(value, quantize, tmp_path):
     assert clean(tmp_path)
 
 
+@tensorflow_only
 def test_double_precision(tmp_path):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3, dtype="float64")])
     with pytest.raises(ValueError, match="TFLite does not in float64.*Received: float64 in .*/kernel"):
