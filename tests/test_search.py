@@ -238,6 +238,31 @@ def test_the_journal_of_another_search_is_refused(tmp_path, changed):
         search(tmp_path, budget=1, **changed)
 
 
+def other_model(changed, name):
+    """A model that keeps the weights of any other call, whatever `changed` is."""
+    layers = keras.layers
+    inputs = keras.Input((6,), name=f"inputs_{name}")
+    activation = "tanh" if changed == "activation" else "relu"
+    hidden = layers.Dense(12, activation, kernel_initializer="ones", name=f"hidden_{name}")(inputs)
+    hidden = layers.RandomRotation(0.1)(hidden[:, None, :, None])[:, 0, :, 0]
+    outputs = layers.Dense(3, "softmax", kernel_initializer="ones", name=f"outputs_{name}")(hidden)
+    model = keras.Model(inputs, outputs, name=name)
+    losses = keras.losses.SparseCategoricalCrossentropy(ignore_class=1 if changed == "loss" else None)
+    metrics = ["accuracy"] + [keras.metrics.SparseTopKCategoricalAccuracy(2)] * (changed == "metrics")
+    model.compile("adam", losses, metrics=metrics)
+    return model
+
+
+@pytest.mark.parametrize("changed", ["activation", "loss", "metrics"])
+def test_a_journal_of_the_same_weights_in_another_model_is_refused(tmp_path, changed):
+    options = {"objective": "loss", "budget": 1, "directory": tmp_path}
+    first = ks.search.search(other_model(None, "one"), data(), **options)
+    with pytest.raises(ValueError, match=r"journal is of another search.*\['architecture'\]"):
+        ks.search.search(other_model(changed, "two"), data(), **options)
+    # Only names differ, and seeds that nobody gave.
+    assert facts(ks.search.search(other_model(None, "two"), data(), **options)) == facts(first)
+
+
 def test_damaged_journals_are_refused(tmp_path):
     search(tmp_path, budget=2)
     journal = tmp_path / "journal.jsonl"

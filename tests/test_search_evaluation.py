@@ -77,6 +77,15 @@ def test_training_keeps_zeros_and_starts_anew_each_time(scored, optimizer):
     assert found[1]["loss"] < scored(model, [dense])[0]["loss"]
 
 
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_scores_do_not_depend_on_what_the_process_has_drawn(scored, epochs):
+    model, found = mlp(layers.Dropout(0.5), layers.BatchNormalization()), []
+    for seed in (1, 2):
+        keras.utils.set_random_seed(seed)
+        found += scored(model, [{0: (0.5, "unstructured")}], data(seed=1), epochs=epochs)
+    assert found[0] == found[1]
+
+
 def test_training_is_that_of_fit_with_kept_zeros(scored):
     model = mlp()
     train = data(seed=1)

@@ -164,7 +164,8 @@ class Evaluation:
         try:
             copy = self._copy()
             start = time.perf_counter()
-            values = self._score(copy, allocation, seed, _Deadline(self.timeout))
+            with _drawing(seed):
+                values = self._score(copy, allocation, seed, _Deadline(self.timeout))
         except Exception:  # a candidate that fails is a result, and the search goes on
             values = {"error": traceback.format_exc()}
         return values | {"seconds": time.perf_counter() - start}
@@ -206,8 +207,10 @@ class Evaluation:
             order = rng.permutation(count)
             x, y, weight = (None if part is None else _take(part, order) for part in copy.train)
             options = {"batch_size": self.batch_size, "verbose": 0, "shuffle": False}
-            with _drawing(seed + epoch) as drawing:
-                copy.model.fit(x, y, sample_weight=weight, callbacks=[deadline, *drawing], **options)
+            # At each epoch anew: the first `fit` of a model draws when it is built.
+            anew = keras.callbacks.LambdaCallback(on_epoch_begin=lambda _, logs, epoch=epoch: _seed(seed + epoch))
+            copy.model.fit(x, y, sample_weight=weight, callbacks=[deadline, anew], **options)
+            _seed(seed + self.epochs)
 
     def _copy(self):
         known = _COPIES.__dict__.setdefault("known", {})
@@ -333,15 +336,22 @@ class _Copy:
 
 @contextlib.contextmanager
 def _drawing(seed):
-    """Yield callbacks that seed what layers draw from besides their own seeds: on torch, its one generator."""
+    """Seed what layers draw from besides their own seeds, and leave it afterwards as it was: torch's one generator."""
     if keras.config.backend() != "torch":
-        yield []
+        yield
         return
     import torch
 
-    # At each epoch anew: the first `fit` of a model draws when it is built.
     with torch.random.fork_rng():
-        yield [keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: torch.manual_seed(seed))]
+        _seed(seed)
+        yield
+
+
+def _seed(seed):
+    if keras.config.backend() == "torch":
+        import torch
+
+        torch.manual_seed(seed)
 
 
 def _take(x, which):

@@ -25,6 +25,7 @@ from keras_sparse.search.space import Space
 
 __all__ = ["search"]
 
+_LINKS = ("input_layers", "output_layers", "keras_history")  # where the configs of models refer to layers by name
 _GRACE = 60  # seconds that a worker may take to start, beyond what a candidate may take
 
 
@@ -56,7 +57,7 @@ def search(
     A seed is a search: candidates are asked for and told in batches of a fixed size, each is numbered, and its training
     draws from `seed` plus its number. So the results do not depend on how many workers there are, nor on which of them
     is faster, as far as the backend itself computes the same each time (threads on the torch backend share what dropout
-    draws from); measured latencies differ, of course.
+    draws from: there, use processes); measured latencies differ, of course.
 
     The first candidates are allocations that are known to be good: uniform, by the Erdos-Renyi-Kernel rule, and by one
     threshold over all weights (with a constraint on the sparsity; without one, uniform ones at several sparsities).
@@ -144,6 +145,7 @@ def search(
         header = {
             "space": space.digest(),
             "model": _digest(model.get_weights()),
+            "architecture": _digest([np.frombuffer(_architecture(model).encode(), "uint8")]),
             "data": _digest(keras.tree.flatten([train, test])),
             "searcher": [type(searcher).__name__, searcher.get_config()],
             "objective": goals.directions,
@@ -313,6 +315,26 @@ def _made(directory):
 def _optimizer(model):
     config = keras.saving.serialize_keras_object(model.optimizer)["config"]
     return {key: value for key, value in config.items() if key != "name"}
+
+
+def _architecture(model):
+    """What a model computes and is measured by, as text: without the names of layers, which count on in a notebook."""
+    content = keras.saving.serialize_keras_object(model)
+    compiled = content.pop("compile_config", None) or {}
+    measured = {key: compiled.get(key) for key in ("loss", "loss_weights", "metrics", "weighted_metrics")}
+    numbers = {}
+
+    def plain(item, key=None):
+        if isinstance(item, dict):
+            # Seeds are drawn when a layer is made, if none is given; those that count are drawn anew for a candidate.
+            left = {key: value for key, value in item.items() if key not in ("seed", "build_config")}
+            return {own: plain(value, key if key in _LINKS else own) for own, value in left.items()}
+        if isinstance(item, (list, tuple)):
+            return [plain(value, key) for value in item]
+        named = isinstance(item, str) and key in ("name", *_LINKS)
+        return numbers.setdefault(item, len(numbers)) if named else item
+
+    return json.dumps(plain([content, measured]), sort_keys=True, default=lambda item: type(item).__name__)
 
 
 def _digest(found):
