@@ -170,6 +170,11 @@ class Evaluation:
             values = {"error": traceback.format_exc()}
         return values | {"seconds": time.perf_counter() - start}
 
+    def uses(self):
+        """How often each weight is multiplied for one sample, `{index: int}`; see `keras_sparse.search.macs`."""
+        copy = self._copy()
+        return {i: copy.uses[id(w.variable)] for i, w in enumerate(copy.weights) if id(w.variable) in copy.uses}
+
     def _score(self, copy, allocation, seed, deadline):
         model = copy.model
         copy.restore(seed)
@@ -327,10 +332,10 @@ class _Copy:
 
     def macs(self):
         """Multiplications of one sample with weights that are not zero."""
-        return sum(int(np.sum(w.numpy() != 0)) * self._uses.get(id(w.variable), 0) for w in self.weights if w.kernel)
+        return sum(int(np.sum(w.numpy() != 0)) * self.uses.get(id(w.variable), 0) for w in self.weights if w.kernel)
 
     @functools.cached_property
-    def _uses(self):
+    def uses(self):
         return uses(self.model, _take(self.test[0], slice(1)))
 
 

@@ -1,8 +1,10 @@
 """Goals are what a search makes good, and the limits that it must keep."""
 
+import json
 import math
 
 from keras_sparse.registry import is_real
+from keras_sparse.search.rounding import rounding
 
 __all__ = ["CONSTRAINTS", "MEASURES", "Goals"]
 
@@ -70,37 +72,95 @@ class Goals:
         limits = self.constraints
         return float(sum(max(0.0, values[name] / limits[name] - 1) for name in _LIMITS if name in limits))
 
-    def check_reachable(self, space, evaluate):
+    def check_reachable(self, space, reference, uses, evaluate):
         """Raise if no point of the space can meet a constraint.
+
+        MACs are linear in the numbers of zeros, so their range is known. Bytes and latency are only known where they
+        are measured: at the ends of the space, in each pattern. Other points may take less, so only a limit below half
+        of the least is refused.
 
         Args:
             space: The `Space`.
-            evaluate: What measures an allocation, for limits that must be measured: called at most twice.
+            reference: What was measured of the model itself.
+            uses: A function that returns `{index of a weight: how often it is multiplied}`.
+            evaluate: What measures an allocation, for limits on bytes and latency.
         """
-        reach = space.reach()
         wanted = self.sparsity
-        if wanted is not None and not reach[0] - 1e-9 <= wanted <= reach[1] + 1e-9:
-            raise ValueError(
-                f"The space reaches sparsities from {reach[0]:.4g} to {reach[1]:.4g}: widen its grid. "
-                f"Received: constraints={self.constraints!r}"
-            )
-        named = [name for name in _LIMITS if name in self.constraints]
-        if not named:
-            return
-        ends = []
-        for pick in (max, min):
-            point = [pick(range(len(c.options)), key=lambda i, c=c: c.options[i][0]) for c in space.choices]
-            ends.append(evaluate(space.scaled(point, wanted)[0]))
-        for values in ends:
-            if "error" in values:
-                raise RuntimeError(f"The ends of the space cannot be evaluated. The first one:\n{values['error']}")
-        for name in named:
-            sparse, dense = (values[name] for values in ends)
-            if min(sparse, dense) > self.constraints[name]:
+        if wanted is not None:
+            low, high = space.reach()
+            if not low - 1e-9 <= wanted <= high + 1e-9:
                 raise ValueError(
-                    f"The space reaches {name} from {sparse:.6g} to {dense:.6g}: widen its grid or raise the limit. "
+                    f"The space reaches sparsities from {low:.4g} to {high:.4g}: widen its grid. "
                     f"Received: constraints={self.constraints!r}"
                 )
+        limits = [name for name in _LIMITS if name in self.constraints]
+        uses = uses() if limits else {}
+        if "macs" in limits:
+            low, high = (reference["macs"] - gone for gone in _macs_gone(space, uses, wanted))
+            if low > self.constraints["macs"]:
+                raise ValueError(
+                    f"The space reaches macs from {low:.6g} to {high:.6g}: widen its grid or raise the limit. "
+                    f"Received: constraints={self.constraints!r}"
+                )
+        measured = [name for name in limits if name != "macs"]
+        points = _ends(space, uses, wanted) if measured else ()
+        ends = [evaluate(space.scaled(point, wanted)[0]) for point in points]
+        for name in measured:
+            found = [values[name] for values in ends if "error" not in values]  # one that fails says nothing of others
+            if found and min(found) / 2 > self.constraints[name]:
+                raise ValueError(
+                    f"At the ends of the space {name} go from {min(found):.6g} to {max(found):.6g} (the model itself: "
+                    f"{reference[name]:.6g}), and the limit is below half of that: widen its grid or raise the limit. "
+                    f"Received: constraints={self.constraints!r}"
+                )
+
+
+def _macs_gone(space, uses, sparsity):
+    """The most multiplications that zeros can take away, and about the least."""
+    most, least, excess = [], [], 0.0
+    for choice in space.choices:
+        for part in choice.parts:
+            own = [(rounding(part, pattern), value) for value, pattern in choice.options]
+            each = uses.get(part.index, 0)
+            most.append((each, max(kind.zeros(value, most=True) for kind, value in own)))
+            least.append((each, min(kind.zeros(value) for kind, value in own)))
+            excess += max(kind.excess for kind, _ in own)
+    if sparsity is None:
+        return tuple(sum(each * zeros for each, zeros in end) for end in (most, least))
+    total = sparsity * sum(part.size for part in space.parts)
+    gone = []
+    # The zeros where they take most away, or least: a continuous knapsack. What is rounded may come on top.
+    for sign, budget in ((-1, total + excess), (1, total)):
+        left = budget - sum(zeros for _, zeros in least)
+        taken = sum(each * zeros for each, zeros in least)
+        rooms = [(each, high - low) for (each, high), (_, low) in zip(most, least, strict=True)]
+        for each, room in sorted(rooms, key=lambda pair: sign * pair[0]):
+            taken += each * max(0.0, min(room, left))
+            left -= room
+        gone.append(taken)
+    return tuple(gone)
+
+
+def _ends(space, uses, sparsity):
+    """Points at the ends of the space, in each pattern: the zeros where weights are most used, and least used.
+
+    Without a total it is the sparsest point of each pattern.
+    """
+    use = [max(uses.get(part.index, 0) for part in choice.parts) for choice in space.choices]
+    kinds = {json.dumps(pattern): pattern for choice in space.choices for _, pattern in choice.options}
+    total, found = math.inf if sparsity is None else sparsity * sum(part.size for part in space.parts), []
+    for kind in kinds.values():
+        chains = []
+        for choice in space.choices:
+            options = sorted(range(len(choice.options)), key=lambda i, own=choice.options: own[i][0])
+            chains.append([i for i in options if choice.options[i][1] == kind] or options)
+        for sign in (-1, 1):
+            point = [chain[0] for chain in chains]
+            for i in sorted(range(len(point)), key=lambda i, sign=sign: sign * use[i]):
+                if sum(c.zeros(option) for c, option in zip(space.choices, point, strict=True)) < total:
+                    point[i] = chains[i][-1]
+            found.append(tuple(point))
+    return list(dict.fromkeys(found))
 
 
 def _constraints(constraints):

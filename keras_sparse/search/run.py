@@ -141,7 +141,9 @@ def search(
             raise RuntimeError(f"The model itself cannot be evaluated:\n{reference['error']}")
         reference.pop("seconds")
         goals.settle(reference)
-        goals.check_reachable(space, lambda allocation: evaluation(space.indexed(allocation), seed))
+        goals.check_reachable(
+            space, reference, evaluation.uses, lambda allocation: evaluation(space.indexed(allocation), seed)
+        )
         header = {
             "space": space.digest(),
             "model": _digest(model.get_weights()),

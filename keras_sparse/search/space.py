@@ -12,6 +12,7 @@ import numpy as np
 
 from keras_sparse import graph, patterns, selection
 from keras_sparse.registry import is_real
+from keras_sparse.search.rounding import rounding
 
 __all__ = ["Choice", "Part", "Space"]
 
@@ -27,17 +28,19 @@ class Part:
         index: Its position in `ks.selection.weights(model)`.
         path: Its path.
         shape: Its shape.
+        output_axes: The axes that count its output units.
 
     Example:
 
     >>> import keras_sparse as ks
-    >>> ks.search.space.Part(0, "dense/kernel", (4, 5)).size
+    >>> ks.search.space.Part(0, "dense/kernel", (4, 5), (1,)).size
     20
     """
 
     index: int
     path: str
     shape: tuple
+    output_axes: tuple
 
     @property
     def size(self):
@@ -97,6 +100,18 @@ class Choice:
             return self.options[option][0], self.options[option][0]
         same = [self.options[i][0] for i in self.alike(option)]
         return min(same), max(same)
+
+    def zeros(self, option, sparsity=None, most=False):
+        """The least number of zeros that its weights have in an option's pattern, or the most; see `rounding`.
+
+        Args:
+            option: Its index.
+            sparsity: In place of the option's own.
+            most: Whether to count the most.
+        """
+        own, pattern = self.options[option]
+        sparsity = own if sparsity is None else sparsity
+        return sum(rounding(part, pattern).zeros(sparsity, most) for part in self.parts)
 
     def alike(self, option):
         """Indices of the options of the same pattern."""
@@ -163,7 +178,9 @@ class Space:
             options = _options(own.get("sparsities", sparsities), own.get("patterns", patterns))
             removed = any(weight.path in leave for weight in weights)
             options = _possible(options, removed, model, weights)
-            parts = tuple(Part(index[id(w.variable)], w.path, tuple(map(int, w.variable.shape))) for w in weights)
+            parts = tuple(
+                Part(index[id(w.variable)], w.path, tuple(map(int, w.variable.shape)), w.output_axes) for w in weights
+            )
             self.choices.append(Choice(name, parts, options, removed))
 
     @property
@@ -240,21 +257,30 @@ class Space:
         return found
 
     def reach(self):
-        """The lowest and the highest share of zeros over all weights that an allocation can have."""
-        ends = [[pick(sparsity for sparsity, _ in choice.options) for choice in self.choices] for pick in (min, max)]
-        return tuple(self._total(sparsities) for sparsities in ends)
+        """The lowest and the highest share of zeros over all weights that an allocation has, or rounds to."""
+        low = high = 0.0
+        for choice in self.choices:
+            for part in choice.parts:
+                kinds = [(rounding(part, pattern), sparsity) for sparsity, pattern in choice.options]
+                low += min(min(kind.zeros(s), max(s * part.size, kind.zeros(s) - kind.step / 2)) for kind, s in kinds)
+                most = [(kind.zeros(s, most=True), kind.step / 2, s * part.size) for kind, s in kinds]
+                high += max(max(zeros, min(asked, zeros + half)) for zeros, half, asked in most)
+        size = sum(choice.size for choice in self.choices)
+        return low / size, high / size
 
     def scaled(self, point, sparsity=None):
         """A point as an allocation that has a total sparsity.
 
-        The densities of all weights are multiplied by one number, each as far as the grid of its pattern goes.
+        The densities of all weights are multiplied by one number, each as far as the grid of its pattern goes. What the
+        patterns round is counted: of the allocations that have at least the total, it is the densest, and exceeds it by
+        less than one group of weights.
 
         Args:
             point: Which option each choice takes.
             sparsity: The share of zeros over all weights of the space, or `None` for the point as it is.
 
         Returns:
-            `(allocation, by how much it misses the sparsity)`.
+            `(allocation, by how much it misses the sparsity)`: more than what is rounded at the ends of the grid.
 
         Example:
 
@@ -263,33 +289,44 @@ class Space:
         >>> space = ks.search.Space(keras.Sequential([keras.Input((8,)), *layers]), sparsities=(0.2, 0.6, 0.9))
         >>> allocation, missed = space.scaled((0, 1), sparsity=0.7)
         >>> [round(sparsity, 2) for sparsity, _ in allocation.values()], missed
-        ([0.6, 0.8], 0.0)
+        ([0.61, 0.8], 0.0)
         """
         if sparsity is None:
             return self.allocation(point), 0.0
         self.check(point)
-        limits = [choice.limits(option) for choice, option in zip(self.choices, point, strict=True)]
-        lowest, highest = np.array(limits, "float64").T
-        own = [choice.options[option][0] for choice, option in zip(self.choices, point, strict=True)]
-        density = np.maximum(1 - np.array(own, "float64"), 1e-9)
+        taken = list(zip(self.choices, point, strict=True))
+        lowest, highest = np.array([choice.limits(option) for choice, option in taken], "float64").T
+        density = np.maximum([1 - choice.options[option][0] for choice, option in taken], 1e-9)
+        size = sum(choice.size for choice in self.choices)
+        least = sparsity * size - 1e-6
 
         def sparsities(factor):
             return np.clip(1 - density * factor, lowest, highest)
 
-        low, high = 1e-9, 1e9
-        for _ in range(200):
-            middle = math.sqrt(low * high)
-            low, high = (low, middle) if self._total(sparsities(middle)) < sparsity else (middle, high)
-        found = sparsities(high)
-        missed = abs(self._total(found) - sparsity)
-        by_path = {
-            part.path: float(value) for choice, value in zip(self.choices, found, strict=True) for part in choice.parts
-        }
-        return self.allocation(point, by_path), 0.0 if missed < 1e-6 else missed
+        def zeros(found):
+            return [choice.zeros(option, value) for (choice, option), value in zip(taken, found, strict=True)]
 
-    def _total(self, sparsities):
-        sizes = [choice.size for choice in self.choices]
-        return sum(s * size for s, size in zip(sparsities, sizes, strict=True)) / sum(sizes)
+        low, high = 1e-9, 1e9
+        for _ in range(50):
+            middle = math.sqrt(low * high)
+            low, high = (low, middle) if sum(zeros(sparsities(middle))) < least else (middle, high)
+        found, denser = sparsities(low), sparsities(high)
+        have, would = zeros(found), zeros(denser)
+        spare = sum(have) - least
+        for i, gain in enumerate(np.subtract(have, would)):
+            if 0 < gain <= spare:  # one weight after the other, for all of them are too many
+                found[i], spare = denser[i], spare - gain
+        by_path, rounded = {}, 0.0
+        for (choice, option), value, ends in zip(taken, found, zip(lowest, highest, strict=True), strict=True):
+            steps = [rounding(part, choice.options[option][1]) for part in choice.parts]
+            value = float(np.clip(steps[0].snapped(value) if len(steps) == 1 else value, *ends))
+            by_path |= {part.path: value for part in choice.parts}
+            rounded += sum(each.step for each in steps) / 2 if value in ends else 0.0
+        over = spare - 1e-6
+        rounded += max(rounding(choice.parts[0], choice.options[option][1]).step for choice, option in taken) * (
+            over > 0
+        )
+        return self.allocation(point, by_path), abs(over) / size if abs(over) > rounded + 1e-5 else 0.0
 
     def indexed(self, allocation):
         """An allocation by positions in `ks.selection.weights(model)`: the paths of a copy are others."""
@@ -312,7 +349,9 @@ class Space:
         space = cls.__new__(cls)
         space.model, space.choices = content["model"], []
         for choice in content["choices"]:
-            parts = tuple(Part(part["index"], part["path"], tuple(part["shape"])) for part in choice["parts"])
+            parts = tuple(
+                Part(**part | {key: tuple(part[key]) for key in ("shape", "output_axes")}) for part in choice["parts"]
+            )
             options = tuple(map(tuple, choice["options"]))
             space.choices.append(Choice(choice["name"], parts, options, choice["removable"]))
         return space
