@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import keras
 import numpy as np
 
-__all__ = ["NO_KERNELS", "Weight", "check_model", "layers", "select", "weights"]
+__all__ = ["NO_KERNELS", "Weight", "check_model", "layers", "only", "select", "weights"]
 
 _KERNELS = ("kernel", "recurrent_kernel", "pointwise_kernel")
 NO_KERNELS = ("bias", "gamma", "beta", "alpha")
@@ -190,7 +190,7 @@ def weights(model):
     return [_weight(v, owners.get(id(v), model), id(v) in trainable) for v in unique]
 
 
-def select(model, filters=None, frozen=False):
+def select(model, filters=None, frozen=False, named=()):
     """List every weight of a built model with the reason why it is skipped under `filters`.
 
     Args:
@@ -199,6 +199,7 @@ def select(model, filters=None, frozen=False):
             weights that multiply inputs are asked about: biases and normalization weights are never selected. `None`
             selects all but depthwise kernels and embeddings.
         frozen: Whether kernels that are not trainable are selected as well.
+        named: Regexes from `only`. Without `filters`, they select a depthwise kernel or an embedding that they name.
 
     Returns:
         List of `Weight`; those with `skipped=None` are selected, and there is at least one.
@@ -222,6 +223,8 @@ def select(model, filters=None, frozen=False):
         if weight.kernel:
             if matches is not None:
                 skipped = None if matches(weight.variable) else "not matched by `filters`"
+            elif only(weight.path) in named:
+                skipped = None
             if skipped is None and not (weight.trainable or frozen):
                 skipped = "not trainable: set `trainable = True` to prune it during training"
         selected.append(replace(weight, skipped=skipped))
@@ -232,6 +235,18 @@ def select(model, filters=None, frozen=False):
             + "; ".join(f"{w.path}: {w.skipped}" for w in selected[:8])
         )
     return selected
+
+
+def only(path):
+    """Return the regex that matches a weight's path and nothing else.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.selection.only("dense/kernel")
+    '^dense/kernel$'
+    """
+    return f"^{re.escape(path)}$"
 
 
 def matching(pattern, candidates):

@@ -102,6 +102,27 @@ def test_a_point_is_a_target_of_prune_and_of_the_callback():
     assert ks.report(model).totals["sparsity"] == pytest.approx(wanted, abs=0.01)
 
 
+def test_frozen_kernels_take_part_if_filters_name_them():
+    model = convolutional()
+    model.get_layer("stem").trainable = False
+    assert [part.path for part in ks.search.Space(model).parts] == ["first/kernel", "last/kernel", "head/kernel"]
+    assert len(ks.search.Space(model, filters="kernel").parts) == 4
+
+
+def test_embeddings_and_depthwise_kernels_are_targets_where_filters_chose_them():
+    layers = keras.layers
+    body = [layers.Embedding(20, 4), layers.SeparableConv1D(4, 3), layers.Flatten(), layers.Dense(3)]
+    model = keras.Sequential([keras.Input((5,), dtype="int32"), *body])
+    model.compile("sgd", "mse")
+    space = ks.search.Space(model, (0.5,), filters=["embeddings", "depthwise", "dense"])
+    allocation = space.allocation((0, 0, 0))
+    x, y = np.ones((8, 5), "int32"), np.ones((8, 3), "float32")
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[ks.callbacks.Pruning(allocation, end=0.5)])
+    for report in (ks.report(model), ks.prune(model, allocation)):
+        sparse = {row["path"]: row["sparsity"] for row in report.rows if row["sparsity"]}
+        assert sparse == dict.fromkeys((part.path for part in space.parts), pytest.approx(0.5, abs=0.05))
+
+
 @pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.9])
 def test_scaling_meets_the_total_within_the_grid(sparsity):
     model = convolutional()
@@ -121,7 +142,7 @@ def test_scaling_meets_the_total_within_the_grid(sparsity):
         inside = [
             ((1 - own[choice.parts[0].path]) / density, 8 / choice.size / density)
             for choice, density in zip(space.choices, densities, strict=True)
-            if 0.2 < own[choice.parts[0].path] < 0.95
+            if 0.2 < own[choice.parts[0].path] - 8 / choice.size < 0.95 - 16 / choice.size
         ]
         assert all(ratio == pytest.approx(inside[0][0], abs=bound + inside[0][1]) for ratio, bound in inside)
 

@@ -22,7 +22,8 @@ class Pruning(ScheduledMasks):
     Args:
         target_sparsity: The share of weights to be zero at `end`: a float in [0, 1), or a dict `{regex: sparsity}` or
             `{regex: (sparsity, pattern)}` searched in `variable.path` (first match wins, weights that no key matches
-            stay dense). A key may also be a callable on the variable.
+            stay dense). A key may also be a callable on the variable; `ks.selection.only(path)` names one weight, also
+            an embedding or a depthwise kernel, which need no `filters` then.
         criterion: Which weights matter: `"magnitude"`, `"random"`, those that use the gradients of this training
             (`"gradient"`, `"taylor"`, `"movement"`) or a `ks.criteria.Criterion`.
         pattern: Where zeros may stand: `None`, `"unstructured"`, `"channel"`, such as `"block_1x4"` or `"2:4"` (whose

@@ -18,7 +18,8 @@ class Plan:
     Args:
         model: A built Keras model.
         target_sparsity: A float in [0, 1), or a dict `{regex: sparsity}` or `{regex: (sparsity, pattern)}` that is
-            searched in each weight's path: the first match wins, weights that no key matches stay dense.
+            searched in each weight's path: the first match wins, weights that no key matches stay dense. A key that is
+            exactly one path, as `ks.selection.only` writes it, takes what the default filters leave out, too.
         criterion: A `Criterion` or its name.
         pattern: A `Pattern`, its name, or `None`.
         allocation: An `Allocation` or its name: `"uniform"`, `"global"` or `"erk"`.
@@ -51,7 +52,7 @@ class Plan:
         self.criterion = criteria.get(criterion)
         self.allocation = allocations.get(allocation)
         pattern = patterns.get(pattern)
-        weights = selection.select(model, filters, frozen)
+        weights = selection.select(model, filters, frozen, target_sparsity if isinstance(target_sparsity, dict) else ())
         targets = per_weight(target_sparsity, [w for w in weights if w.kernel and not w.skipped])
         self.goals = [
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets

@@ -72,8 +72,8 @@ def search(
             space's weights), `"macs"` (multiplications of one sample with weights that are not zero), `"bytes"` (of
             the .tflite file), `"latency_ms"`; a list of them for a Pareto front; a dict to `"min"` or `"max"` where
             the name does not tell. `None` is the first metric, or the loss.
-        constraints: Dict. `"sparsity"`: candidates are scaled to this share of zeros over the space, as far as the
-            grid goes for each weight. `"bytes"`, `"macs"`, `"latency_ms"`: at most this much.
+        constraints: Dict. `"sparsity"`: candidates are scaled to at least this share of zeros over the space, as far
+            as the grid goes for each weight. `"bytes"`, `"macs"`, `"latency_ms"`: at most this much.
         budget: How many candidates are evaluated.
         time_limit: Seconds after which no more candidates are asked for.
         timeout: Seconds that a candidate may take; one that takes longer is recorded as failed.

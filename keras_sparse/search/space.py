@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import math
-import re
 
 import keras
 import numpy as np
@@ -141,7 +140,7 @@ class Space:
         removable: A regex or a list of them: connections that may also be removed. Such a kernel has one more option,
             in which all its units are dead with what belongs to them (bias, normalization), so that it adds nothing to
             what comes next: the last kernel of a residual branch removes the branch.
-        filters: Which weights take part; see `ks.selection.select`.
+        filters: Which weights take part; see `ks.selection.select`. `None` leaves out what is not trainable, too.
 
     Raises:
         ValueError: If the model is not built, a number is out of range, a string names nothing, or a regex matches
@@ -164,7 +163,7 @@ class Space:
     ):
         selection.check_model(model)
         index = {id(w.variable): i for i, w in enumerate(selection.weights(model))}
-        chosen = [w for w in selection.select(model, filters, frozen=True) if w.kernel and not w.skipped]
+        chosen = [w for w in selection.select(model, filters, frozen=filters is not None) if w.kernel and not w.skipped]
         owner, settings = _groups(groups, chosen)
         regexes = [removable] if isinstance(removable, str) else removable or []
         leave = {weight.path for regex in regexes for weight in selection.matching(regex, chosen)}
@@ -253,7 +252,7 @@ class Space:
             sparsity, pattern = choice.options[option]
             for part in choice.parts:
                 value = sparsity if sparsities is None else sparsities[part.path]
-                found[_only(part.path)] = (value, pattern)
+                found[selection.only(part.path)] = (value, pattern)
         return found
 
     def reach(self):
@@ -330,7 +329,7 @@ class Space:
 
     def indexed(self, allocation):
         """An allocation by positions in `ks.selection.weights(model)`: the paths of a copy are others."""
-        return {part.index: allocation[_only(part.path)] for part in self.parts}
+        return {part.index: allocation[selection.only(part.path)] for part in self.parts}
 
     def to_json(self, indent=None):
         """The space as a JSON string."""
@@ -364,11 +363,6 @@ class Space:
 
     def __repr__(self):
         return f"<Space of {self.size():,d} allocations of {self.model!r}: {len(self.choices)} choices>"
-
-
-def _only(path):
-    """A regex that matches one path and nothing else."""
-    return f"^{re.escape(path)}$"
 
 
 def _groups(groups, weights):
