@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 from keras_sparse import comparison, files, pruning, quickstart, reports, search, tflite
 from keras_sparse.quiet import quiet
+from keras_sparse.registry import check_whole
 from keras_sparse.search.goals import CONSTRAINTS
 
 __all__ = ["main"]
@@ -341,7 +342,8 @@ def _search(options, stderr):
         if options.output:
             path = stack.enter_context(files.replacing(options.output, ".keras"))
         executor = None
-        if options.workers:
+        if options.workers is not None:
+            check_whole("--workers", options.workers)
             context = multiprocessing.get_context("spawn")
             executor = stack.enter_context(ProcessPoolExecutor(options.workers, mp_context=context))
         results = search.search(

@@ -334,6 +334,7 @@ def test_search(searched, tmp_path, capsys):
     assert "Front of the search" in text
     check_error(run(["search", *searched, "--sparsity", 0.999], capsys), "reaches sparsities from 0 to 0.99")
     check_error(run(["search", *searched, "--macs", 1], capsys), "reaches macs from")
+    check_error(run(["search", *searched, "--workers", 0], capsys), "`--workers` must be a whole number of at least 1")
 
 
 @pytest.mark.slow

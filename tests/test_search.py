@@ -19,6 +19,7 @@ import search_models
 from search_models import data, facts, search
 
 import keras_sparse as ks
+from keras_sparse.search.journal import Journal
 from keras_sparse.search.macs import uses
 
 OTHERS = ("random", "reinforce")
@@ -212,7 +213,7 @@ def test_a_candidate_that_fails_is_recorded(mood, tmp_path):
 
 def test_all_candidates_failing_is_an_error():
     model = moody("nan")
-    with pytest.raises(RuntimeError, match=r"(?s)All 8 candidates failed.*Traceback.*no finite numbers"):
+    with pytest.raises(RuntimeError, match=r"(?s)All 4 candidates failed.*Traceback.*no finite numbers"):
         ks.search.search(model, data(), ks.search.Space(model, (0.8, 0.9)), budget=8)
 
 
@@ -236,6 +237,51 @@ def test_time_limit_ends_between_batches():
 def test_threads_find_the_same():
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         assert facts(search(executor=executor, budget=16)) == facts(search(budget=16))
+
+
+class Own(ks.search.Searcher):
+    """Asks for what it is told to."""
+
+    def __init__(self, asked, batch=8):
+        super().__init__(batch)
+        self.asked, self.told = asked, []
+
+    def ask(self):
+        return self.asked
+
+    def tell(self, points, costs, violations=None):
+        self.told += zip(points, costs, violations, strict=True)
+
+
+@pytest.mark.parametrize("asked", [[(1, 2), (1, 2), (3, 2)], np.array([[1, 2], [1, 2], [3, 2]])], ids=["ints", "array"])
+def test_points_that_are_asked_for_again_are_not_evaluated_again(tmp_path, asked):
+    own = Own(asked)
+    found = search(tmp_path, searcher=own, budget=5, epochs=0)
+    assert [one.point for one in found.candidates] == [(1, 2), (3, 2)]
+    first, second = ([costs[0] for _, costs, _ in own.told if _ is not None][i] for i in (0, 2))
+    assert [point for point, *_ in own.told] == [(1, 2), (1, 2), (3, 2), (1, 2), (1, 2)]
+    assert [costs for _, costs, _ in own.told] == [[first], [first], [second], [first], [first]]
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_search_ends_when_it_knows_the_whole_space():
+    model = search_models.model()
+    found = ks.search.search(model, data(), ks.search.Space(model, (0.0, 0.5)), budget=60, objective=["loss", "macs"])
+    assert sorted(one.point for one in found.candidates) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert len({one.point for one in found.front}) == len(found.front)
+
+
+@pytest.mark.parametrize("asked", [[], [(1,)], [(99, 0)], [(1.0, 2.0)], [None]], ids=str)
+def test_wrong_points_of_a_searcher(asked):
+    with pytest.raises(ValueError, match="at least one point|ints that are each below"):
+        search(searcher=Own(asked), budget=5, epochs=0)
+
+
+def test_numbers_may_be_of_numpy(tmp_path):
+    options = {"seed": 1, "batch_size": 32, "constraints": {"macs": 50}, "epochs": 0, "budget": 2}
+    found = search(tmp_path, **options)
+    numpy = {"seed": np.int64(1), "batch_size": np.int64(32), "constraints": {"macs": np.int64(50)}}
+    assert facts(search(tmp_path, **options | numpy)) == facts(found)
 
 
 class Interrupted(ks.search.Random):
@@ -270,8 +316,8 @@ def test_a_journal_ends_where_an_uninterrupted_search_does(tmp_path):
     journal = tmp_path / "journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     assert len(lines) == 12
-    # Killed in the middle of a line.
-    journal.write_text("".join(lines[:9]) + lines[9][:25])
+    # Killed in the middle of a line, and of a letter.
+    journal.write_bytes("".join(lines[:9]).encode() + lines[9][:25].encode() + b"\xc3")
     assert facts(search(tmp_path, budget=20)) == whole
     assert len(journal.read_text().splitlines()) == 21
     # Nothing is left to do, and nothing is done again.
@@ -316,13 +362,36 @@ def test_a_journal_of_the_same_weights_in_another_model_is_refused(tmp_path, cha
     assert facts(ks.search.search(other_model(None, "two"), data(), **options)) == facts(first)
 
 
-def test_damaged_journals_are_refused(tmp_path):
-    search(tmp_path, budget=2)
-    journal = tmp_path / "journal.jsonl"
-    lines = journal.read_text().splitlines(keepends=True)
-    journal.write_text(lines[0] + "{broken\n" + lines[2])
+HEADER, ENTRY = b'{"seed": 0}\n', b'{"number": 0, "point": [1], "values": {"loss": 0.5}}\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(HEADER + line + b"\n" + ENTRY for line in (b"{broken", b"null", b"5", b"{}", b'{"number": 0}', b"", b"\xff")),
+        b"[]\n" + ENTRY,
+        HEADER + b'{"number": 0, "point": [1], "values": 3}\n',
+    ],
+)
+def test_damaged_journals_are_refused(tmp_path, content):
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(HEADER + ENTRY)
+    assert len(Journal(path, {"seed": 0}).entries) == 1
+    path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
-        search(tmp_path, budget=2)
+        Journal(path, {"seed": 0})
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere nobody can ask whether a process lives")
+def test_what_killed_searches_left_is_removed(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left = {pid: tmp_path / f"{ks.search.run._prefix(pid)}abc" for pid in (process.pid, os.getppid())}
+    for folder in left.values():
+        folder.mkdir()
+    (tmp_path / "keras_sparse-notes").mkdir()
+    search(tmp_path, budget=1, epochs=0)
+    assert sorted(os.listdir(tmp_path)) == sorted(["journal.jsonl", left[os.getppid()].name, "keras_sparse-notes"])
 
 
 @pytest.mark.parametrize(
@@ -350,9 +419,24 @@ def test_wrong_arguments(options, error, message):
         search(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"runtime": "phone"}, ValueError, "`runtime` must be one of"),
+        ({"executor": "threads"}, TypeError, "concurrent.futures.Executor"),
+        ({"directory": 5}, TypeError, "path of a folder"),
+        ({"data": {"train": data(), "validation": data()}}, ValueError, r"\['train', 'validation'\]"),
+        ({"data": list(data())}, TypeError, "must be a tuple"),
+    ],
+)
+def test_wrong_data_and_workers(options, error, message):
+    with pytest.raises(error, match=message):
+        ks.search.search(search_models.model(), **{"data": data()} | options)
+
+
 def test_wrong_models_and_data():
     model = search_models.model()
-    with pytest.raises(ValueError, match='only "train"'):
+    with pytest.raises(ValueError, match="a dict of .'train'.$"):
         ks.search.search(model, {"train": data()})
     with pytest.raises(ValueError, match="needs data="):
         ks.search.search(model, data(), epochs=1)
@@ -407,6 +491,32 @@ def test_processes_find_the_same(monkeypatch, capfd):
     assert found[0] == found[1]
     assert same(found[0], facts(search(kind="subclassed", budget=18)))
     assert not capfd.readouterr().err.strip()  # nothing of what backends print when they start
+
+
+def anonymous():
+    """A model whose metric other processes cannot find."""
+
+    def mean_output(y, outputs):
+        return keras.ops.mean(outputs)
+
+    made = search_models.model()
+    made.compile("adam", made.loss, metrics=[mean_output])
+    return made
+
+
+@pytest.mark.slow
+def test_what_workers_cannot_load_is_said_at_once(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        assert ks.search.search(anonymous(), data(), executor=executor, budget=1, objective="loss").candidates
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=SPAWN) as executor:
+        with pytest.raises(RuntimeError, match=r"(?s)The workers cannot load the model.*Traceback"):
+            ks.search.search(anonymous(), data(), executor=executor, objective="loss", directory=tmp_path)
+        assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1
+        # What can be imported need not be registered.
+        made = search_models.model()
+        made.compile("adam", made.loss, metrics=[search_models.confidence])
+        found = ks.search.search(made, data(), executor=executor, budget=1, objective="loss")
+    assert set(found.best.values) == {"loss", "confidence", "sparsity"}
 
 
 @pytest.mark.slow

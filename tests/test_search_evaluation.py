@@ -212,6 +212,69 @@ def test_bytes_are_those_of_an_exported_file(scored, tmp_path):
     assert sparse["bytes"] < dense["bytes"] / 2
 
 
+def mean_output(y, outputs):
+    return keras.ops.mean(outputs)
+
+
+class Halving(keras.regularizers.Regularizer):
+    def __call__(self, weight):
+        return 0.5 * keras.ops.sum(weight**2)
+
+    def get_config(self):
+        return {}
+
+
+class Doubling(keras.initializers.Initializer):
+    def __call__(self, shape, dtype=None, **kwargs):
+        return 2 * keras.ops.ones(shape, dtype)
+
+
+class Bounded(keras.constraints.Constraint):
+    def __call__(self, weight):
+        return keras.ops.clip(weight, -1, 1)
+
+
+class Accuracy(keras.metrics.SparseCategoricalAccuracy):
+    pass
+
+
+def test_parts_of_a_model_need_not_be_registered(scored):
+    def activation(x):
+        return keras.ops.maximum(x, 0.1)
+
+    own = layers.Dense(
+        3,
+        activation=activation,
+        kernel_regularizer=Halving(),
+        kernel_constraint=Bounded(),
+        bias_initializer=Doubling(),
+    )
+    model = network(own)
+    model.compile("adam", model.loss, metrics=[Accuracy(name="own"), mean_output])
+    (found,) = scored(model, [None])
+    assert set(found) == {"loss", "own", "mean_output", "sparsity"}
+    assert found["loss"] == pytest.approx(model.evaluate(*data(), verbose=0)[0], rel=1e-5)
+
+
+def test_metrics_of_several_numbers_are_left_out(scored):
+    x, y = data()
+    model = mlp()
+    model.compile("adam", "categorical_crossentropy", metrics=[keras.metrics.F1Score(average=None), "accuracy"])
+    (found,) = scored(model, [None], test=(x, np.eye(3, dtype="float32")[y]))
+    assert set(found) == {"loss", "accuracy", "sparsity"}
+
+
+@pytest.mark.parametrize("name", ["sparsity", "macs", "bytes", "latency_ms", "seconds", "error"])
+def test_metrics_of_the_names_of_measures_are_refused(tmp_path, name):
+    model = mlp()
+    model.compile("adam", model.loss, metrics=[keras.metrics.SparseCategoricalAccuracy(name=name)])
+    evaluation = Evaluation(tmp_path, [0])
+    evaluation.prepare(model, None, arrays(data()))
+    found = evaluation(None, 0)
+    evaluation.forget()
+    assert f"A search itself measures ['{name}']" in found["error"]
+
+
 class Failing(layers.Layer):
     def call(self, x, training=False):
         if training:
@@ -244,6 +307,7 @@ def test_what_is_not_finite_is_a_failure(tmp_path):
 def test_time_is_up(tmp_path, part):
     evaluation = Evaluation(tmp_path, [0], epochs=int(part == "train"), batch_size=8, timeout=1e-6)
     evaluation.prepare(mlp(), arrays(data()), arrays(data()))
+    assert "error" not in evaluation(None, 0)  # the model itself has time, and to compile takes some
     found = evaluation({0: (0.5, "unstructured")}, 0)
     evaluation.forget()
     assert "TimeoutError: the candidate took longer than 1e-06 seconds" in found["error"]
@@ -274,6 +338,9 @@ def test_batches_become_arrays():
     found = arrays((several, y))
     assert set(found[0]) == {"a", "b"}
     assert found[2] is None
+    found = arrays(((x, x[:, :2]), (y, y), (y, y)))
+    assert [type(part) for part in found] == [list, list, list]
+    assert np.array_equal(found[0][1], x[:, :2])
 
 
 def test_a_model_that_cannot_be_copied(tmp_path):

@@ -202,11 +202,26 @@ def test_reinforce_begins_at_the_best_of_the_initial_points():
 
 
 @pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        *((name, "min") for name in ("loss", "bce", "cce", "logcosh", "log_cosh", "kl_divergence", "FalsePositives")),
+        *((name, "min") for name in ("o1_mae", "false_negatives", "bytes")),
+        *((name, "max") for name in ("accuracy", "auc", "cosine_similarity", "dice", "true_positives", "sparsity")),
+    ],
+)
+def test_names_tell_directions(name, direction):
+    assert ks.search.goals.Goals(name).directions == {name: direction}
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: ks.search.Evolution(sample=30), "must not exceed"),
         (lambda: ks.search.Random(batch=0), "whole number"),
         (lambda: ks.search.Reinforce(decay=1.0), "decay"),
+        (lambda: ks.search.Reinforce(learning_rate="a"), "number above 0"),
+        (lambda: ks.search.Reinforce(learning_rate=math.inf), "number above 0"),
+        (lambda: ks.search.Evolution().ask(), "Begin a search first"),
         (lambda: ks.search.searchers.get("evolutoin"), "Did you mean 'evolution'"),
     ],
 )

@@ -259,6 +259,10 @@ def test_subclassed_models_have_spaces():
         ({"sparsities": (0.5, 1.0)}, ValueError, "at least 0 and below 1"),
         ({"sparsities": ()}, ValueError, "sparsities"),
         ({"patterns": ()}, ValueError, "at least one pattern"),
+        ({"patterns": 3}, TypeError, "`patterns`"),
+        ({"patterns": None}, TypeError, "`patterns`"),
+        ({"sparsities": None}, TypeError, "`sparsities`"),
+        ({"removable": True}, TypeError, "regex"),
         ({"patterns": "5:4"}, ValueError, "5"),
         ({"patterns": "chanel"}, ValueError, "channel"),
         ({"groups": {"a": {"regex": "stem"}}}, ValueError, "`filters`"),
@@ -275,8 +279,13 @@ def test_wrong_arguments(arguments, error, message):
 
 def test_points_of_other_spaces_are_refused():
     space = ks.search.Space(convolutional(), GRID)
-    for point in ((0, 0, 0), (0, 0, 0, 4), (0, 0, 0, -1)):
-        with pytest.raises(ValueError, match="ints that are each below"):
-            space.allocation(point)
+    for point in ((0, 0, 0), (0, 0, 0, 4), (0, 0, 0, -1), (0, 0, 0, 1.0), None, "abcd"):
+        for use in (space.allocation, space.mutate, lambda one: space.crossover(one, one), space.scaled):
+            with pytest.raises(ValueError, match="ints that are each below"):
+                use(point)
+    assert space.allocation(np.array([0, 1, 2, 3])) == space.allocation((0, 1, 2, 3))
+    for text in ("", "{}", "[]", "null", None, '{"model": "a", "choices": [{}]}'):
+        with pytest.raises(ValueError, match=r"Space\.to_json"):
+            ks.search.Space.from_json(text)
     with pytest.raises(ValueError, match="not built"):
         ks.search.Space(keras.Sequential([keras.layers.Dense(2)]))

@@ -23,6 +23,8 @@ import numpy as np
 
 from keras_sparse import batches, graph, optimizers, patterns, pruning, selection
 from keras_sparse.quiet import quiet
+from keras_sparse.search import custom
+from keras_sparse.search.goals import MEASURES
 from keras_sparse.search.macs import uses
 from keras_sparse.tflite.benchmark import benchmark
 from keras_sparse.tflite.convert import convert, modules
@@ -63,7 +65,8 @@ def arrays(data, name="data"):
     >>> x.shape, sample_weight is None
     ((4, 2), True)
     """
-    given = data if isinstance(data, tuple) else (data,)
+    # To `evaluate` lists say the same as tuples.
+    given = [list(x) if isinstance(x, tuple) else x for x in data] if isinstance(data, tuple) else [data]
     if len(given) > 3:
         raise ValueError(
             f"{name} must be (x, y) or (x, y, sample_weight), or yield such batches. Received: a tuple of {len(given)}"
@@ -118,7 +121,7 @@ class Evaluation:
         """
         folder = pathlib.Path(self.folder)
         self.forget()
-        _HERE[self.folder] = _custom_objects(model), train, test
+        _HERE[self.folder] = custom.objects(model), train, test
         try:
             with quiet():
                 model.save(folder / "model.keras")
@@ -131,10 +134,26 @@ class Evaluation:
         if processes:
             # A fresh process imports the caller's script by itself.
             found = [module for module in modules(folder / "model.keras", compiled=True) if module != "__main__"]
-            job = {"backend": keras.config.backend(), "modules": found}
+            places = custom.places(_HERE[self.folder][0])
+            job = {"backend": keras.config.backend(), "modules": found, "objects": places}
             (folder / "job.json").write_text(json.dumps(job))
             with open(folder / "data.pickle", "wb") as file:
                 pickle.dump((train, test), file, protocol=pickle.HIGHEST_PROTOCOL)
+
+    def check(self):
+        """Load the model and the data, in the process that this comes to.
+
+        Returns:
+            The text of the traceback, or `None`.
+
+        Raises:
+            Forked: If this process was forked.
+        """
+        _refuse_forks()
+        try:
+            self._copy()
+        except Exception:
+            return traceback.format_exc()
 
     def forget(self):
         """Let go of the model and the data in this process."""
@@ -155,17 +174,15 @@ class Evaluation:
         Raises:
             Forked: If this process was forked.
         """
-        if os.getpid() != _LOADED_IN:
-            raise Forked(
-                "The executor forks its processes, where TensorFlow and JAX hang. Use fresh interpreters: "
-                "`ProcessPoolExecutor(2, mp_context=multiprocessing.get_context('spawn'))`."
-            )
+        _refuse_forks()
         start = time.perf_counter()
         try:
             copy = self._copy()
             start = time.perf_counter()
             with _drawing(seed):
-                values = self._score(copy, allocation, seed, _Deadline(self.timeout))
+                # The model itself is measured once, and everything is compiled with it.
+                deadline = _Deadline(None if allocation is None else self.timeout)
+                values = self._score(copy, allocation, seed, deadline)
         except Exception:  # a candidate that fails is a result, and the search goes on
             values = {"error": traceback.format_exc()}
         return values | {"seconds": time.perf_counter() - start}
@@ -188,7 +205,11 @@ class Evaluation:
         x, y, weight = copy.test
         options = {"batch_size": self.batch_size, "verbose": 0, "callbacks": [deadline], "return_dict": True}
         found = model.evaluate(x, y, sample_weight=weight, **options)
-        values = {name: float(value) for name, value in found.items()}
+        taken = sorted({*MEASURES, "error", "seconds"} & set(found))
+        if taken:
+            raise ValueError(f"A search itself measures {taken}: give metrics of these names another `name`.")
+        numbers = {name: np.asarray(keras.ops.convert_to_numpy(value)) for name, value in found.items()}
+        values = {name: float(value.item()) for name, value in numbers.items() if value.size == 1}
         zeros = sum(int(np.sum(weight.numpy() == 0)) for weight in copy.chosen)
         values["sparsity"] = zeros / sum(weight.size for weight in copy.chosen)
         deadline.check()
@@ -240,7 +261,7 @@ class Evaluation:
             for module in job["modules"]:
                 importlib.import_module(module)
             with open(folder / "data.pickle", "rb") as file:
-                objects, train, test = {}, *pickle.load(file)
+                objects, train, test = custom.imported(job["objects"]), *pickle.load(file)
         # The file was written by the search from the caller's own model: its Lambda layers are the caller's code.
         with quiet(), keras.saving.custom_object_scope(objects):
             model = keras.saving.load_model(folder / "model.keras", safe_mode=False)
@@ -359,6 +380,14 @@ def _seed(seed):
         torch.manual_seed(seed)
 
 
+def _refuse_forks():
+    if os.getpid() != _LOADED_IN:
+        raise Forked(
+            "The executor forks its processes, where TensorFlow and JAX hang. Use fresh interpreters: "
+            "`ProcessPoolExecutor(2, mp_context=multiprocessing.get_context('spawn'))`."
+        )
+
+
 def _take(x, which):
     return keras.tree.map_structure(lambda array: array[which], x)
 
@@ -369,13 +398,6 @@ def _is(variable):
 
 def _silences(pattern):
     return isinstance(patterns.get(pattern), patterns.Channel)
-
-
-def _custom_objects(model):
-    """The classes and functions that a model is made of, by name: they need not be registered with Keras."""
-    found = [*selection.layers(model), *keras.tree.flatten([getattr(model, x, None) for x in ("loss", "optimizer")])]
-    named = [x if hasattr(x, "__name__") else type(x) for x in found if x is not None and not isinstance(x, str)]
-    return {x.__name__: x for x in named if x.__module__.split(".")[0] not in ("keras", "keras_sparse")}
 
 
 def _one_thread():

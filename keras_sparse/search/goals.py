@@ -13,7 +13,11 @@ MEASURES = {"sparsity": True, "macs": False, "bytes": False, "latency_ms": False
 CONSTRAINTS = ("sparsity", "bytes", "macs", "latency_ms")
 _LIMITS = CONSTRAINTS[1:]  # what may not be exceeded; candidates are scaled to a sparsity
 # In the names of Keras's metrics of which less is better.
-_SMALL = ("loss", "error", "mse", "mae", "mape", "msle", "divergence", "crossentropy", "hinge", "perplexity", "poisson")
+_SMALL = (
+    *("loss", "error", "mse", "mae", "mape", "msle", "divergence", "crossentropy", "hinge", "perplexity", "poisson"),
+    *("bce", "cce", "kld", "logcosh", "log_cosh", "huber"),
+    *("false_positives", "false_negatives", "falsepositives", "falsenegatives"),
+)
 
 
 class Goals:
@@ -61,7 +65,7 @@ class Goals:
         unknown = sorted(set(self.directions) - set(reference))
         if unknown:
             known = sorted({*reference, *MEASURES})
-            raise ValueError(f"`objective` must be of {known}. Received: {unknown}")
+            raise ValueError(f"`objective` must be of {known}: metrics that are one number. Received: {unknown}")
 
     def costs(self, values):
         """The objectives' values, those to maximise negated."""

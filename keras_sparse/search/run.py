@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import pathlib
+import platform
+import re
+import shutil
 import tempfile
 import time
 import traceback
@@ -22,6 +25,7 @@ from keras_sparse.search.goals import Goals
 from keras_sparse.search.journal import Journal
 from keras_sparse.search.results import Candidate, SearchResults
 from keras_sparse.search.space import Space
+from keras_sparse.tflite.runtimes import RUNTIMES
 
 __all__ = ["search"]
 
@@ -74,7 +78,8 @@ def search(
             the name does not tell. `None` is the first metric, or the loss.
         constraints: Dict. `"sparsity"`: candidates are scaled to at least this share of zeros over the space, as far
             as the grid goes for each weight. `"bytes"`, `"macs"`, `"latency_ms"`: at most this much.
-        budget: How many candidates are evaluated.
+        budget: How many points the searcher is asked for. One that it has asked for before is not evaluated again, and
+            the search ends earlier where it knows all points of the space.
         time_limit: Seconds after which no more candidates are asked for.
         timeout: Seconds that a candidate may take; one that takes longer is recorded as failed.
         epochs: Of training for each candidate, on `data["train"]`.
@@ -119,6 +124,16 @@ def search(
     for name, value in (("time_limit", time_limit), ("timeout", timeout)):
         if value is not None and (not is_real(value) or not value > 0):
             raise ValueError(f"`{name}` must be a number of seconds above 0, or None. Received: {name}={value!r}")
+    seed = int(seed)
+    if runtime not in RUNTIMES:
+        raise ValueError(f"`runtime` must be one of {list(RUNTIMES)}. Received: runtime={runtime!r}")
+    if executor is not None and not isinstance(executor, concurrent.futures.Executor):
+        raise TypeError(
+            "`executor` must be a `concurrent.futures.Executor`, such as `ThreadPoolExecutor(2)`, or None. "
+            f"Received: executor={executor!r}"
+        )
+    if directory is not None and not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"`directory` must be the path of a folder, or None. Received: directory={directory!r}")
     train, test = _split(data)
     if epochs and train is None:
         raise ValueError(
@@ -130,7 +145,7 @@ def search(
     _check_space(space, model)
     with contextlib.ExitStack() as stack:
         # Two searches may share a directory one after the other, and the model of one is not the other's.
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="keras_sparse-", dir=_made(directory)))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=_prefix(os.getpid()), dir=_made(directory)))
         evaluation = Evaluation(
             folder, [part.index for part in space.parts], goals.measures, epochs, batch_size, timeout, runtime
         )
@@ -174,18 +189,27 @@ class _Run:
         self.candidates = []
         self._space, self._searcher, self._goals = space, searcher, goals
         self._evaluation, self._journal, self._executor, self._seed = evaluation, journal, executor, seed
-        self._best = None
+        self._best, self._checked = None, False
 
     def all(self, budget, time_limit, advance):
-        start = time.monotonic()
-        while len(self.candidates) < budget:
-            if time_limit is not None and self.candidates and time.monotonic() - start > time_limit:
+        start, asked, known = time.monotonic(), 0, {}
+        while asked < budget and len(known) < self._space.size():
+            if time_limit is not None and known and time.monotonic() - start > time_limit:
                 break
-            points = self._searcher.ask()[: budget - len(self.candidates)]
-            batch = self._evaluate(points, advance)
-            self.candidates += batch
+            points = self._ask()[: budget - asked]
+            asked += len(points)
+            new = list(dict.fromkeys(point for point in points if point not in known))
+            self.candidates += self._evaluate(new, advance)
+            known |= {one.point: one for one in self.candidates[len(known) :]}
+            batch = [known[point] for point in points]
             costs = [None if one.error else self._goals.costs(one.values) for one in batch]
             self._searcher.tell(points, costs, [one.violation for one in batch])
+
+    def _ask(self):
+        points = [self._space.check(point) for point in self._searcher.ask()]
+        if not points:
+            raise ValueError(f"`ask` must return at least one point. Received: [] from {self._searcher!r}")
+        return points
 
     def _evaluate(self, points, advance):
         """The candidates of a batch in its order, in whatever order their evaluations end."""
@@ -213,6 +237,8 @@ class _Run:
                 elif self._executor is None:
                     finish(candidate, self._evaluation(*arguments))
                 else:
+                    if not self._checked:
+                        self._check_workers()
                     waiting[self._submit(arguments)] = candidate
             for future, values in self._ended(set(waiting)):
                 finish(waiting[future], values)
@@ -220,6 +246,18 @@ class _Run:
             for future in waiting:
                 future.cancel()
         return batch
+
+    def _check_workers(self):
+        """Raise if the workers cannot load the model, before the budget is spent on finding it out."""
+        with _workers():
+            problem = self._executor.submit(self._evaluation.check).result()
+        if problem is not None:
+            raise RuntimeError(
+                "The workers cannot load the model. They import what it is made of: put classes and functions of your "
+                "own into a module that they can import, or register them there with "
+                f"`keras.saving.register_keras_serializable`, or use threads. Received:\n{problem}"
+            )
+        self._checked = True
 
     def _submit(self, arguments):
         with _workers():
@@ -288,9 +326,13 @@ def _known(space, model, sparsity):
 
 def _split(data):
     """The training data, or `None`, and the validation data, as arrays."""
-    parts = data if isinstance(data, dict) and set(data) <= {"train", "val"} else {"val": data}
-    if "val" not in parts:
-        raise ValueError('`data` needs validation data: {"train": ..., "val": ...}. Received: only "train"')
+    if isinstance(data, list) and len(data) in (2, 3):
+        raise TypeError("`data` must be a tuple (x, y) or (x, y, sample_weight). Received: a list")
+    parts = data if isinstance(data, dict) else {"val": data}
+    if "val" not in parts or set(parts) - {"train", "val"}:
+        raise ValueError(
+            f'`data` needs validation data: (x, y), or {{"train": ..., "val": ...}}. Received: a dict of {list(parts)}'
+        )
     found = {name: arrays(value, f"`data[{name!r}]`" if parts is data else "`data`") for name, value in parts.items()}
     return found.get("train"), found["val"]
 
@@ -309,9 +351,30 @@ def _check_space(space, model):
 
 
 def _made(directory):
+    """The folder, which is there, and has no copies of models whose searches were killed."""
     if directory is not None:
         os.makedirs(directory, exist_ok=True)
+        for path in pathlib.Path(directory).glob("keras_sparse-*"):
+            owner = re.match(_prefix("([0-9]+)"), path.name)
+            if owner and not _lives(int(owner[1])):
+                shutil.rmtree(path, ignore_errors=True)
     return directory
+
+
+def _prefix(process):
+    """How the names of temporary folders of a process of this machine begin."""
+    machine = re.sub(r"\W", "_", platform.node())
+    return f"keras_sparse-{machine}-{process}-"
+
+
+def _lives(process):
+    if os.name != "posix":
+        return True  # elsewhere to ask would end it
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    return True
 
 
 def _optimizer(model):

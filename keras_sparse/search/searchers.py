@@ -5,11 +5,12 @@ the same size however many workers there are, so that a seed leads to the same s
 Everything is NumPy, seeded.
 """
 
+import math
 from collections import deque
 
 import numpy as np
 
-from keras_sparse.registry import Configurable, Registry, check_whole
+from keras_sparse.registry import Configurable, Registry, check_whole, is_real
 from keras_sparse.search.pareto import crowding, fronts
 
 __all__ = ["Evolution", "Random", "Reinforce", "Searcher", "get"]
@@ -59,6 +60,8 @@ class Searcher(Configurable):
 
     def ask(self):
         """Return a list of points, new ones as far as they are found."""
+        if not hasattr(self, "space"):
+            raise ValueError("Begin a search first: `searcher.start(space, seed)`.")
         return [self._next() for _ in range(self.batch)]
 
     def tell(self, points, costs, violations=None):
@@ -217,9 +220,10 @@ class Reinforce(Searcher):
 
     def __init__(self, learning_rate=0.15, entropy=0.02, decay=0.8, batch=8):
         super().__init__(batch)
-        if not learning_rate > 0 or not entropy >= 0 or not 0 <= decay < 1:
+        numbers = all(is_real(value) for value in (learning_rate, entropy, decay))
+        if not numbers or not 0 < learning_rate < math.inf or not 0 <= entropy < math.inf or not 0 <= decay < 1:
             raise ValueError(
-                "`learning_rate` must be above 0, `entropy` at least 0 and `decay` in [0, 1). "
+                "`learning_rate` must be a number above 0, `entropy` one of at least 0 and `decay` in [0, 1). "
                 f"Received: learning_rate={learning_rate!r}, entropy={entropy!r}, decay={decay!r}"
             )
         self.learning_rate, self.entropy, self.decay = learning_rate, entropy, decay

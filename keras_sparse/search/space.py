@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import operator
 
 import keras
 import numpy as np
@@ -165,6 +166,8 @@ class Space:
         index = {id(w.variable): i for i, w in enumerate(selection.weights(model))}
         chosen = [w for w in selection.select(model, filters, frozen=filters is not None) if w.kernel and not w.skipped]
         owner, settings = _groups(groups, chosen)
+        if not isinstance(removable or (), (str, list, tuple)):
+            raise TypeError(f"`removable` must be a regex or a list of them. Received: removable={removable!r}")
         regexes = [removable] if isinstance(removable, str) else removable or []
         leave = {weight.path for regex in regexes for weight in selection.matching(regex, chosen)}
         members = {}
@@ -206,10 +209,10 @@ class Space:
 
     def mutate(self, point, seed=None):
         """Change one decision of a point: half of the time to an option next to it, else to any other one."""
-        rng = np.random.default_rng(seed)
+        point, rng = self.check(point), np.random.default_rng(seed)
         free = [i for i, choice in enumerate(self.choices) if len(choice.options) > 1]
         if not free:
-            return tuple(point)
+            return point
         at = free[rng.integers(len(free))]
         candidates = self.choices[at].neighbours(point[at])
         if rng.random() >= 0.5:
@@ -218,6 +221,7 @@ class Space:
 
     def crossover(self, one, other, seed=None):
         """Take each decision from one of two points."""
+        one, other = self.check(one), self.check(other)
         first = np.random.default_rng(seed).random(len(self.choices)) < 0.5
         return tuple(a if take else b for a, b, take in zip(one, other, first, strict=True))
 
@@ -246,7 +250,7 @@ class Space:
         Raises:
             ValueError: If `point` is not of this space.
         """
-        self.check(point)
+        point = self.check(point)
         found = {}
         for choice, option in zip(self.choices, point, strict=True):
             sparsity, pattern = choice.options[option]
@@ -292,7 +296,7 @@ class Space:
         """
         if sparsity is None:
             return self.allocation(point), 0.0
-        self.check(point)
+        point = self.check(point)
         taken = list(zip(self.choices, point, strict=True))
         lowest, highest = np.array([choice.limits(option) for choice, option in taken], "float64").T
         density = np.maximum([1 - choice.options[option][0] for choice, option in taken], 1e-9)
@@ -344,25 +348,33 @@ class Space:
     @classmethod
     def from_json(cls, text):
         """The inverse of `to_json`; needs no model."""
-        content = json.loads(text)
         space = cls.__new__(cls)
-        space.model, space.choices = content["model"], []
-        for choice in content["choices"]:
-            parts = tuple(
-                Part(**part | {key: tuple(part[key]) for key in ("shape", "output_axes")}) for part in choice["parts"]
-            )
-            options = tuple(map(tuple, choice["options"]))
-            space.choices.append(Choice(choice["name"], parts, options, choice["removable"]))
+        try:
+            content = json.loads(text)
+            space.model, space.choices = content["model"], [_choice(choice) for choice in content["choices"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"Expected a string that `Space.to_json` returned. Received: {text!r}"[:500]) from error
         return space
 
     def check(self, point):
-        """Raise unless `point` is one of this space."""
+        """Return a point as a tuple of ints, and raise unless it is one of this space."""
         sizes = [len(choice.options) for choice in self.choices]
-        if len(point) != len(sizes) or any(not 0 <= i < n for i, n in zip(point, sizes, strict=True)):
+        try:
+            plain = tuple(operator.index(option) for option in point)
+        except TypeError:
+            plain = ()
+        if len(plain) != len(sizes) or any(not 0 <= i < n for i, n in zip(plain, sizes, strict=True)):
             raise ValueError(f"A point of this space is ints that are each below {sizes}. Received: {point!r}")
+        return plain
 
     def __repr__(self):
         return f"<Space of {self.size():,d} allocations of {self.model!r}: {len(self.choices)} choices>"
+
+
+def _choice(content):
+    """The inverse of `dataclasses.asdict` on a `Choice`, after a way through JSON."""
+    parts = (Part(**part | {key: tuple(part[key]) for key in ("shape", "output_axes")}) for part in content["parts"])
+    return Choice(**content | {"parts": tuple(parts), "options": tuple(map(tuple, content["options"]))})
 
 
 def _groups(groups, weights):
@@ -384,8 +396,12 @@ def _groups(groups, weights):
 
 
 def _options(sparsities, kinds):
-    kinds = [kinds] if isinstance(kinds, (str, patterns.Pattern, dict)) else list(kinds)
-    sparsities = [sparsities] if is_real(sparsities) else list(sparsities)
+    kinds = [kinds] if isinstance(kinds, (str, patterns.Pattern, dict)) else kinds
+    sparsities = [sparsities] if is_real(sparsities) else sparsities
+    for name, value in (("sparsities", sparsities), ("patterns", kinds)):
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise TypeError(f"`{name}` must be one or a list of them. Received: {name}={value!r}")
+    kinds, sparsities = list(kinds), list(sparsities)
     bad = [s for s in sparsities if not is_real(s) or not 0 <= s < 1]
     if bad or not sparsities:
         raise ValueError(f"`sparsities` must be numbers of at least 0 and below 1. Received: {bad or sparsities!r}")
