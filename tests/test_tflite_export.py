@@ -317,8 +317,7 @@ def test_a_crash_of_the_converter_is_an_error(tmp_path):
 
 
 @tensorflow_only
-@pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.parametrize("size", [1, 5, 200])
+@pytest.mark.parametrize(("size", "quantize"), [(1, None), (5, None), (200, None), (5, "int8")])
 def test_representative_data_and_a_fixed_batch(size, quantize, tmp_path):
     inputs = keras.Input((4, 4, 2), batch_size=size, name="x")
     # A shape that names the batch size: the file cannot be run with another one.

@@ -213,7 +213,7 @@ class _Run:
 
     def _evaluate(self, points, advance):
         """The candidates of a batch in its order, in whatever order their evaluations end."""
-        batch, waiting = [], {}
+        batch, waiting, check = [], {}, None
 
         def finish(candidate, values, new=True):
             if new:
@@ -238,8 +238,10 @@ class _Run:
                     finish(candidate, self._evaluation(*arguments))
                 else:
                     if not self._checked:
-                        self._check_workers()
-                    waiting[self._submit(arguments)] = candidate
+                        self._checked, check = True, self._submit(self._evaluation.check)
+                    waiting[self._submit(self._evaluation, *arguments)] = candidate
+            if check is not None:
+                _raise_unless_loaded(check)
             for future, values in self._ended(set(waiting)):
                 finish(waiting[future], values)
         finally:
@@ -247,21 +249,9 @@ class _Run:
                 future.cancel()
         return batch
 
-    def _check_workers(self):
-        """Raise if the workers cannot load the model, before the budget is spent on finding it out."""
+    def _submit(self, *task):
         with _workers():
-            problem = self._executor.submit(self._evaluation.check).result()
-        if problem is not None:
-            raise RuntimeError(
-                "The workers cannot load the model. They import what it is made of: put classes and functions of your "
-                "own into a module that they can import, or register them there with "
-                f"`keras.saving.register_keras_serializable`, or use threads. Received:\n{problem}"
-            )
-        self._checked = True
-
-    def _submit(self, arguments):
-        with _workers():
-            return self._executor.submit(self._evaluation, *arguments)
+            return self._executor.submit(*task)
 
     def _ended(self, pending):
         """Yield futures with what they found, as they end."""
@@ -291,6 +281,18 @@ class _Run:
             self._best = min(best, candidate, key=lambda one: self._goals.costs(one.values)[0])
         name = next(iter(self._goals.directions))
         return "search" if self._best is None else f"search, best {name} {self._best.values[name]:.4g}"
+
+
+def _raise_unless_loaded(check):
+    """Raise if the workers cannot load the model, before the budget is spent on finding it out."""
+    with _workers():
+        problem = check.result()
+    if problem is not None:
+        raise RuntimeError(
+            "The workers cannot load the model. They import what it is made of: put classes and functions of your own "
+            "into a module that they can import, or register them there with "
+            f"`keras.saving.register_keras_serializable`, or use threads. Received:\n{problem}"
+        )
 
 
 class _Broken(RuntimeError):
