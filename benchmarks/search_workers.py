@@ -19,6 +19,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=8, help="candidates that are asked for at a time")
     args = parser.parse_args()
     load, (x, y, _, _) = result.load(), search.mnist()
     model = search.compiled(regularization_mnist.lenet_5(), 0.001)
@@ -30,7 +31,13 @@ def main():
             started = time.perf_counter()
             with search.processes(workers) as executor:
                 results = ks.search.search(
-                    model, data, constraints={"sparsity": 0.95}, budget=args.budget, epochs=1, executor=executor
+                    model,
+                    data,
+                    searcher=ks.search.Evolution(batch=args.batch),
+                    constraints={"sparsity": 0.95},
+                    budget=args.budget,
+                    epochs=1,
+                    executor=executor,
                 )
             seconds[workers].append(time.perf_counter() - started)
             found.add(tuple((one.point, *one.values.values()) for one in results.candidates))
