@@ -424,7 +424,9 @@ def deferred():
 
 
 @pytest.mark.parametrize("name", UNBUILT)
-@pytest.mark.parametrize("make", [deferred, Subclassed, OwnStep])
+@pytest.mark.parametrize(
+    "make", [deferred, pytest.param(Subclassed, marks=pytest.mark.slow), pytest.param(OwnStep, marks=pytest.mark.slow)]
+)
 def test_a_model_that_fit_builds_trains_as_one_that_was_built(name, make):
     if make is OwnStep and not TENSORFLOW:
         pytest.skip("The training step has other arguments")

@@ -300,7 +300,7 @@ def test_two_kinds_in_one_fit():
     assert zeros(model)[1] == 24
 
 
-@pytest.mark.parametrize("grow", ["gradient", "random"])
+@pytest.mark.parametrize("grow", ["gradient", pytest.param("random", marks=pytest.mark.slow)])
 def test_checkpoint_from_the_middle_of_fit_goes_on(tmp_path, grow):
     def run(*callbacks, model=None, **arguments):
         model = model or dense_model(optimizer=keras.optimizers.Adam(0.01))

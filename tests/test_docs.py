@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 BLOCK = re.compile(
     r"<!-- setup\n(?P<setup>.*?)-->|(?P<excuse><!-- not run -->\n+)?^```python\n(?P<code>.*?)^```", re.S | re.M
 )
+LONG = ("failures", "tflite", "search", "regularization")  # to run
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if BLOCK.search(path.read_text(encoding="utf-8")))
 
 
@@ -22,7 +23,10 @@ def blocks(path):
             yield "\n" * text.count("\n", 0, match.start(part)) + match[part]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in LONG else []) for page in PAGES],
+)
 def test_code_on_the_page_runs(path, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}

@@ -22,7 +22,10 @@ def pruned(model, report):
     return model
 
 
-@pytest.mark.parametrize("build", [mlp, cnn, conv1d, lstm, attention, nested, subclassed])
+@pytest.mark.parametrize(
+    "build",
+    [mlp, cnn, subclassed, *(pytest.param(one, marks=pytest.mark.slow) for one in (conv1d, lstm, attention, nested))],
+)
 def test_what_it_predicts_is_what_export_writes(build, tmp_path):
     keras.utils.set_random_seed(0)
     model = build()
@@ -170,7 +173,16 @@ def reversed_names():
     return keras.Model(inputs, layers.Dense(64, name="dense_2")(layers.Dense(64, name="dense")(x)))
 
 
-@pytest.mark.parametrize("build", [bidirectional, folded, reversed_names, nested, mlp, lstm])
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (bidirectional, lstm)),
+        folded,
+        reversed_names,
+        nested,
+        mlp,
+    ],
+)
 def test_rows_name_the_weight_that_a_tensor_holds(build):
     model = build()
     file = read(convert(model, signature(model)).content)

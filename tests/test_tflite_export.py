@@ -39,8 +39,14 @@ def clean(folder):
 
 
 @tensorflow_only
-@pytest.mark.parametrize("quantize", [None, "float16", "dynamic"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "quantize"),
+    [
+        pytest.param(kind, quantize, marks=[pytest.mark.slow] if quantize and kind not in ("mlp", "cnn") else [])
+        for kind in MODELS
+        for quantize in (None, "float16", "dynamic")
+    ],
+)
 def test_every_kind_of_model(kind, quantize, tmp_path):
     keras.utils.set_random_seed(1)
     model = sparsify(MODELS[kind](), 0.9)

@@ -38,7 +38,7 @@ def test_report(encoding, files, tmp_path):
     assert "89.97" in str(report)
 
 
-@pytest.mark.parametrize("quantize", [None, "float16"])
+@pytest.mark.parametrize("quantize", [None, pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("build", "pattern"),
     [(cnn, "block_1x4"), (cnn, "channel"), (transposed, "2:4"), (conv3d, "block_2x4"), (attention, "block_1x4"),

@@ -124,7 +124,7 @@ def search(
     for name, value in (("time_limit", time_limit), ("timeout", timeout)):
         if value is not None and (not is_real(value) or not value > 0):
             raise ValueError(f"`{name}` must be a number of seconds above 0, or None. Received: {name}={value!r}")
-    seed = int(seed)
+    budget, batch_size, seed, epochs = int(budget), int(batch_size), int(seed), int(epochs)
     if runtime not in RUNTIMES:
         raise ValueError(f"`runtime` must be one of {list(RUNTIMES)}. Received: runtime={runtime!r}")
     if executor is not None and not isinstance(executor, concurrent.futures.Executor):
