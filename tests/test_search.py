@@ -528,29 +528,16 @@ def test_forked_processes_are_refused():
             search(executor=executor, budget=2)
 
 
-class Dying:
-    """An evaluation that ends its process."""
-
-    timeout = None
-
-    def __call__(self, allocation, seed):
-        os._exit(3)
-
-
 @pytest.mark.slow
 def test_a_dead_worker_ends_the_search_and_the_journal_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent))
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=SPAWN) as executor:
         with monkeypatch.context() as patch:
-            patch.setattr(ks.search.run._Run, "_submit", lambda self, arguments: _submitted(executor, arguments))
+            patch.setattr(ks.search.run._Run, "_submit", lambda self, *task: executor.submit(os._exit, 3))
             with pytest.raises(RuntimeError, match=r"(?s)A worker process died.*same\s+`directory`"):
                 search(tmp_path, executor=executor, budget=8)
     assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1
     assert len(search(tmp_path, budget=8).candidates) == 8
-
-
-def _submitted(executor, arguments):
-    return executor.submit(Dying(), *arguments)
 
 
 @pytest.mark.slow
