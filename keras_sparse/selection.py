@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import keras
 import numpy as np
 
-__all__ = ["NO_KERNELS", "Weight", "check_model", "layers", "only", "select", "weights"]
+__all__ = ["NO_KERNELS", "Weight", "check_filters", "check_model", "layers", "only", "select", "weights"]
 
 _KERNELS = ("kernel", "recurrent_kernel", "pointwise_kernel")
 NO_KERNELS = ("bias", "gamma", "beta", "alpha")
@@ -277,16 +277,35 @@ def matching(pattern, candidates):
     return found
 
 
+def check_filters(filters):
+    """Raise unless `filters` are what `select` takes; whether they match anything, a model shows.
+
+    Raises:
+        TypeError: If they are something else.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.selection.check_filters(3)
+    Traceback (most recent call last):
+    ...
+    TypeError: `filters` must be a regex as a string, a list of them, or a callable on the variable. Received: filters=3
+    """
+    found = filters if isinstance(filters, (list, tuple)) else [filters]
+    known = found and all(isinstance(one, (str, re.Pattern)) or callable(one) for one in found)
+    if filters is not None and not known:
+        raise TypeError(
+            "`filters` must be a regex as a string, a list of them, or a callable on the variable. "
+            f"Received: filters={filters!r}"
+        )
+
+
 def _matcher(filters, everything):
+    check_filters(filters)
     if filters is None or callable(filters):
         return filters
     if isinstance(filters, (str, re.Pattern)):
         filters = [filters]
-    if not isinstance(filters, (list, tuple)) or not filters:
-        raise TypeError(
-            "`filters` must be a regular expression, a list of them, or a callable on the variable. "
-            f"Received: filters={filters!r}"
-        )
     candidates = [w for w in everything if w.kernel]
     hit = {id(w.variable) for pattern in filters for w in matching(pattern, candidates)}
     return lambda variable: id(variable) in hit

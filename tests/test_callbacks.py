@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -218,10 +219,11 @@ def test_dict_of_sparsities_and_filters():
     model = dense_model()
     fit(model, ks.callbacks.Pruning({"b/": 0.2, ".*": (0.5, "unstructured")}))
     assert zeros(model) == [60, 6]
-    other = dense_model()
-    fit(other, ks.callbacks.Pruning(0.5, filters="a/"))
-    assert zeros(other) == [60, 0]
-    assert ks.report(other).rows[2]["reason"] == "not matched by `filters`"
+    for filters in ("a/", re.compile("a/"), ["a/"], lambda variable: "a/" in variable.path):
+        other = dense_model()
+        fit(other, ks.callbacks.Pruning(0.5, filters=filters))
+        assert zeros(other) == [60, 0]
+        assert ks.report(other).rows[2]["reason"] == "not matched by `filters`"
 
 
 def test_two_of_ours_at_once():

@@ -173,12 +173,7 @@ class ScheduledMasks(MaskCallback):
     def __init__(self, begin, end, frequency, filters, verbose, name="begin"):
         super().__init__()
         self._clock = clock.Clock(begin, end, frequency, name)
-        for each in filters if isinstance(filters, (list, tuple)) else [filters]:
-            if not (callable(each) or isinstance(each, str) or filters is None):
-                raise TypeError(
-                    "`filters` must be a regex, a list of them, or a callable on the variable. "
-                    f"Received: filters={filters!r}"
-                )
+        selection.check_filters(filters)
         if verbose not in (0, 1, 2):
             raise ValueError(f"`verbose` must be 0 or 1. Received: verbose={verbose!r}")
         self.filters = filters
