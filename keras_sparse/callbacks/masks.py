@@ -207,7 +207,8 @@ class ScheduledMasks(MaskCallback):
             self._abandon()
             raise
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
         if self._goals is None:
             optimizers.before_first_step(self._model, self._join)
 

@@ -152,7 +152,7 @@ def before_first_step(model, action):
     >>> model = keras.Sequential([keras.layers.Dense(4)])
     >>> model.compile("sgd", "mse")
     >>> class Tell(keras.callbacks.Callback):
-    ...     def on_train_batch_begin(self, batch, logs=None):
+    ...     def on_epoch_begin(self, epoch, logs=None):
     ...         if not self.model.built:
     ...             ks.optimizers.before_first_step(self.model, lambda: print(int(self.model.optimizer.iterations)))
     >>> history = model.fit(np.ones((16, 8)), np.ones((16, 4)), verbose=0, callbacks=[Tell()])
