@@ -5,7 +5,7 @@ import numpy as np
 
 from keras_sparse.registry import check_whole
 
-__all__ = ["check", "count", "labelled", "of"]
+__all__ = ["are_arrays", "check", "count", "labelled", "of"]
 
 
 def check(data, batch_size=32):
@@ -35,7 +35,7 @@ def check(data, batch_size=32):
             "`data` are inputs only: pass `x`, not `(x, y)`, and several inputs as a list or dict. "
             f"Received: a tuple of {len(data)}"
         )
-    if _are_arrays(data):
+    if are_arrays(data):
         arrays = keras.tree.flatten(data)
         bare = [array for array in arrays if not getattr(array, "shape", ())]
         if bare:
@@ -57,7 +57,15 @@ def check(data, batch_size=32):
         raise ValueError(f"`data` never end: `num_batches` is None. Received: {data!r}")
 
 
-def _are_arrays(data):
+def are_arrays(data):
+    """Whether data are arrays, or a list or dict of them, and not what yields batches.
+
+    Example:
+
+    >>> from keras_sparse import batches
+    >>> batches.are_arrays([[1.0]]), batches.are_arrays(iter([1.0]))
+    (True, False)
+    """
     return isinstance(data, (list, dict)) or hasattr(data, "shape")
 
 
@@ -71,7 +79,7 @@ def of(data, batch_size=32):
     >>> [batch.shape for batch in batches.of(np.zeros((5, 3)), batch_size=2)]
     [(2, 3), (2, 3), (1, 3)]
     """
-    if _are_arrays(data):
+    if are_arrays(data):
         yield from _slices(data, batch_size)
         return
     for batch in _parts(data):
@@ -99,7 +107,7 @@ def labelled(x, y=None, sample_weight=None, batch_size=32):
     [[0, 1], [1]]
     """
     check(x, batch_size)
-    if not _are_arrays(x):
+    if not are_arrays(x):
         if y is not None or sample_weight is not None:
             raise ValueError(
                 "`y` and `sample_weight` go with arrays. A dataset or generator yields batches `(x, y)` or "
@@ -133,7 +141,7 @@ def count(data, batch_size=32):
     >>> batches.count(np.zeros((5, 3)), batch_size=2)
     3
     """
-    if _are_arrays(data):
+    if are_arrays(data):
         arrays = keras.tree.flatten(data)
         return -(-int(arrays[0].shape[0]) // batch_size) if arrays else 0
     if isinstance(data, keras.utils.PyDataset):

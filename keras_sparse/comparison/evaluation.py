@@ -101,10 +101,10 @@ def compare(
         stack.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)
         subjects = [open_subject(name, model, timeout, stack) for name, model in models.items()]
-        keras_model = next((one.model for one in subjects if isinstance(one, Model)), None)
+        reference = next((one for one in subjects if isinstance(one, Model)), None)
         for one in subjects:
-            one.like = keras_model
-        evaluation = _Evaluation(subjects, wanted, threshold)
+            one.like = reference and reference.model
+        evaluation = _Evaluation(subjects, wanted, threshold, reference)
         with _progress(console, batches.count(x, batch_size)) as advance:
             for batch in data:
                 evaluation.update(*batch)
@@ -125,9 +125,8 @@ def compare(
 class _Evaluation:
     """The scores of each subject on the same batches."""
 
-    def __init__(self, subjects, wanted, threshold):
-        self._subjects, self._wanted, self._threshold = subjects, wanted, threshold
-        self._reference = next((one for one in subjects if isinstance(one, Model)), None)
+    def __init__(self, subjects, wanted, threshold, reference):
+        self._subjects, self._wanted, self._threshold, self._reference = subjects, wanted, threshold, reference
         self._scores = None
         self.sample, self.samples = None, 0
 

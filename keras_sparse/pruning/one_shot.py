@@ -77,7 +77,7 @@ def _statistics(model, plan, data):
             f"`{name}` ranks weights by gradients: pass `data=(x, y)`, or prune in training, with "
             "`ks.callbacks.Pruning` or, in a loop of your own, `ks.update_masks`. Received: data=None"
         )
-    if isinstance(data, (list, dict)) or hasattr(data, "shape"):
+    if batches.are_arrays(data):
         raise ValueError(
             "`data` must be (x, y) or (x, y, sample_weight), a tuple, or yield such batches: the loss is taken against "
             f"targets. Received: {type(data).__name__}"

@@ -101,17 +101,16 @@ class Choice:
         same = [self.options[i][0] for i in self.alike(option)]
         return min(same), max(same)
 
-    def zeros(self, option, sparsity=None, most=False):
-        """The least number of zeros that its weights have in an option's pattern, or the most; see `rounding`.
+    def zeros(self, option, sparsity=None):
+        """The least number of zeros that its weights have in an option's pattern; see `rounding`.
 
         Args:
             option: Its index.
             sparsity: In place of the option's own.
-            most: Whether to count the most.
         """
         own, pattern = self.options[option]
         sparsity = own if sparsity is None else sparsity
-        return sum(rounding(part, pattern).zeros(sparsity, most) for part in self.parts)
+        return sum(rounding(part, pattern).zeros(sparsity) for part in self.parts)
 
     def alike(self, option):
         """Indices of the options of the same pattern."""

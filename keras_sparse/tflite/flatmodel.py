@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-__all__ = ["FlatModel", "Operator", "Subgraph", "Tensor", "damaged", "gzip_size", "read"]
+__all__ = ["FlatModel", "Operator", "Subgraph", "Tensor", "damaged", "described", "gzip_size", "read"]
 
 # float16 and bfloat16 are counted as bit patterns: NumPy has no bfloat16, and both are zero when all but the sign is.
 _DTYPES = {
@@ -224,7 +224,7 @@ def read(path):
     if content[4:8] != b"TFL3":
         raise ValueError(
             "Expected a .tflite file. Write one with `ks.tflite.export(model, path)`. "
-            f"Received: {_described(path)} without the mark 'TFL3' at byte 4 ({len(content)} bytes in all)"
+            f"Received: {described(path)} without the mark 'TFL3' at byte 4 ({len(content)} bytes in all)"
         )
     with damaged(path):
         return FlatModel(_subgraphs(content), content)
@@ -253,7 +253,15 @@ def _content(path):
         return head if head[4:] != b"TFL3" else head + file.read()
 
 
-def _described(file):
+def described(file):
+    """Say in a message which file was received, a path or its content as bytes.
+
+    Example:
+
+    >>> from keras_sparse.tflite.flatmodel import described
+    >>> described("m.tflite"), described(b"none")
+    ("path='m.tflite'", 'content of 4 bytes')
+    """
     return f"content of {len(file)} bytes" if isinstance(file, bytes) else f"path={os.fspath(file)!r}"
 
 
@@ -273,7 +281,7 @@ def damaged(file):
         yield
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, struct.error, AssertionError) as error:
         raise ValueError(
-            f"The .tflite file is damaged or truncated; export it again. Received: {_described(file)}"
+            f"The .tflite file is damaged or truncated; export it again. Received: {described(file)}"
         ) from error
 
 

@@ -17,7 +17,7 @@ import threading
 import numpy as np
 
 from keras_sparse.tflite.commands import RUNTIMES, RuntimeMissing, available, command
-from keras_sparse.tflite.flatmodel import damaged, read
+from keras_sparse.tflite.flatmodel import damaged, described, read
 
 __all__ = ["RUNTIMES", "TIMEOUT", "RuntimeMissing", "Worker", "available", "run"]
 
@@ -104,7 +104,7 @@ class Worker:
 
     def __init__(self, file, runtime="native", threads=1, timeout=TIMEOUT):
         _check(runtime, threads)
-        self._what = f"content of {len(file)} bytes" if isinstance(file, bytes) else f"path={os.fspath(file)!r}"
+        self._what = described(file)
         # A damaged file should raise here, before native code meets it: that follows a sparse index wherever it leads.
         subgraphs = read(file).subgraphs
         with damaged(file):
