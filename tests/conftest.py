@@ -21,7 +21,15 @@ if keras.backend.backend() == "tensorflow":
 
 # These test files, conversions and subprocesses, not tensors: one backend is enough. Exporting from the JAX and
 # torch backends is tested in the run with TensorFlow.
-_BACKEND_DOES_NOT_MATTER = ["test_architecture.py", "test_docs.py", "test_notebooks.py", "test_cli.py"]
+_BACKEND_DOES_NOT_MATTER = [
+    "test_architecture.py",
+    "test_cli.py",
+    "test_docs.py",
+    "test_files.py",
+    "test_notebooks.py",
+    "test_quiet.py",
+    "test_search_searchers.py",
+]
 _TENSORFLOW_ONLY = ["test_tflite_*.py", "test_quickstart.py", "test_end_to_end.py"]
 
 collect_ignore_glob = [] if keras.backend.backend() == "tensorflow" else _BACKEND_DOES_NOT_MATTER + _TENSORFLOW_ONLY

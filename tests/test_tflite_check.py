@@ -49,6 +49,7 @@ def test_dense_layers_run_sparse_only_if_the_network_gains(tmp_path):
     assert any("out of XNNPACK" in note and "4 divides" in note for note in report.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_networks_that_fit(name, tmp_path):
     model = image_model(WHOLE[name])
@@ -96,6 +97,7 @@ def test_other_targets(target, sparse):
     )
 
 
+@pytest.mark.slow
 def test_training_for_it(tmp_path):
     model = image_model(WHOLE["mobilenet"])
     report = ks.tflite.check(model)

@@ -47,6 +47,7 @@ def test_strict_verification(sparse, runtime, tmp_path, monkeypatch):
     assert len(report.verified_on) == 2
 
 
+@pytest.mark.slow
 def test_the_rules_are_not_needed(runtime, monkeypatch):
     """A fault that no rule knows shows itself on a runtime with sparse kernels."""
     monkeypatch.setattr(verification, "hazard", lambda model: None)
