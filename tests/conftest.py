@@ -19,7 +19,7 @@ if keras.backend.backend() == "tensorflow":
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
 
-# These test files, conversions and subprocesses, not tensors: one backend is enough. Exporting from the JAX and
+# These test files, conversions, subprocesses and NumPy, not tensors: one backend is enough. Exporting from the JAX and
 # torch backends is tested in the run with TensorFlow.
 _BACKEND_DOES_NOT_MATTER = [
     "test_architecture.py",
@@ -27,7 +27,6 @@ _BACKEND_DOES_NOT_MATTER = [
     "test_docs.py",
     "test_files.py",
     "test_notebooks.py",
-    "test_quiet.py",
     "test_search_searchers.py",
 ]
 _TENSORFLOW_ONLY = ["test_tflite_*.py", "test_quickstart.py", "test_end_to_end.py"]
