@@ -1,7 +1,7 @@
 """A criterion says how much each weight matters: `scores(weight, statistic) -> scores`, higher is kept longer.
 
-Criteria that use the gradient name the statistic that they need. The optimizer that trains the model keeps it, from the
-gradients that it receives anyway: see `ks.optimizers.statistics.Statistic`.
+Criteria that use the gradient bring the `Statistic` that they need. The optimizer that trains the model keeps it, from
+the gradients that it receives anyway.
 """
 
 import inspect
@@ -11,9 +11,100 @@ import numpy as np
 
 from keras_sparse.registry import Configurable, Registry
 
-__all__ = ["Criterion", "Gradient", "Magnitude", "Movement", "Random", "Snip", "Taylor", "get"]
+__all__ = [
+    "Criterion",
+    "Fisher",
+    "Gradient",
+    "Magnitude",
+    "Movement",
+    "Random",
+    "Snip",
+    "Statistic",
+    "Taylor",
+    "get",
+    "get_statistic",
+]
 
 _REGISTRY = Registry("criterion")
+_STATISTICS = Registry("statistic")
+
+
+class Statistic(Configurable):
+    """What is known of a weight beyond its value: a tensor of its shape, updated from each gradient.
+
+    Statistics are taken from every micro-step's gradient, before it is accumulated or clipped and without the loss
+    scale. Under `tf.distribute` that is the gradient summed over replicas. Subclasses implement `update` with Python's
+    operators (`abs`, `*`, ...), so that they run in the training step of every backend; where those do not reach, with
+    `keras.ops`. `ks.criteria.Criterion` shows how to bring one.
+
+    Attributes:
+        every_step: Whether the statistic starts at zero in each optimizer step, instead of once in a `fit`.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> class MeanGradient(ks.criteria.Statistic):
+    ...     def update(self, value, weight, gradient, count):
+    ...         return value + (gradient - value) / count
+    >>> MeanGradient().update(value=1.0, weight=5.0, gradient=4.0, count=3.0)
+    2.0
+    """
+
+    every_step = False
+
+    def update(self, value, weight, gradient, count):
+        """Return the new value of the statistic; runs inside of the compiled training step.
+
+        Args:
+            value: Tensor of the weight's shape, float32 or wider: zeros at first.
+            weight: The weight before the step, of the same dtype.
+            gradient: Its gradient, of the same dtype.
+            count: How many micro-steps there were, this one included, at most 100: a running mean that divides by it is
+                plain at first and then forgets exponentially. A scalar tensor.
+        """
+        raise TypeError(f"`{type(self).__name__}` must implement `update(self, value, weight, gradient, count)`.")
+
+
+@_STATISTICS.register("gradient")
+class MeanAbsoluteGradient(Statistic):
+    """The running mean of abs(g)."""
+
+    def update(self, value, weight, gradient, count):
+        return value + (abs(gradient) - value) / count
+
+
+@_STATISTICS.register("taylor")
+class MeanAbsoluteProduct(Statistic):
+    """The running mean of abs(w * g)."""
+
+    def update(self, value, weight, gradient, count):
+        return value + (abs(weight * gradient) - value) / count
+
+
+@_STATISTICS.register("movement")
+class AccumulatedMovement(Statistic):
+    """The sum of -w * g."""
+
+    def update(self, value, weight, gradient, count):
+        return value - weight * gradient
+
+
+@_STATISTICS.register("last_gradient")
+class LastGradient(Statistic):
+    """The gradient of the latest optimizer step, summed over its micro-steps."""
+
+    every_step = True
+
+    def update(self, value, weight, gradient, count):
+        return value + gradient
+
+
+@_STATISTICS.register("squared_gradient")
+class SquaredGradient(Statistic):
+    """The running mean of g * g: the diagonal of the empirical Fisher information."""
+
+    def update(self, value, weight, gradient, count):
+        return value + (gradient * gradient - value) / count
 
 
 class Criterion(Configurable):
@@ -23,9 +114,10 @@ class Criterion(Configurable):
     after a restart.
 
     Attributes:
-        statistic: The statistic of the weight's gradient g that the scores need: `None`, `"gradient"` (running mean of
-            abs(g)), `"taylor"` (running mean of abs(w * g)), `"movement"` (the sum of -w * g) or `"last_gradient"` (g
-            of the latest optimizer step).
+        statistic: The `Statistic` of the weight's gradient g that the scores need: `None`, a `Statistic` of your own,
+            or a name: `"gradient"` (running mean of abs(g)), `"taylor"` (running mean of abs(w * g)), `"movement"` (the
+            sum of -w * g), `"squared_gradient"` (running mean of g * g) or `"last_gradient"` (g of the latest optimizer
+            step).
 
     Example:
 
@@ -41,6 +133,17 @@ class Criterion(Configurable):
     ...         return np.abs(statistic)
     >>> Steepest()(np.array([-3.0, 2.0]), np.array([0.5, -0.25]))
     array([0.5 , 0.25])
+
+    A statistic of one's own comes with its criterion:
+
+    >>> class SignedTaylor(ks.criteria.Statistic):
+    ...     def update(self, value, weight, gradient, count):
+    ...         return value + (weight * gradient - value) / count
+    >>> class SignedSensitivity(ks.criteria.Criterion):
+    ...     statistic = SignedTaylor()
+    ...     def scores(self, weight, statistic):
+    ...         return np.abs(statistic)
+    >>> pruning = ks.callbacks.Pruning(0.9, criterion=SignedSensitivity())
     """
 
     statistic = None
@@ -121,9 +224,6 @@ class Random(Criterion):
         digest = zlib.crc32(np.ascontiguousarray(weight).tobytes())
         return np.random.default_rng([self.seed, digest]).random(weight.shape, dtype="float32")
 
-    def get_config(self):
-        return {"seed": self.seed}
-
 
 class _Statistical(Criterion):
     """A criterion whose scores are its statistic."""
@@ -203,10 +303,43 @@ class Snip(Criterion):
         return np.abs(statistic)
 
 
+@_REGISTRY.register("fisher")
+class Fisher(Criterion):
+    """The loss that removing the weight costs to second order, w^2 / 2 times the running mean of g^2.
+
+    Theis et al., "Faster gaze prediction with dense networks and Fisher pruning" (2018), equation 10, for single
+    weights: the Hessian's diagonal is taken to be that of the empirical Fisher information. Gradients are those of
+    batches, as training sees them.
+
+    Example:
+
+    >>> import numpy as np, keras_sparse as ks
+    >>> ks.criteria.Fisher().scores(np.array([-3.0, 2.0]), statistic=np.array([0.1, 0.4]))
+    array([0.45, 0.8 ])
+    """
+
+    statistic = "squared_gradient"
+
+    def scores(self, weight, statistic=None):
+        return 0.5 * weight * weight * statistic
+
+
+def get_statistic(identifier):
+    """Return the `Statistic` that a criterion's `statistic` stands for, an instance or a name; `None` for `None`.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> type(ks.criteria.get_statistic("taylor")).__name__
+    'MeanAbsoluteProduct'
+    """
+    return None if identifier is None else _STATISTICS.get(identifier, Statistic)
+
+
 def get(identifier):
     """Return a `Criterion` from an instance, a config, or a name.
 
-    The names are `"magnitude"`, `"random"`, `"gradient"`, `"taylor"`, `"movement"` and `"snip"`.
+    The names are `"magnitude"`, `"random"`, `"gradient"`, `"taylor"`, `"movement"`, `"snip"` and `"fisher"`.
 
     Example:
 

@@ -4,6 +4,7 @@ import difflib
 import inspect
 import math
 import numbers
+import re
 
 import keras
 
@@ -33,8 +34,12 @@ class Configurable:
     """
 
     def get_config(self):
-        """The constructor's arguments as plain data."""
-        return {}
+        """The constructor's arguments as plain data, read from the attributes of the same names.
+
+        Raises:
+            ValueError: If an argument is a function, a class or a layer, which no file can hold.
+        """
+        return {name: _plain(getattr(self, name), name) for name in inspect.signature(type(self)).parameters}
 
     @classmethod
     def from_config(cls, config):
@@ -44,6 +49,20 @@ class Configurable:
     def __repr__(self):
         names = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+
+def _plain(value, name):
+    if isinstance(value, dict):
+        return {key: _plain(item, name) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, re.Pattern) and value.flags == re.compile("").flags:
+        return value.pattern
+    if inspect.isroutine(value) or isinstance(value, (type, keras.layers.Layer)):
+        raise ValueError(
+            f"`{name}` that is a function, a class or a layer has no config: use regexes. Received: {name}={value!r}"
+        )
+    return keras.saving.serialize_keras_object(value)
 
 
 class Registry:

@@ -169,7 +169,7 @@ def regularize(model, regularizer, filters=None):
         if attribute:
             setattr(weight.layer, attribute, own)
     if isinstance(model, keras.Model):
-        optimizers.drop_functions(model)
+        model.train_function = model.test_function = None  # They were traced with other penalties.
     name = "none" if regularizer is None else getattr(regularizer, "__name__", type(regularizer).__name__)
     rows = [
         {"path": w.path, "regularizer": name, "saved": reason is None, "reason": reason or ""}

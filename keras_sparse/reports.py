@@ -225,7 +225,7 @@ def report(model, notes=()):
     for weight in weights:
         key = id(weight.variable)
         selected = (known is not None and key not in known) or (
-            sparse is not None and sparse.mask_of(weight.variable) is not None
+            sparse is not None and sparse.sparse_parts.masks.of(weight.variable) is not None
         )
         rows.append(_row(weight, (known or {}).get(key, weight.skipped), selected))
     kernels = [row for row, weight in zip(rows, weights, strict=True) if weight.kernel]

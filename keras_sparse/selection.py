@@ -353,3 +353,11 @@ def _walk(holder, seen):
             seen.add(id(value))
             stack.extend(value.values() if isinstance(value, dict) else value)
     yield holder, own
+
+
+def pruned_weights(model, filters=None):
+    chosen = [w for w in weights(model) if w.kernel]
+    if filters is not None:
+        ok = {id(w.variable) for w in select(model, filters, frozen=True) if not w.skipped}
+        chosen = [w for w in chosen if id(w.variable) in ok]
+    return [w for w in chosen if not (w.numpy() != 0).all() and w.numpy().any()]

@@ -27,9 +27,9 @@ class Masks(keras.callbacks.Callback):
         self.masks.append([ks.selection.as_array(mask) for _, mask in sparse.masks])
         self.weights.append([ks.selection.as_array(variable) for variable, _ in sparse.masks])
         if self.kind is not None:
-            statistics = [sparse.statistic_of(variable, self.kind) for variable, _ in sparse.masks]
+            statistics = [sparse.sparse_parts.statistics.of(variable, self.kind) for variable, _ in sparse.masks]
             self.gradients.append([ks.selection.as_array(statistic) for statistic in statistics])
-        found = ks.optimizers.slots(sparse.inner_optimizer, self.model.trainable_variables)
+        found = ks.optimizers.slots(sparse, self.model.trainable_variables)
         self.slots.append({(index, kind): ks.selection.as_array(slot) for index, kind, slot in found})
 
     @property

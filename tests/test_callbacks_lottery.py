@@ -105,7 +105,7 @@ def test_the_optimizer_starts_anew_where_the_fit_began(name):
             if epoch == 2:
                 sparse = ks.optimizers.find(self.model)
                 self.iterations = int(sparse.iterations)
-                states = ks.optimizers.slots(sparse.inner_optimizer, self.model.trainable_variables)
+                states = ks.optimizers.slots(sparse, self.model.trainable_variables)
                 self.slots = {(i, kind): ks.selection.as_array(slot) for i, kind, slot in states}
 
     check = Check()

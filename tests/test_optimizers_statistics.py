@@ -32,8 +32,8 @@ class Record(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         sparse, kernel = ks.optimizers.find(self.model), self.model.layers[0].kernel
-        self.steps.append(int(ks.selection.as_array(sparse.count_of(self.kind))))
-        self.found.append(ks.selection.as_array(sparse.statistic_of(kernel, self.kind)))
+        self.steps.append(int(ks.selection.as_array(sparse.sparse_parts.statistics.count_of(self.kind))))
+        self.found.append(ks.selection.as_array(sparse.sparse_parts.statistics.of(kernel, self.kind)))
 
 
 def numpy_statistics(kind, record, accumulate=1):

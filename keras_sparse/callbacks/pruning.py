@@ -2,17 +2,15 @@
 
 import warnings
 
-import keras
-
-from keras_sparse import criteria, patterns, pruning, reports, schedules, selection
-from keras_sparse.callbacks.masks import ScheduledMasks, count_zeros, plain_filters
+from keras_sparse import criteria, patterns, pruning, schedules
+from keras_sparse.callbacks.scheduled import ScheduledCallback
 from keras_sparse.registry import serializable
 
 __all__ = ["Pruning"]
 
 
 @serializable
-class Pruning(ScheduledMasks):
+class Pruning(ScheduledCallback):
     """Prunes the model gradually while it trains.
 
     Add it to `model.fit` and get the same model with zeros: same layers, same names, same file format. Pruned weights
@@ -37,8 +35,12 @@ class Pruning(ScheduledMasks):
             from the start of this `fit`.
         end: When the target is reached, like `begin`. The last update lands exactly on the target.
         frequency: Optimizer steps between updates. Defaults to a fiftieth of the span from `begin` to `end`.
-        filters: Which weights: a regex, a list of them, or a callable on the variable; see `ks.selection.select`.
+        filters: Which weights: a regex, a list of them, a layer, a layer class, or a callable on the variable; see
+            `ks.selection.select`.
         verbose: 1 prints a line at each update.
+        over: `"fit"`: the schedule is that of one `fit` and begins anew in each. `"fits"`: it goes on over all calls of
+            `fit` that get this object, as in a loop of reinforcement or active learning; `begin` and `end` count steps
+            from the first of them.
 
     Raises:
         ValueError: If a number is out of range, a string names nothing, `end <= begin`, the schedule can never fire in
@@ -68,8 +70,18 @@ class Pruning(ScheduledMasks):
         frequency=None,
         filters=None,
         verbose=0,
+        over="fit",
     ):
         super().__init__(begin, end, frequency, filters, verbose)
+        if over not in ("fit", "fits"):
+            raise ValueError(f"`over` must be 'fit' or 'fits'. Received: over={over!r}")
+        if over == "fits" and not (isinstance(self.clock.begin, int) or begin == 0) or (
+            over == "fits" and not isinstance(self.clock.end, int)
+        ):
+            raise ValueError(
+                "A schedule over several fits counts steps, since nobody knows how many fits there will be: give `begin` "
+                f"and `end` as ints. Received: begin={begin!r}, end={end!r}, over='fits'"
+            )
         if target_sparsity is None and patterns.get(pattern).sparsity is None:
             raise ValueError(
                 "`target_sparsity` is missing: the share of weights to set to zero, such as 0.9, or a dict "
@@ -81,74 +93,67 @@ class Pruning(ScheduledMasks):
         self.schedule = schedules.get(schedule)
         self.allocation = pruning.allocation.get(allocation)
         self.begin, self.end, self.frequency = begin, end, frequency
-        self._reached = False
-
-    def get_config(self):
-        """The constructor's arguments as plain data."""
-        target = self.target_sparsity
-        if isinstance(target, dict):
-            target = {
-                regex: [value[0], keras.saving.serialize_keras_object(patterns.get(value[1]))]
-                if isinstance(value, (tuple, list))
-                else value
-                for regex, value in target.items()
-            }
-        return {
-            "target_sparsity": target,
-            "criterion": keras.saving.serialize_keras_object(self.criterion),
-            "pattern": keras.saving.serialize_keras_object(self.pattern),
-            "schedule": keras.saving.serialize_keras_object(self.schedule),
-            "allocation": keras.saving.serialize_keras_object(self.allocation),
-            "begin": self.begin,
-            "end": self.end,
-            "frequency": self.frequency,
-            "filters": plain_filters(self.filters),
-            "verbose": self.verbose,
-        }
+        self.over = over
+        self.reached = False
 
     @property
-    def reached(self):
-        """Whether the model is at its target sparsity."""
-        return self._reached
+    def finished(self):
+        """Whether the target is met and nothing is left to do."""
+        return self.reached
 
-    def _plan(self, model):
-        plan = pruning.Plan(model, self.target_sparsity, self.criterion, self.pattern, self.allocation, self.filters)
-        reports.remember(model, plan.skipped)
-        return plan
+    def make_plan(self, run, untrained=()):
+        self.reached = False
+        return pruning.Plan(
+            run.model,
+            self.target_sparsity,
+            self.criterion,
+            self.pattern,
+            self.allocation,
+            self.filters,
+            untrained=untrained,
+        )
 
-    def on_train_begin(self, logs=None):
-        super().on_train_begin(logs)
-        self._reached = False
+    def start(self, run):
+        if not self.reached:  # A backup or a file that is resumed may be there already, and so may the weights.
+            self.reached = run.plan.reached(run.plan.attached_masks(run.parts))
 
-    def _prepare(self, sparse, now):
-        if not self._reached:  # A backup or a file that is resumed may be there already.
-            masks = [selection.as_array(sparse.mask_of(goal.weight.variable)) for goal in self._goals.goals]
-            self._reached = self._goals.reached(masks)
-
-    def _finished(self):
-        return self._reached
-
-    def _update(self, sparse, now, progress):
-        self._reached = self._goals.reached(self._goals.update(sparse, self.schedule(progress)))
+    def update(self, run, progress):
+        self.reached = run.plan.reached(run.plan.update(run.parts, self.schedule(progress)))
         if self.verbose:
-            self._say(sparse, now)
+            self.say(run)
 
-    def _complete(self, sparse):
-        if self._reached or self._goals is None:
+    def finish(self, run):
+        now = self.clock.now
+        if self.over == "fits":
+            self.clock.offset = self.clock.elapsed(now)
+        if self.reached:
+            self.warn_of_emptied(run)
             return
-        zeros, size = count_zeros(sparse)
-        if self._epochs_done < self.params["epochs"]:
-            warnings.warn(
-                f"Training stopped before the target sparsity: the selected weights are at {zeros / size:.1%}. "
-                "Wrap `EarlyStopping` in `ks.callbacks.AtTargetSparsity` to let it stop only after that.",
-                stacklevel=2,
-            )
+        if self.clock.stands_still:
+            self.clock.warn_of_no_steps(run.epochs_done)
             return
-        now = self._clock.now(sparse)
-        self._update(sparse, now, progress=1.0)
+        sparsity, steps = f"{self.share(run):.1%}", self.clock.elapsed(now)
+        if run.epochs_done < self.params["epochs"]:
+            if self.over == "fit":
+                warnings.warn(
+                    f"Training stopped before the target sparsity: the selected weights are at {sparsity}. Wrap "
+                    "`EarlyStopping` in `ks.callbacks.AtTargetSparsity` to let it stop only after that.",
+                    stacklevel=2,
+                )
+            return
+        if isinstance(self.end, int) and self.end > self.clock.length:
+            if self.over == "fit":
+                warnings.warn(
+                    f"This fit ended at step {steps} of a schedule that ends at step {self.end}: the selected weights "
+                    f"are at {sparsity}, not at the target. For a schedule over several fits pass `over='fits'` and the "
+                    f"same object to each; else lower `end`, or train for longer. Received: end={self.end!r}",
+                    stacklevel=2,
+                )
+            return
+        self.update(run, progress=1.0)
         warnings.warn(
-            f"This fit ended before the schedule did, at a sparsity of {zeros / size:.1%}; the target was reached with "
-            "a last update that no training followed. Lower `end`, or train for longer. "
-            f"Received: begin={self.begin!r}, end={self.end!r}, steps={self._clock.elapsed(now)}",
+            f"This fit ended before the schedule did, at a sparsity of {sparsity}; the target was reached with a last "
+            "update that no training followed. Lower `end`, or train for longer. "
+            f"Received: begin={self.begin!r}, end={self.end!r}, steps={steps}",
             stacklevel=2,
         )

@@ -4,9 +4,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sparse.registry import Configurable, serializable
+from keras_sparse.optimizers.assignment import assign_in_step
+from keras_sparse.optimizers.parts import Part
+from keras_sparse.optimizers.slots import slots
 
-__all__ = ["Shrinkage", "group_soft_threshold", "knows_step", "next_pace", "soft_threshold"]
+__all__ = ["Proximal", "group_soft_threshold", "knows_step", "next_pace", "soft_threshold"]
 
 
 def soft_threshold(value, threshold):
@@ -60,73 +62,139 @@ def group_soft_threshold(value, threshold, groups):
     return ops.where(gone, ops.zeros_like(value), value * factor)
 
 
-@serializable
-class Shrinkage(Configurable):
-    """What a `SparseOptimizer` shrinks after each step, and in which groups.
+class Proximal(Part):
+    """The proximal step of L1 or group lasso on some weights, and the price of their magnitude.
 
-    Args:
-        indices: Indices into the variables that the optimizer was built with.
-        group: A `Pattern` whose groups leave together, or `None`: each weight for itself.
-        output_axes: For each index the axes that count output units; needed with `group`.
+    Micro-steps that only accumulate gradients and steps that float16 loss scaling skips do not shrink.
 
     Example:
 
-    >>> import keras_sparse as ks
-    >>> ks.optimizers.Shrinkage([0]).get_config()
-    {'indices': [0], 'group': None, 'output_axes': None}
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    >>> optimizer = ks.optimizers.SparseOptimizer(keras.optimizers.SGD(0.5))
+    >>> optimizer.build(model.trainable_variables)
+    >>> proximal = optimizer.sparse_parts.proximal
+    >>> proximal.add([model.layers[0].kernel])
+    >>> proximal.strength = 0.5
+    >>> optimizer.apply([keras.ops.zeros((2, 1)), keras.ops.zeros((1,))])
+    >>> model.layers[0].kernel.numpy().tolist()
+    [[0.75], [0.75]]
     """
 
-    def __init__(self, indices, group=None, output_axes=None):
-        self.indices = [int(index) for index in indices]
-        self.group = keras.saving.deserialize_keras_object(group) if isinstance(group, dict) else group
-        self.output_axes = None if output_axes is None else [tuple(axes) for axes in output_axes]
-        self._groups = {}
+    name = "proximal"
 
-    def _groups_of(self, position, shape):
-        if position not in self._groups:
-            self._groups[position] = self.group.groups(tuple(shape), self.output_axes[position])
-        return self._groups[position]
+    def __init__(self, parts):
+        super().__init__(parts)
+        self._config = None
+        self._group, self._groups = None, {}
+        self.enabled = False
 
-    def get_config(self):
-        return {
-            "indices": list(self.indices),
-            "group": None if self.group is None else keras.saving.serialize_keras_object(self.group),
-            "output_axes": None if self.output_axes is None else [list(axes) for axes in self.output_axes],
-        }
-
-    def changes(self, optimizer, rate, pace, moved, strength, variables, slots):
-        """List the proximal steps after a step of `optimizer`.
+    def add(self, variables, group=None, output_axes=None):
+        """Shrink `variables` after each step from now on.
 
         Args:
-            optimizer: The optimizer whose step was taken.
-            rate: The learning rate of that step, read before it.
-            pace: The variable that holds what `next_pace` gave for that step.
-            moved: 1 if weights moved in it, 0 if it only accumulated gradients.
-            strength: The variable that holds the price of a weight's magnitude.
-            variables: The variables that it was built with.
-            slots: What `ks.optimizers.slots` found.
-
-        Returns:
-            List of `(variable, function, arguments)`: assign `function(value, *arguments)` to the variable.
+            variables: Variables that the optimizer was built with.
+            group: A `Pattern` whose groups are shrunk as a whole, or `None`: each weight for itself.
+            output_axes: For each variable the axes that count output units; needed with `group`.
         """
+        config = {
+            "indices": self.parts.indices(variables),
+            "group": None if group is None else keras.saving.serialize_keras_object(group),
+            "output_axes": None if output_axes is None else [list(axes) for axes in output_axes],
+        }
+        if config != self._config or not self.enabled:
+            self._config, self._group, self._groups = config, group, {}
+            self.enabled = self.parts.changed = True
+        for name in ("strength", "pace"):
+            variable, first = self.claim(name, lambda name=name: _scalar(name))
+            if first:
+                variable.assign(0.0)
+
+    def stop(self):
+        """Shrink nothing any more. Compiled steps must be made anew to be faster by it."""
+        self.strength = 0.0
+        self.enabled = False
+
+    @property
+    def active(self):
+        return self.enabled and bool(self.claimed)
+
+    def release(self):
+        super().release()
+        if self.enabled:  # A step that was compiled with it may be used again by a fit that asks for the same.
+            self.variables["strength"].assign(0.0)
+
+    def drop_unclaimed(self):
+        super().drop_unclaimed()
+        if not self.claimed:
+            self.enabled, self._config = False, None
+
+    @property
+    def strength(self):
+        """The price of a weight's magnitude in units of the loss."""
+        return float(ops.convert_to_numpy(ops.convert_to_tensor(self.variables["strength"])))
+
+    @strength.setter
+    def strength(self, value):
+        self.variables["strength"].assign(value)
+
+    def shrunk(self):
+        """The variables that are shrunk."""
+        return [self.parts.trainable[index] for index in self._config["indices"]] if self.active else []
+
+    def before(self, gradients):
+        optimizer = self.parts.optimizer
+        # Of the step to be taken: a schedule moves on with it.
+        self.parts.of_replica.before = (
+            ops.cast(optimizer.learning_rate, "float32"),
+            ops.copy(ops.convert_to_tensor(optimizer.iterations)),
+        )
+        return gradients
+
+    def after(self):
+        optimizer, trainable = self.parts.optimizer, self.parts.trainable
+        rate, iterations = self.parts.of_replica.before
+        # A step that only accumulates gradients does not count as an iteration.
+        moved = ops.cast(ops.convert_to_tensor(optimizer.iterations) - iterations, "float32")
         found = {}
-        for index, kind, slot in slots:
+        for index, kind, slot in slots(optimizer, trainable):
             found.setdefault(index, {})[kind] = slot
+        pace, strength = self.variables["pace"], self.variables["strength"]
+        assign_in_step([(pace, lambda *values: next_pace(optimizer, *values), [rate, moved])])
         step_size = _step_of(optimizer)
         changes = []
-        for position, index in enumerate(self.indices):
+        for position, index in enumerate(self._config["indices"]):
             kinds = sorted(found.get(index, {}))
 
             def shrink(value, rate, pace, moved, strength, steps, *values, kinds=kinds, position=position):
                 step = step_size(optimizer, rate, pace, steps, dict(zip(kinds, values, strict=True)))
                 threshold = ops.cast(step * strength * moved, value.dtype)
-                if self.group is None:
+                if self._group is None:
                     return soft_threshold(value, threshold)
                 return group_soft_threshold(value, threshold, self._groups_of(position, value.shape))
 
             arguments = [rate, pace, moved, strength, optimizer.iterations, *(found[index][kind] for kind in kinds)]
-            changes.append((variables[index], shrink, arguments))
-        return changes
+            changes.append((trainable[index], shrink, arguments))
+        assign_in_step(changes)
+
+    def _groups_of(self, position, shape):
+        if position not in self._groups:
+            self._groups[position] = self._group.groups(tuple(shape), tuple(self._config["output_axes"][position]))
+        return self._groups[position]
+
+    def get_config(self):
+        return self._config if self.active else None
+
+    def saved_variables(self):
+        return super().saved_variables() if self.active else []
+
+    def restore(self, config):
+        group = config["group"] and keras.saving.deserialize_keras_object(config["group"])
+        self.add([self.parts.trainable[index] for index in config["indices"]], group, config["output_axes"])
+
+
+def _scalar(name):
+    return keras.Variable("zeros", (), "float32", trainable=False, aggregation="only_first_replica", name=name)
 
 
 # The step sizes: how far a weight moves for each unit of its (mean) gradient. With them a weight rests where the

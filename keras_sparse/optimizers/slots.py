@@ -4,6 +4,9 @@ Keras has no public list of them. They are found among `optimizer.variables` by 
 of the weight and the kind of slot (`add_variable_from_reference`, Keras 3.15).
 """
 
+import contextlib
+
+import numpy as np
 from keras import ops
 
 __all__ = ["reset_slots", "restart", "slots"]
@@ -34,7 +37,7 @@ def slots(optimizer, variables):
     indices, found, seen = {}, [], {}
     for index, variable in enumerate(variables):
         indices.setdefault(variable.path.replace("/", "_"), []).append(index)
-    for state in optimizer.variables:
+    for state in _own_variables(optimizer):
         # "a_kernel" is the beginning of "a_kernel_scale_momentum" too: the longest path counts.
         end = state.name.rfind("_")
         while end > 0 and state.name[:end] not in indices:
@@ -93,13 +96,35 @@ def restart(optimizer, variables, step=0):
     >>> int(model.optimizer.iterations), float(abs(model.optimizer.variables[2].numpy()).sum())
     (0, 0.0)
     """
-    new = type(optimizer).from_config(optimizer.get_config())
-    new.build(variables)
-    for state, fresh in zip(optimizer.variables, new.variables, strict=True):
-        # A copy, since JAX gives the buffers of variables away.
-        state.assign(ops.copy(fresh))
+    old = _own_variables(optimizer)
+    new = _new_like(optimizer, variables)
+    if new is not None and len(new.variables) == len(old):
+        for state, fresh in zip(old, new.variables, strict=True):
+            state.assign(ops.copy(fresh))  # A copy, since JAX gives the buffers of variables away.
+    else:
+        reset_slots(optimizer, variables, {i: np.ones(tuple(v.shape), bool) for i, v in enumerate(variables)})
+    for state in old:
         if state.name == "iteration":
             state.assign(step * (optimizer.gradient_accumulation_steps or 1))
     for index, kind, state in slots(optimizer, variables):
         if kind == "average":
             state.assign(ops.copy(variables[index]))
+        elif kind == "gradient_accumulator":
+            state.assign(ops.zeros_like(state))
+
+
+def _own_variables(optimizer):
+    """The variables of an optimizer without those of its parts, if it is sparse."""
+    parts = vars(optimizer).get("sparse_state")
+    with contextlib.nullcontext() if parts is None else parts.parts.files():
+        return optimizer.variables
+
+
+def _new_like(optimizer, variables):
+    """An optimizer as it was before its first step, or `None` if its class or its schedule has no config."""
+    try:
+        new = type(optimizer).from_config(optimizer.get_config())
+        new.build(variables)
+    except Exception:  # Whatever a class of the user's own raises: its slots are known all the same.
+        return None
+    return new

@@ -1,126 +1,140 @@
-"""A statistic of gradients, kept in an optimizer's variables: what criteria know about a weight beyond its value.
+"""Gradient statistics, kept by the optimizer while it trains: what criteria know about a weight beyond its value.
 
-Statistics are taken from the gradients that the optimizer receives anyway, one micro-step at a time: before they are
+They are taken from the gradients that the optimizer receives anyway, one micro-step at a time: before they are
 accumulated or clipped, and free of the loss scale. Under `tf.distribute` those are the gradients summed over replicas.
 """
+
+import json
 
 import keras
 from keras import ops
 
-__all__ = ["KINDS", "Statistic", "dense_gradients"]
+from keras_sparse import criteria
+from keras_sparse.optimizers.parts import Part
 
-KINDS = ("gradient", "last_gradient", "movement", "taylor")
+__all__ = ["Statistics", "dense_gradients"]
+
 # Means are plain over this many micro-steps, then exponential with this time constant: old gradients are forgotten.
 WINDOW = 100
 
 
-class Statistic:
-    """One kind of statistic for some of an optimizer's trainable variables.
-
-    * `"gradient"`: running mean of abs(g);
-    * `"taylor"`: running mean of abs(w * g);
-    * `"movement"`: the sum of -w * g;
-    * `"last_gradient"`: g of the latest optimizer step, summed over its micro-steps.
-
-    The running mean over micro-steps t = 1, 2, ... is m <- m + (x - m) / min(t, 100).
-
-    Args:
-        kind: One of those names.
-        add_variable: The optimizer's method of that name.
-
-    Attributes:
-        indices: Which of the optimizer's trainable variables have the statistic.
-        values: Its `keras.Variable` for each of them.
-        count: Micro-steps that were seen.
-
-    Raises:
-        ValueError: If there is no such kind.
+class Statistics(Part):
+    """The statistics of an optimizer, under pairs of a statistic's config and the index of a weight.
 
     Example:
 
-    >>> import keras_sparse as ks
-    >>> optimizer = ks.optimizers.SparseOptimizer("sgd")
-    >>> ks.optimizers.statistics.Statistic("hessian", optimizer.add_variable)
-    Traceback (most recent call last):
-    ...
-    ValueError: A criterion's `statistic` must be None or one of ('gradient', 'last_gradient', ...). Received: 'hessian'
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    >>> optimizer = ks.optimizers.SparseOptimizer(keras.optimizers.SGD(0.5))
+    >>> optimizer.build(model.trainable_variables)
+    >>> kernel, statistics = model.layers[0].kernel, optimizer.sparse_parts.statistics
+    >>> statistics.add("movement", [kernel])
+    >>> optimizer.apply([keras.ops.convert_to_tensor([[3.0], [-1.0]]), keras.ops.zeros((1,))])
+    >>> keras.ops.convert_to_numpy(statistics.of(kernel, "movement").value).tolist()
+    [[-3.0], [1.0]]
     """
 
-    def __init__(self, kind, add_variable):
-        if kind not in KINDS:
-            raise ValueError(f"A criterion's `statistic` must be None or one of {KINDS}. Received: {kind!r}")
-        self.kind = kind
-        self.indices, self.values = [], []
-        self._add_variable = add_variable
-        self.count = self._add((), "zeros", "int", f"{kind}_count")
-        # The optimizer step that `last_gradient` belongs to: its micro-steps add up.
-        self._step = self._add((), keras.initializers.Constant(-1), "int", f"{kind}_step")
+    name = "statistics"
 
-    def _add(self, shape, initializer, dtype, name):
-        # Every replica computes the same value, from reduced gradients.
-        return self._add_variable(shape, initializer, dtype, aggregation="only_first_replica", name=name)
+    def __init__(self, parts):
+        super().__init__(parts)
+        self._statistics = {}
 
-    @property
-    def variables(self):
-        """All state, in an order that depends on nothing but `indices`."""
-        return [self.count, self._step, *self.values]
-
-    def add(self, index, variable):
-        """Start the statistic of `variable`; those of others start anew, so that all means have the same length."""
-        # Sums need more digits than half-precision weights have.
-        dtype = keras.backend.result_type(variable.dtype, "float32")
-        name = f"{variable.path.replace('/', '_')}_{self.kind}"
-        self.indices.append(index)
-        self.values.append(self._add(variable.shape, "zeros", dtype, name))
-        self.count.assign(0)
-
-    def update(self, gradients, variables, step, accumulates):
-        """Take one micro-step into account, in graph.
+    def add(self, statistic, variables):
+        """Keep a statistic of the gradients of each of `variables` from now on, unless that is done already.
 
         Args:
-            gradients: Dict from the index of a trainable variable to its dense gradient; those that are not connected
-                to the loss are missing.
-            variables: The optimizer's trainable variables.
-            step: The optimizer's iterations before this micro-step.
-            accumulates: Whether several micro-steps make a step.
+            statistic: A `ks.criteria.Statistic` or its name.
+            variables: Variables that the optimizer was built with.
         """
-        self.count.assign_add(1)
-        length = ops.minimum(ops.cast(self.count, "float32"), float(WINDOW))
-        for index, value in zip(self.indices, self.values, strict=True):
-            if index not in gradients:
-                continue
-            gradient = ops.cast(gradients[index], value.dtype)
-            if self.kind == "last_gradient":
-                if accumulates:
-                    gradient = ops.where(ops.equal(self._step, step), value + gradient, gradient)
-                value.assign(gradient)
-                continue
-            # Few passes over the memory: additions in place.
-            if self.kind != "gradient":
-                gradient = ops.cast(ops.convert_to_tensor(variables[index]), value.dtype) * gradient
-            if self.kind == "movement":
-                value.assign_sub(gradient)
-            else:
-                value.assign_add((ops.abs(gradient) - value) / ops.cast(length, value.dtype))
-        if self.kind == "last_gradient":
-            self._step.assign(step)
+        kind = self._kind(statistic)
+        fresh = False
+        for index in self.parts.indices(variables):
+            weight = self.parts.trainable[index]
+            # Sums need more digits than half-precision weights have.
+            dtype = keras.backend.result_type(weight.dtype, "float32")
+            name = f"{weight.path.replace('/', '_')}_{type(self._statistics[kind]).__name__}"
+            value, first = self.claim((kind, index), lambda w=weight, d=dtype, n=name: _variable(w.shape, d, n))
+            if first:
+                value.assign(ops.zeros(value.shape, value.dtype))
+            fresh |= first
+        if fresh:  # All weights' means have the same length.
+            for position in (-2, -1):
+                counter, _ = self.claim((kind, position), lambda: _variable((), "int32", f"{kind}_count"))
+                counter.assign(position + 1)  # -1: no step; 0: none counted.
+
+    def of(self, variable, statistic):
+        """The statistic of `variable` as a variable of its shape, or `None`."""
+        key = self._kind(statistic), self.parts.index(variable)
+        return self.variables[key] if key in self.claimed else None
+
+    def count_of(self, statistic):
+        """How many micro-steps the statistic has seen, as an integer variable."""
+        return self.variables[self._kind(statistic), -1]
+
+    def _kind(self, statistic):
+        statistic = criteria.get_statistic(statistic)
+        kind = json.dumps(keras.saving.serialize_keras_object(statistic), sort_keys=True)
+        self._statistics.setdefault(kind, statistic)
+        return kind
+
+    def before(self, gradients):
+        wanted = {index for _, index in self.claimed if index >= 0}
+        optimizer = self.parts.optimizer
+        found = dense_gradients({i: g for i, g in gradients.items() if i in wanted}, optimizer.loss_scale_factor)
+        for kind in sorted({kind for kind, _ in self.claimed}):
+            self._update(kind, self._statistics[kind], found, optimizer.iterations)
+        return gradients  # As they are: the optimizer unscales and reduces by itself.
+
+    def _update(self, kind, statistic, gradients, step):
+        counter, latest = self.variables[kind, -1], self.variables[kind, -2]
+        counter.assign_add(1)
+        count = ops.minimum(ops.cast(counter, "float32"), float(WINDOW))
+        restarts = statistic.every_step
+        # Without accumulation every call is a step of its own.
+        same_step = ops.equal(latest, step) if self.parts.optimizer.gradient_accumulation_steps else False
+        for key in sorted(key for key in self.claimed if key[0] == kind and key[1] in gradients):
+            variable = self.variables[key]
+            value = ops.convert_to_tensor(variable)
+            if restarts:
+                value = ops.where(same_step, value, ops.zeros_like(value))
+            weight = ops.cast(ops.convert_to_tensor(self.parts.trainable[key[1]]), value.dtype)
+            gradient = ops.cast(gradients[key[1]], value.dtype)
+            variable.assign(statistic.update(value, weight, gradient, ops.cast(count, value.dtype)))
+        if restarts:
+            latest.assign(ops.cast(step, latest.dtype))
+
+    def get_config(self):
+        return [list(key) for key in sorted(self.claimed)] or None
+
+    def restore(self, config):
+        for kind, index in config:
+            if index >= 0:
+                self.add(keras.saving.deserialize_keras_object(json.loads(kind)), [self.parts.trainable[index]])
+
+
+def _variable(shape, dtype, name):
+    # Every replica computes the same value, from reduced gradients.
+    return keras.Variable(
+        "zeros", tuple(shape), dtype, trainable=False, aggregation="only_first_replica", name=name.replace("/", "_")
+    )
 
 
 def dense_gradients(gradients, scale):
-    """Return gradients by index as whole tensors: without the loss scale, summed over replicas, `None` left out.
+    """Return gradients by index as whole tensors: without the loss scale, summed over replicas.
 
     Args:
-        gradients: Dict from an index to a gradient, `None` or `tf.IndexedSlices`.
+        gradients: Dict from an index to a gradient, a tensor or `tf.IndexedSlices`.
         scale: The factor that the loss was multiplied with, or `None`.
 
     Example:
 
     >>> import keras, keras_sparse as ks
-    >>> found = ks.optimizers.statistics.dense_gradients({0: None, 2: keras.ops.ones((2,))}, scale=4.0)
+    >>> found = ks.optimizers.statistics.dense_gradients({2: keras.ops.ones((2,))}, scale=4.0)
     >>> {index: keras.ops.convert_to_numpy(gradient).tolist() for index, gradient in found.items()}
     {2: [0.25, 0.25]}
     """
-    found = {index: gradient for index, gradient in gradients.items() if gradient is not None}
+    found = dict(gradients)
     if keras.backend.backend() == "tensorflow" and found:
         import tensorflow as tf
 

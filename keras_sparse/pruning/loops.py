@@ -58,8 +58,8 @@ def update_masks(
         sparsity = 0.0
     sparsity = final_target(sparsity, allocation, pattern, on_the_way=True)
     plan = Plan(model, sparsity, criterion, pattern, allocation, filters)
-    if plan.attach(sparse):
-        optimizers.drop_functions(model)
-    plan.update(sparse)
+    plan.attach(sparse.sparse_parts)
+    optimizers.refresh(model, sparse.sparse_parts)
+    plan.update(sparse.sparse_parts)
     reports.remember(model, plan.skipped)
     return reports.report(model)

@@ -53,11 +53,12 @@ def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="unif
     optimizer = optimizers.find(model)
     present = plan.present_masks()
     masks = plan.masks(present, statistics=statistics)
-    plan.silence(masks, optimizer)
+    parts = None if optimizer is None else optimizer.sparse_parts
+    plan.zero_units(masks, parts)
     for goal, mask in zip(plan.goals, masks, strict=True):
         variable = goal.weight.variable
         variable.assign(optimizers.masked_value(variable, mask))
-        state = optimizer.mask_of(variable) if optimizer is not None else None
+        state = parts.masks.of(variable) if parts is not None else None
         if state is not None:
             state.assign(mask)
     reports.remember(model, plan.skipped)
@@ -91,13 +92,14 @@ def _statistics(model, plan, data):
         raise ValueError("`data` are empty: at least one sample is needed to take a gradient.")
     variables = [goal.weight.variable for goal in plan.goals]
     with optimizers.measuring(model) as sparse, warnings.catch_warnings():
-        sparse.add_statistics(kind, variables)
+        statistics = sparse.sparse_parts.statistics
+        statistics.add(kind, variables)
         # Keras warns of every generator that ends; this one shall.
         warnings.filterwarnings("ignore", "Your input ran out of data")
         model.fit(*data[:2], sample_weight=data[2] if len(data) == 3 else None, shuffle=False, verbose=0)
-        if not selection.as_array(sparse.count_of(kind)):
+        if not selection.as_array(statistics.count_of(kind)):
             raise ValueError("`data` gave no finite gradient: it has no batch, or the loss overflows.")
-        return [selection.as_array(sparse.statistic_of(variable, kind)) for variable in variables]
+        return [selection.as_array(statistics.of(variable, kind)) for variable in variables]
 
 
 def _started(data):

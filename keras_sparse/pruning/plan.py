@@ -27,6 +27,7 @@ class Plan:
         frozen: Whether kernels that are not trainable take part.
         whole_units: Whether the pattern `Channel` takes bias and batch normalization along, and skips kernels whose
             units would not be zero by that.
+        untrained: Variables that no step of the optimizer changes; left out unless `filters` are given.
 
     Example:
 
@@ -47,12 +48,15 @@ class Plan:
         filters=None,
         frozen=False,
         whole_units=True,
+        untrained=(),
     ):
         check_target(target_sparsity, allocation)
         self.criterion = criteria.get(criterion)
         self.allocation = allocations.get(allocation)
         pattern = patterns.get(pattern)
         weights = selection.select(model, filters, frozen, target_sparsity if isinstance(target_sparsity, dict) else ())
+        if filters is None:
+            weights = _without(weights, untrained)
         targets = per_weight(target_sparsity, [w for w in weights if w.kernel and not w.skipped])
         self.goals = [
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
@@ -96,14 +100,14 @@ class Plan:
             if not isinstance(units, str):
                 self.goals[i] = replace(self.goals[i], units=units)
 
-    def silence(self, masks, optimizer=None):
-        """Set what belongs to units without live weights to zero, and keep it there if `optimizer` has masks for it."""
+    def zero_units(self, masks, parts=None):
+        """Set what belongs to units without live weights to zero; `parts` with masks for it keep it there."""
         for goal, mask in zip(self.goals, masks, strict=True):
             alive = goal.unit_mask(mask) if goal.units else None
             for variable in goal.units:
                 kept = alive.reshape(variable.shape)
                 variable.assign(optimizers.masked_value(variable, kept))
-                state = optimizer.mask_of(variable) if optimizer is not None else None
+                state = parts.masks.of(variable) if parts is not None else None
                 if state is not None:
                     state.assign(kept)
 
@@ -140,47 +144,46 @@ class Plan:
         """Masks that keep what is not zero now; a weight that is all zeros counts as zero-initialised."""
         return [_nonzero(goal.weight.numpy()) for goal in self.goals]
 
-    def attach(self, optimizer):
-        """Give each goal's weight a mask in `optimizer` that keeps the zeros it has, and the statistic it needs.
-
-        Returns whether any of that was new.
-        """
-        new = [goal.weight for goal in self.goals if optimizer.mask_of(goal.weight.variable) is None]
-        units = [(goal, v) for goal in self.goals for v in goal.units if v.trainable and optimizer.mask_of(v) is None]
-        created = optimizer.add_masks([*(weight.variable for weight in new), *(variable for _, variable in units)])
+    def attach(self, parts):
+        """Give each goal's weight a mask in `parts` that keeps the zeros it has, and the statistic it needs."""
+        masks = parts.masks
+        new = [goal.weight for goal in self.goals if masks.of(goal.weight.variable) is None]
+        units = [(goal, v) for goal in self.goals for v in goal.units if v.trainable and masks.of(v) is None]
+        masks.add([*(weight.variable for weight in new), *(variable for _, variable in units)])
         for weight in new:
-            optimizer.mask_of(weight.variable).assign(_nonzero(weight.numpy()))
+            masks.of(weight.variable).assign(_nonzero(weight.numpy()))
         for goal, variable in units:
-            alive = goal.unit_mask(selection.as_array(optimizer.mask_of(goal.weight.variable)))
-            optimizer.mask_of(variable).assign(alive.reshape(variable.shape) | (selection.as_array(variable) != 0))
-        kind = self.criterion.statistic
-        if kind is not None:
-            created |= optimizer.add_statistics(kind, [goal.weight.variable for goal in self.goals])
-        return created
+            alive = goal.unit_mask(selection.as_array(masks.of(goal.weight.variable)))
+            masks.of(variable).assign(alive.reshape(variable.shape) | (selection.as_array(variable) != 0))
+        if self.criterion.statistic is not None:
+            parts.statistics.add(self.criterion.statistic, [goal.weight.variable for goal in self.goals])
 
-    def update(self, optimizer, fraction=1.0):
-        """Move the masks in `optimizer` to `fraction` of the way, zero what they mask, and return them as arrays."""
-        variables = [optimizer.mask_of(goal.weight.variable) for goal in self.goals]
-        masks = self.masks([selection.as_array(mask) for mask in variables], fraction, self._read(optimizer, fraction))
-        for variable, mask in zip(variables, masks, strict=True):
-            variable.assign(mask)
-        self.silence(masks, optimizer)
-        optimizer.apply_masks()
+    def attached_masks(self, parts):
+        """The masks of the goals as arrays."""
+        return [selection.as_array(parts.masks.of(goal.weight.variable)) for goal in self.goals]
+
+    def update(self, parts, fraction=1.0):
+        """Move the masks in `parts` to `fraction` of the way, zero what they mask, and return them as arrays."""
+        masks = self.masks(self.attached_masks(parts), fraction, self._read(parts, fraction))
+        for goal, mask in zip(self.goals, masks, strict=True):
+            parts.masks.of(goal.weight.variable).assign(mask)
+        self.zero_units(masks, parts)
+        parts.masks.apply()
         return masks
 
-    def _read(self, optimizer, fraction):
-        """The statistics that `optimizer` has kept for the criterion, as arrays."""
-        kind = self.criterion.statistic
-        if kind is None:
+    def _read(self, parts, fraction):
+        """The statistics that were kept for the criterion, as arrays."""
+        statistic = self.criterion.statistic
+        if statistic is None:
             return None
         if fraction * max(goal.sparsity for goal in self.goals) > 0 and not selection.as_array(
-            optimizer.count_of(kind)
+            parts.statistics.count_of(statistic)
         ):
             raise ValueError(
                 f"`{type(self.criterion).__name__}` ranks weights by gradients, and no training step has been taken "
                 "yet. Prune after the first one: `Pruning(begin=1)`, or a later call of `update_masks`."
             )
-        return [selection.as_array(optimizer.statistic_of(goal.weight.variable, kind)) for goal in self.goals]
+        return [selection.as_array(parts.statistics.of(goal.weight.variable, statistic)) for goal in self.goals]
 
     def _scores(self, goal, mask, statistic):
         try:
@@ -192,6 +195,14 @@ class Plan:
         found = np.full(scores.size, -np.inf, scores.dtype)
         found[live] = np.maximum(scores.reshape(-1)[live], np.finfo(scores.dtype).min)
         return found.reshape(scores.shape)
+
+
+def _without(weights, untrained):
+    gone = {id(variable) for variable in untrained}
+    reason = "no step of the optimizer changes it: name it in `filters` to prune it all the same"
+    return [
+        replace(w, skipped=reason) if id(w.variable) in gone and w.kernel and not w.skipped else w for w in weights
+    ]
 
 
 def _nonzero(value):

@@ -321,11 +321,12 @@ class _Copy:
         variables = [weight.variable for weight in self.chosen] + (self._unit_variables if units else [])
         masked = {id(variable): variable for variable in variables}  # a normalization may follow several kernels
         trainable = {id(variable) for variable in self.model.trainable_variables}
-        if sparse.add_masks([variable for key, variable in masked.items() if key in trainable]):
-            optimizers.drop_functions(self.model)
-        for variable, mask in sparse.masks:
+        masks = sparse.sparse_parts.masks
+        masks.add([variable for key, variable in masked.items() if key in trainable])
+        optimizers.refresh(self.model, sparse.sparse_parts)
+        for variable, mask in masks.pairs:
             mask.assign(np.ones(variable.shape, bool))
-        optimizers.restart(sparse.inner_optimizer, self.model.trainable_variables)
+        optimizers.restart(sparse, self.model.trainable_variables)
 
     @functools.cached_property
     def _unit_variables(self):

@@ -1,10 +1,9 @@
 """Dynamic sparse training keeps a model at one sparsity while it trains, and moves the live weights around."""
 
-import keras
 import numpy as np
 
-from keras_sparse import criteria, optimizers, patterns, pruning, reports, schedules, selection
-from keras_sparse.callbacks.masks import ScheduledMasks, plain_filters
+from keras_sparse import criteria, optimizers, patterns, pruning, schedules, selection
+from keras_sparse.callbacks.scheduled import ScheduledCallback
 from keras_sparse.registry import is_real, serializable
 
 __all__ = ["DynamicSparseTraining"]
@@ -20,8 +19,41 @@ class _LatestGradient(criteria.Criterion):
         return np.nan_to_num(np.abs(statistic), nan=0.0)
 
 
+class _Static:
+    """Nothing moves."""
+
+    moves = False
+    criterion = "random"
+
+
+class _Random:
+    """SET: what grows is chance."""
+
+    moves = True
+    criterion = "random"
+
+    def scores(self, statistics, weight, generator):
+        """What grows first, an array of the weight's shape."""
+        return generator.random(tuple(weight.variable.shape))
+
+
+class _Steepest:
+    """RigL: what grows is where the gradient is largest."""
+
+    moves = True
+    criterion = _LatestGradient()
+
+    def scores(self, statistics, weight, generator):
+        """What grows first, an array of the weight's shape."""
+        gradient = selection.as_array(statistics.of(weight.variable, self.criterion.statistic))
+        return self.criterion(weight.numpy(), gradient)
+
+
+_GROW = {"gradient": _Steepest(), "random": _Random(), "static": _Static(), None: _Static()}
+
+
 @serializable
-class DynamicSparseTraining(ScheduledMasks):
+class DynamicSparseTraining(ScheduledCallback):
     """Trains a sparse model from start to end: RigL, SET, or a static mask.
 
     The model is sparse from the first step on. Every `frequency` steps the live weights with the smallest magnitude are
@@ -102,7 +134,7 @@ class DynamicSparseTraining(ScheduledMasks):
                 "Dynamic sparse training moves single weights: give sparsities without patterns. "
                 f"Received: sparsity={sparsity!r}"
             )
-        if grow not in ("gradient", "random", "static", None):
+        if grow not in _GROW:
             raise ValueError(
                 "`grow` must be 'gradient' (RigL), 'random' (SET), or 'static' or None, which move nothing. "
                 f"Received: grow={grow!r}"
@@ -114,88 +146,71 @@ class DynamicSparseTraining(ScheduledMasks):
             )
         self.sparsity = sparsity
         self.allocation = allocation
-        self.grow = grow
+        self.grow, self._grow = grow, _GROW[grow]
         self.drop_fraction = float(drop_fraction)
         self.schedule = schedules.get(schedule)
         self.end, self.frequency = end, frequency
         self.seed = criteria.Random(seed).seed
         self._prepared = False
 
-    def get_config(self):
-        """The constructor's arguments as plain data."""
-        return {
-            "sparsity": self.sparsity,
-            "allocation": self.allocation,
-            "grow": self.grow,
-            "drop_fraction": self.drop_fraction,
-            "schedule": keras.saving.serialize_keras_object(self.schedule),
-            "frequency": self.frequency,
-            "end": self.end,
-            "filters": plain_filters(self.filters),
-            "seed": self.seed,
-            "verbose": self.verbose,
-        }
-
-    def _plan(self, model):
-        criterion = _LatestGradient() if self.grow == "gradient" else "random"
-        if self.sparsity is not None:
-            plan = pruning.Plan(model, self.sparsity, criterion, allocation=self.allocation, filters=self.filters)
-        else:
-            chosen = {id(w.variable) for w in selection.select(model, self.filters) if not w.skipped and _sparse(w)}
-            if not chosen:
-                raise ValueError(
-                    f"`sparsity=None` keeps the sparsity that {model.name!r} has, and it has no zeros. Prune it first, "
-                    "for example with `ks.prune(model, 0.9)`, or give a sparsity. Received: sparsity=None"
-                )
-            plan = pruning.Plan(model, 0.0, criterion, filters=lambda variable: id(variable) in chosen)
-        reports.remember(model, plan.skipped)
-        return plan
-
-    def on_train_begin(self, logs=None):
-        super().on_train_begin(logs)
+    def make_plan(self, run, untrained=()):
         self._prepared = False
+        model = run.model
+        if self.sparsity is not None:
+            return pruning.Plan(
+                model,
+                self.sparsity,
+                self._grow.criterion,
+                allocation=self.allocation,
+                filters=self.filters,
+                untrained=untrained,
+            )
+        chosen = {id(w.variable) for w in selection.select(model, self.filters) if not w.skipped and _sparse(w)}
+        if not chosen:
+            raise ValueError(
+                f"`sparsity=None` keeps the sparsity that {model.name!r} has, and it has no zeros. Prune it first, for "
+                "example with `ks.prune(model, 0.9)`, or give a sparsity. Received: sparsity=None"
+            )
+        return pruning.Plan(model, 0.0, self._grow.criterion, filters=lambda variable: id(variable) in chosen)
 
-    def _prepare(self, sparse, now):
+    def start(self, run):
         if self._prepared:
             return
         self._prepared = True
-        last = self._clock.last
-        if self._moves and last is not None and last <= self._clock.every:
+        last = self.clock.last
+        if self._grow.moves and last is not None and last <= self.clock.every:
             raise ValueError(
-                f"Nothing would ever grow: updates are due every {self._clock.every} steps, and the last one at step "
+                f"Nothing would ever grow: updates are due every {self.clock.every} steps, and the last one at step "
                 f"{last}. Lower `frequency`, or train for longer. "
                 f"Received: frequency={self.frequency!r}, end={self.end!r}"
             )
-        self._move(sparse, [self._first_mask(*found) for found in self._present(sparse, now)])
-        if self._clock.updated < 0:  # Else a backup or an interrupted fit goes on.
-            self._clock.mark(now)
+        self._move(run, [self._first_mask(*found) for found in self._present(run)])
+        if self.clock.updated < 0:  # Else a backup goes on.
+            self.clock.mark(self.clock.now)
 
-    def _update(self, sparse, now, progress):
+    def update(self, run, progress):
         fraction = self.drop_fraction * (1.0 - self.schedule(progress))
-        if not self._moves or not fraction:
+        if not self._grow.moves or not fraction:
             return
-        moved = self._move(sparse, [self._next_mask(sparse, fraction, *found) for found in self._present(sparse, now)])
+        moved = self._move(run, [self._next_mask(run, fraction, *found) for found in self._present(run)])
         if self.verbose:
-            print(f"\nStep {self._clock.elapsed(now)}: {moved // 2} weights dropped, as many grown")
+            elapsed = self.clock.elapsed(self.clock.now)
+            print(f"\nStep {elapsed}: {moved // 2} weights dropped, as many grown")
 
-    def _complete(self, sparse):
+    def finish(self, run):
         # Another callback may have put back the weights of an earlier epoch, which had other masks.
-        for goal in self._goals.goals if self._goals is not None else ():
-            state = sparse.mask_of(goal.weight.variable)
+        for goal in run.plan.goals:
+            state = run.parts.masks.of(goal.weight.variable)
             mask, alive = selection.as_array(state), goal.weight.numpy() != 0
             if np.count_nonzero(alive) <= np.count_nonzero(mask):
                 # Those that have just grown are zero: what this mask keeps comes first.
                 state.assign(patterns.keep_highest(2.0 * alive + mask, np.count_nonzero(~mask)))
 
-    @property
-    def _moves(self):
-        return self.grow not in ("static", None)
-
-    def _present(self, sparse, now):
+    def _present(self, run):
         """Yield each goal, its mask, and a random generator that depends on nothing but the seed, step and goal."""
-        for index, goal in enumerate(self._goals.goals):
-            generator = np.random.default_rng([self.seed, self._clock.elapsed(now), index])
-            yield goal, selection.as_array(sparse.mask_of(goal.weight.variable)), generator
+        elapsed = self.clock.elapsed(self.clock.now)
+        for index, (goal, mask) in enumerate(zip(run.plan.goals, run.plan.attached_masks(run.parts), strict=True)):
+            yield goal, mask, np.random.default_rng([self.seed, elapsed, index])
 
     def _first_mask(self, goal, mask, generator):
         if self.sparsity is None:
@@ -203,30 +218,25 @@ class DynamicSparseTraining(ScheduledMasks):
         # Live positions rank above dead ones, and the rest is chance.
         return patterns.keep_highest(generator.random(mask.shape) + mask, round(goal.sparsity * mask.size))
 
-    def _next_mask(self, sparse, fraction, goal, mask, generator):
+    def _next_mask(self, run, fraction, goal, mask, generator):
         live = int(np.count_nonzero(mask))
         count = min(round(fraction * live), mask.size - live)
         weight = goal.weight.numpy()
         # Live weights rank below dead ones, whatever became of them.
         magnitude = np.fmin(np.abs(weight), np.finfo(weight.dtype).max)
         kept = mask & patterns.keep_highest(np.where(mask, magnitude, np.inf), count)
-        if self.grow == "random":
-            scores = generator.random(mask.shape)
-        else:
-            gradient = selection.as_array(sparse.statistic_of(goal.weight.variable, _LatestGradient.statistic))
-            scores = self._goals.criterion(weight, gradient)
+        scores = self._grow.scores(run.parts.statistics, goal.weight, generator)
         return kept | patterns.keep_highest(np.where(mask, -np.inf, scores), mask.size - count)
 
-    def _move(self, sparse, masks):
+    def _move(self, run, masks):
         """Put `masks` in place; return at how many positions they differ from what was there."""
-        order = {id(variable): index for index, variable in enumerate(self.model.trainable_variables)}
         changed = {}
-        for goal, mask in zip(self._goals.goals, masks, strict=True):
-            state = sparse.mask_of(goal.weight.variable)
-            changed[order[id(goal.weight.variable)]] = selection.as_array(state) != mask
+        for goal, mask in zip(run.plan.goals, masks, strict=True):
+            state = run.parts.masks.of(goal.weight.variable)
+            changed[run.parts.index(goal.weight.variable)] = selection.as_array(state) != mask
             state.assign(mask)
-        sparse.apply_masks()
-        optimizers.reset_slots(sparse.inner_optimizer, self.model.trainable_variables, changed)
+        run.parts.masks.apply()
+        optimizers.reset_slots(run.optimizer, run.parts.trainable, changed)
         return sum(int(np.count_nonzero(where)) for where in changed.values())
 
 

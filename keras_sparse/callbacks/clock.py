@@ -2,13 +2,13 @@
 
 Steps are the optimizer's iterations, never callback calls: steps per execution, gradient accumulation and skipped
 fp16 steps all come out right. What a resumed run must know again (where the clock started, how many steps the fit has,
-when the last update was) are variables of the `SparseOptimizer`; each callback has a last update of its own.
+when the last update was) is in the optimizer's `FitClock`; each callback has a last update of its own there.
 """
 
 import numbers
+import warnings
 
 from keras_sparse.registry import is_real
-from keras_sparse.selection import as_array
 
 __all__ = ["Clock"]
 
@@ -21,6 +21,7 @@ class Clock:
         end: When the last one is due, like `begin`.
         frequency: Optimizer steps between updates; `None` is a fiftieth of the span.
         name: What a user calls `begin`.
+        goes_on: Whether updates are due after `end`, too, at a progress of 1.
 
     Attributes:
         length: Optimizer steps of the fit; 0 if that is not known yet. This and the following exist from the first
@@ -29,6 +30,7 @@ class Clock:
         last: The step at which the last one is due, likewise.
         every: Steps between updates.
         updated: The step of the last update, negative if there was none.
+        offset: Steps that it has run in fits before this one, which count too.
 
     Raises:
         ValueError: If a number is out of range or `end` does not follow `begin`.
@@ -36,15 +38,15 @@ class Clock:
 
     Example:
 
-    >>> from keras_sparse.clock import Clock
+    >>> from keras_sparse.callbacks.clock import Clock
     >>> Clock(begin=0.5, end=0.25)
     Traceback (most recent call last):
     ...
     ValueError: `end` must be after `begin`. Received: begin=0.5, end=0.25
     """
 
-    def __init__(self, begin=0.0, end=0.75, frequency=None, name="begin"):
-        self.name = name
+    def __init__(self, begin=0.0, end=0.75, frequency=None, name="begin", goes_on=False):
+        self.name, self._goes_on = name, goes_on
         self.begin = _check_time(name, begin)
         self.end = _check_time("end", end)
         if type(self.begin) is type(self.end) and self.end <= self.begin:
@@ -54,21 +56,34 @@ class Clock:
         ):
             raise ValueError(f"`frequency` must be a whole number of steps, at least 1. Received: {frequency!r}")
         self.frequency = frequency
-        self._first_epoch = None
+        self.offset = 0
 
-    def restart(self):
-        """Forget the last fit."""
-        self._first_epoch = None
-
-    def start_epoch(self, sparse, counter, epoch, epochs, steps):
-        """Read the state in `sparse`, measure the fit if that has not been done, and resolve the due steps.
+    def restart(self, time, position):
+        """Begin a fit.
 
         Args:
-            sparse: The `SparseOptimizer`.
-            counter: The variable that holds the step of this clock's last update.
+            time: The optimizer's `FitClock`.
+            position: Which callback of the fit this is.
+        """
+        self._time, self._position = time, position
+        self._first_epoch = None
+        self._warned = False
+
+    def move(self, time, shift):
+        """Go on with the clock of another optimizer, whose steps are `shift` ahead of those of the one before."""
+        self._time = time
+        if self._first_epoch is not None:
+            self._start, self._base, self._first_now = self._start + shift, self._base + shift, self._first_now + shift
+            self.updated = time.updated(self._position)
+
+    def start_epoch(self, epoch, epochs, steps, accumulation=None):
+        """Measure the fit and resolve the due steps, at the start of each epoch.
+
+        Args:
             epoch: Index of the epoch that starts.
             epochs: Index at which the fit ends.
             steps: Batches in an epoch, or `None` if that is not known.
+            accumulation: Batches for each optimizer step, or `None` for one.
 
         Returns:
             The present step, to be passed to `progress`.
@@ -76,15 +91,16 @@ class Clock:
         Raises:
             ValueError: If the schedule can never fire in this fit.
         """
+        time = self._time
+        now, self._start = time.now, time.start - self.offset
         if self._first_epoch is None:
-            self._first_epoch = epoch
-        now, self._start = self.now(sparse), number(sparse.start)
-        self.length = number(sparse.length)
-        if not self.length:  # Else a backup or a saved file brought it.
-            self.length = self._measure(sparse, epoch, epochs, steps, now - self._start)
-            sparse.length.assign(self.length)
-        self._counter = counter
-        self.updated = number(counter)
+            self._first_epoch, self._first_now = epoch, now
+        if not time.length:  # Else a backup or a saved file brought it, or another callback.
+            time.length = self._measure(epoch, epochs, steps, now - time.start, accumulation)
+        elif epoch > self._first_epoch:
+            self._measure_again(epoch, epochs, now)
+        self.length = time.length
+        self.updated = time.updated(self._position)
         self._base = now
         self._resolve()
         return now
@@ -93,41 +109,71 @@ class Clock:
         """Whether an update may be due after `batch`, by an upper bound that does not touch the model."""
         return self._base + batch + 1 - self._start >= self._next_due()
 
-    def read(self, sparse, batch):
+    def read(self, batch):
         """Return the present step, exactly."""
-        now = self.now(sparse)
+        now = self._time.now
         self._base = now - (batch + 1)
         return now
 
     def progress(self, now):
         """The schedule's progress in [0, 1] if an update is due at step `now`, else `None`."""
-        step = now - self._start
-        if step < self._next_due():
-            return None
-        # Without a known end this is the update at the very beginning.
-        return 0.0 if self.last is None else min(1.0, (step - self.first) / (self.last - self.first))
+        return None if now - self._start < self._next_due() else self.fraction(now)
 
-    def now(self, sparse):
-        """The present step; those that were rewound count as well."""
-        return number(sparse.iterations) + number(sparse.rewound)
+    def fraction(self, now):
+        """How far step `now` is on the way from begin to end, in [0, 1]; 0 if that is not known yet."""
+        if self.first is None or self.last is None:
+            return 0.0
+        return min(1.0, max(0.0, (now - self._start - self.first) / (self.last - self.first)))
+
+    @property
+    def now(self):
+        """The present step."""
+        return self._time.now
 
     def mark(self, now):
         """Remember that an update was made at step `now`."""
-        self._counter.assign(now)
+        self._time.mark(self._position, now)
         self.updated = now
 
     def elapsed(self, now):
         """Steps since the clock started."""
         return now - self._start
 
-    def _measure(self, sparse, epoch, epochs, steps, done):
+    @property
+    def stands_still(self):
+        """Whether the optimizer has taken no step in this fit."""
+        return self._time.now == self._first_now
+
+    def warn_of_no_steps(self, epochs):
+        """Say once that the optimizer takes no steps."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"`model.optimizer` has taken no step in {epochs} epoch(s), so nothing is pruned: the `train_step` of "
+                "this model steps another optimizer. Compile the model with the one that it steps, or wrap that one in "
+                "`ks.optimizers.SparseOptimizer(...)` and call `ks.update_masks(model, sparsity, optimizer=...)` "
+                "yourself.",
+                stacklevel=2,
+            )
+
+    def _measure(self, epoch, epochs, steps, done, accumulation):
         """The optimizer steps of this fit, of which `done` lie before `epoch`; 0 if that cannot be known yet."""
         remaining = epochs - epoch
         if steps:
-            return done + max(1, remaining * steps // (sparse.gradient_accumulation_steps or 1))
+            return done + max(1, remaining * steps // (accumulation or 1))
         # Epochs of unknown length: once one has passed, the others count as long as it. A resumed fit counts from 0.
         passed = epoch - self._first_epoch or epoch
         return done + remaining * (done // passed) if done and passed else 0
+
+    def _measure_again(self, epoch, epochs, now):
+        """Correct the length if steps come otherwise than batches do: gradients that a `train_step` accumulates."""
+        passed, taken = epoch - self._first_epoch, now - self._first_now
+        expected = (self._time.length - (self._first_now - self._time.start)) / (epochs - self._first_epoch) * passed
+        if not taken:
+            self.warn_of_no_steps(passed)
+            return
+        if abs(taken - expected) > 0.1 * expected:
+            self._time.length = max(1, now - self._time.start + round(taken / passed * (epochs - epoch)))
 
     def _resolve(self):
         """Turn `begin`, `end` and `frequency` into steps; `None` for what is not known yet."""
@@ -140,7 +186,7 @@ class Clock:
                     f"Received: begin={self.begin!r}, end={self.end!r}"
                 )
             self.last = self.first + 1  # A short fit: both fractions round to the same step.
-        if self.length and self.first is not None and self.first >= self.length:
+        if self.length and self.first is not None and self.first >= self.length + self.offset:
             raise ValueError(
                 f"The schedule can never fire: it begins at step {self.first}, and this fit has {self.length} "
                 f"optimizer steps. Lower `{self.name}` (a float is a fraction of the fit), or train for longer. "
@@ -163,14 +209,12 @@ class Clock:
         updated = self.updated - self._start if self.updated >= 0 else -1
         if updated < self.first:
             return self.first
-        if self.last is None or updated >= self.last:
+        if self.last is None:
             return float("inf")
-        return min(self.last, self.first + ((updated - self.first) // self.every + 1) * self.every)
-
-
-def number(variable):
-    """The value of a scalar variable as an int."""
-    return int(as_array(variable))
+        due = self.first + ((updated - self.first) // self.every + 1) * self.every
+        if updated >= self.last:
+            return due if self._goes_on else float("inf")
+        return min(self.last, due)
 
 
 def _check_time(name, value):

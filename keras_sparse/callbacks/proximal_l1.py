@@ -3,11 +3,10 @@
 import math
 import warnings
 
-import keras
 import numpy as np
 
-from keras_sparse import clock, layers, optimizers, patterns, pruning, reports, schedules, selection
-from keras_sparse.callbacks.masks import ScheduledMasks, count_zeros, plain_filters
+from keras_sparse import layers, optimizers, patterns, pruning, schedules, selection
+from keras_sparse.callbacks.scheduled import ScheduledCallback
 from keras_sparse.registry import serializable
 
 __all__ = ["ProximalL1"]
@@ -19,7 +18,7 @@ _FIRST_STRENGTH, _RAMP, _GAIN, _LARGEST_STEP = 3e-5, schedules.Polynomial(), 0.2
 
 
 @serializable
-class ProximalL1(ScheduledMasks):
+class ProximalL1(ScheduledCallback):
     """L1 regularization that ends in exact zeros: weights are soft-thresholded after every optimizer step.
 
     A term in the loss leaves small weights that are not zero. The proximal step of `strength * sum(abs(w))` is
@@ -96,132 +95,105 @@ class ProximalL1(ScheduledMasks):
         self.group = None if group is None else patterns.get(group)
         self.begin, self.end, self.frequency = begin, end, frequency
         self._frozen = False
-        self._shrinkage = None
-
-    def get_config(self):
-        """The constructor's arguments as plain data."""
-        return {
-            "strength": self.strength,
-            "target_sparsity": self.target_sparsity,
-            "group": None if self.group is None else keras.saving.serialize_keras_object(self.group),
-            "begin": self.begin,
-            "end": self.end,
-            "frequency": self.frequency,
-            "filters": plain_filters(self.filters),
-            "verbose": self.verbose,
-        }
 
     @property
     def reached(self):
         """Whether the model is at its target sparsity; without one, always."""
         return self.target_sparsity is None or self._frozen
 
-    def _plan(self, model):
-        sparse = optimizers.find(model)
-        inner = sparse.inner_optimizer
-        if getattr(inner, "optimizers", None):
+    @property
+    def finished(self):
+        """Whether the zeros are settled."""
+        return self._frozen
+
+    def make_plan(self, run, untrained=()):
+        optimizer = run.optimizer
+        if getattr(optimizer, "optimizers", None):
             raise ValueError(
                 "`ProximalL1` needs one learning rate, and this optimizer has several. Compile the model with a single "
-                f"optimizer. Received: {type(inner).__name__}"
+                f"optimizer. Received: {optimizer.__class__.__name__}"
             )
-        if not optimizers.knows_step(inner):
+        if not optimizers.knows_step(optimizer):
             warnings.warn(
-                f"The proximal step of {type(inner).__name__} is not known: weights shrink by learning rate times "
-                "strength. Tune the strength, or use SGD or Adam.",
+                f"The proximal step of {optimizer.__class__.__name__} is not known: weights shrink by learning rate "
+                "times strength. Tune the strength, or use SGD or Adam.",
                 stacklevel=2,
             )
-        if any(isinstance(user, ProximalL1) and user is not self for user in sparse.users):
+        if any(isinstance(callback, ProximalL1) and callback is not self for callback in run.fit.callbacks):
             raise ValueError("One `fit` takes one `ProximalL1`: name all weights in its `filters`. Received: two")
         plan = _FreePlan(
-            model,
+            run.model,
             self.target_sparsity or 0.0,
             pattern=self.group,
             allocation="global",
             filters=self.filters,
             whole_units=False,
+            untrained=untrained,
         )
         weights = [goal.weight for goal in plan.goals]
         if self.group is not None:
             for weight in weights:
                 _check_groups(self.group, weight)
-        indices = {id(v): i for i, v in enumerate(model.trainable_variables)}
-        self._shrinkage = optimizers.Shrinkage(
-            [indices[id(w.variable)] for w in weights], self.group, [w.output_axes for w in weights]
-        )
-        sparse.shrinkage = self._shrinkage
-        optimizers.drop_functions(model)
-        reports.remember(model, plan.skipped)
+        self._frozen = False
+        run.parts.proximal.add([w.variable for w in weights], self.group, [w.output_axes for w in weights])
         return plan
 
-    def _leave(self):
-        sparse = optimizers.find(self._model)
-        if sparse is not None and sparse.shrinkage is self._shrinkage:
-            sparse.shrinkage = None
-            if not sparse.temporary:
-                optimizers.drop_functions(self._model)
-        super()._leave()
-
-    def on_train_begin(self, logs=None):
-        super().on_train_begin(logs)
-        sparse = optimizers.find(self._model)
-        self._frozen = False
-        if sparse.built and clock.number(sparse.length) == 0:
-            sparse.strength.assign(0.0)  # Else a backup brought it.
-
-    def _prepare(self, sparse, now):
+    def start(self, run):
         # A backup that is resumed may have passed the end.
-        last = self._clock.last
-        self._frozen |= self._freezes and last is not None and self._clock.elapsed(self._clock.updated) >= last
+        last = self.clock.last
+        if self._freezes and last is not None and self.clock.elapsed(self.clock.updated) >= last and not self._frozen:
+            self._frozen = True
+            self._stop_shrinking(run)
 
     @property
     def _freezes(self):
         return self.target_sparsity is not None or self.end is not None
 
-    def _finished(self):
-        return self._frozen
-
-    def _update(self, sparse, now, progress):
+    def update(self, run, progress):
+        proximal = run.parts.proximal
         if progress >= 1.0 and self._freezes:
-            self._freeze(sparse)
+            self._freeze(run)
         elif self.target_sparsity is None:
-            sparse.strength.assign(self.strength)
+            proximal.strength = self.strength
         else:
-            zeros, size = count_zeros(sparse)
-            error = self.target_sparsity * _RAMP(progress) - zeros / size
+            error = self.target_sparsity * _RAMP(progress) - self.share(run)
             gain = _GAIN if error > 0 else 3 * _GAIN
             step = float(np.clip(gain * error, -_LARGEST_STEP, _LARGEST_STEP))
-            strength = float(selection.as_array(sparse.strength)) or _FIRST_STRENGTH
-            sparse.strength.assign(strength * math.exp(step))
+            proximal.strength = (proximal.strength or _FIRST_STRENGTH) * math.exp(step)
         if self.verbose:
-            self._say(sparse, now)
+            self.say(run)
 
-    def _freeze(self, sparse):
+    def _freeze(self, run):
         """Keep the zeros from now on: exactly the target's if there is one."""
         if self.target_sparsity is None:
-            for variable, mask in sparse.masks:
-                mask.assign(selection.as_array(variable) != 0)
+            for goal in run.plan.goals:
+                variable = goal.weight.variable
+                run.parts.masks.of(variable).assign(selection.as_array(variable) != 0)
         else:
-            self._goals.update(sparse)
-        sparse.strength.assign(0.0)
-        sparse.shrinkage = None
+            run.plan.update(run.parts)
         self._frozen = True
-        # The step need not shrink any more.
-        self._model.make_train_function(force=True)
+        self._stop_shrinking(run)
 
-    def _complete(self, sparse):
-        if self._goals is None or not self._freezes or self._frozen:
+    def _stop_shrinking(self, run):
+        # The step need not shrink any more.
+        run.parts.proximal.stop()
+        run.parts.changed = True
+        optimizers.refresh(run.model, run.parts, in_fit=True)
+
+    def finish(self, run):
+        if not self._freezes or self._frozen:
             return
-        zeros, size = count_zeros(sparse)
-        if self._epochs_done < self.params["epochs"]:
+        sparsity = f"{self.share(run):.1%}"
+        if run.epochs_done < self.params["epochs"]:
             warnings.warn(
-                f"Training stopped before the zeros were settled: the selected weights are at {zeros / size:.1%}.",
+                f"Training stopped before the zeros were settled: the selected weights are at {sparsity}.",
                 stacklevel=2,
             )
             return
-        self._freeze(sparse)
+        self._freeze(run)
         warnings.warn(
-            f"This fit ended before the schedule did, at a sparsity of {zeros / size:.1%}; the zeros were settled by a "
-            f"last update that no training followed. Lower `end`, or train for longer. Received: end={self.end!r}",
+            f"This fit ended before the schedule did, at a sparsity of {sparsity}; the zeros were settled by a last "
+            f"update that no training followed. Lower `end`, or train for longer. Received: end={self.end!r}",
             stacklevel=2,
         )
 
@@ -229,8 +201,8 @@ class ProximalL1(ScheduledMasks):
 class _FreePlan(pruning.Plan):
     """A plan whose masks keep everything at first: what is zero may come back to life until the zeros are settled."""
 
-    def attach(self, optimizer):
-        return optimizer.add_masks([goal.weight.variable for goal in self.goals])
+    def attach(self, parts):
+        parts.masks.add([goal.weight.variable for goal in self.goals])
 
 
 def _check_groups(group, weight):

@@ -4,18 +4,17 @@ import numbers
 import sys
 import warnings
 
-import keras
 import numpy as np
 
-from keras_sparse import optimizers, pruning, reports, selection
-from keras_sparse.callbacks.masks import ScheduledMasks, plain_filters
+from keras_sparse import optimizers, pruning
+from keras_sparse.callbacks.scheduled import ScheduledCallback
 from keras_sparse.registry import is_real, serializable
 
 __all__ = ["LotteryTicket"]
 
 
 @serializable
-class LotteryTicket(ScheduledMasks):
+class LotteryTicket(ScheduledCallback):
     """Finds and trains a lottery ticket by iterative magnitude pruning with rewinding.
 
     One `fit` holds all rounds: its epochs are divided among them. Every round trains the weights that are left. After
@@ -83,17 +82,6 @@ class LotteryTicket(ScheduledMasks):
         self.allocation = pruning.allocation.get(allocation)
         self._round = 0
 
-    def get_config(self):
-        """The constructor's arguments as plain data."""
-        return {
-            "rounds": self.rounds,
-            "rate": self.rate,
-            "rewind_to": self.rewind_to,
-            "allocation": keras.saving.serialize_keras_object(self.allocation),
-            "filters": plain_filters(self.filters),
-            "verbose": self.verbose,
-        }
-
     @property
     def reached(self):
         """Whether the last round has begun."""
@@ -102,57 +90,58 @@ class LotteryTicket(ScheduledMasks):
     def _sparsity(self, prunings):
         return 1.0 - (1.0 - self.rate) ** prunings
 
-    def _plan(self, model):
-        if any(isinstance(user, LotteryTicket) and user is not self for user in optimizers.find(model).users):
+    def make_plan(self, run, untrained=()):
+        if any(isinstance(callback, LotteryTicket) and callback is not self for callback in run.fit.callbacks):
             raise ValueError("One `fit` takes one `LotteryTicket`: name all weights in its `filters`. Received: two")
-        target = self._sparsity(self.rounds - 1)
-        plan = pruning.Plan(model, target, "magnitude", allocation=self.allocation, filters=self.filters)
-        reports.remember(model, plan.skipped)
-        return plan
-
-    def _attach(self):
-        super()._attach()
-        if optimizers.find(self._model).add_origin():
-            optimizers.drop_functions(self._model)
-
-    def on_train_begin(self, logs=None):
-        super().on_train_begin(logs)
         self._round = 0
+        run.parts.rewind_point.add()
+        target = self._sparsity(self.rounds - 1)
+        return pruning.Plan(
+            run.model, target, "magnitude", allocation=self.allocation, filters=self.filters, untrained=untrained
+        )
 
-    def _prepare(self, sparse, now):
-        epochs, length = self.params["epochs"], self._clock.length
+    def start(self, run):
+        epochs, length = self.params["epochs"], self.clock.length
         if epochs % self.rounds:
             raise ValueError(
                 f"The rounds share the epochs equally: `epochs` must be a multiple of {self.rounds}. "
                 f"Received: epochs={epochs}, rounds={self.rounds}"
             )
-        if length and self._clock.first >= length // self.rounds:
+        if length and self.clock.first >= length // self.rounds:
             raise ValueError(
                 f"`rewind_to` must be a step of the first round, which has {length // self.rounds} steps. "
                 f"Received: rewind_to={self.rewind_to!r}"
             )
-        self._round = self._epochs_done // (epochs // self.rounds)
+        self._round = run.epoch // (epochs // self.rounds)
         if self._round:
-            before = [selection.as_array(sparse.mask_of(goal.weight.variable)) for goal in self._goals.goals]
+            before = run.plan.attached_masks(run.parts)
             fraction = self._sparsity(self._round) / self._sparsity(self.rounds - 1)
-            after = self._goals.update(sparse, fraction)
+            after = run.plan.update(run.parts, fraction)
             # If nothing changed, a backup from within this round was restored: it goes on.
             if any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True)):
-                self._rewind(sparse)
+                self._rewind(run)
 
-    def _rewind(self, sparse):
-        if self._clock.updated < 0:
-            raise ValueError(f"The first round is over before `rewind_to` came. Received: rewind_to={self.rewind_to!r}")
-        sparse.rewind()
+    def _rewind(self, run):
+        if self.clock.updated < 0:
+            raise ValueError(
+                "The first round is over, and there is no point to rewind to: a ticket cannot begin in the middle. Train "
+                f"from epoch 0, or resume the fit that began. Received: rewind_to={self.rewind_to!r}, epoch={run.epoch}"
+            )
+        parts = run.parts
+        parts.rewind_point.put_back()
+        parts.masks.apply()
+        start = parts.clock.start
+        parts.clock.rewind(parts.clock.iterations - start)
+        optimizers.restart(run.optimizer, parts.trainable, start)
         if self.verbose:
             print(f"\nRound {self._round + 1} of {self.rounds} trains at sparsity {self._sparsity(self._round):.4f}")
 
-    def _update(self, sparse, now, progress):
-        if self._clock.updated < 0:
-            sparse.origin.keep()
+    def update(self, run, progress):
+        if self.clock.updated < 0:
+            run.parts.rewind_point.keep()
 
-    def _complete(self, sparse):
-        if self._goals is not None and not self.reached:
+    def finish(self, run):
+        if not self.reached:
             warnings.warn(
                 f"Training stopped in round {self._round + 1} of {self.rounds}, at a sparsity of "
                 f"{self._sparsity(self._round):.1%} instead of {self._sparsity(self.rounds - 1):.1%}. Wrap "

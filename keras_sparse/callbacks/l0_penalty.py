@@ -1,14 +1,14 @@
 """A gate callback logs how far the gates of `L0` layers are closed, and moves the price of open ones in `model.fit`."""
 
 import math
-from types import SimpleNamespace
 
-import keras
 import numpy as np
 
-from keras_sparse import clock, schedules, selection
+from keras_sparse import schedules, selection
+from keras_sparse.callbacks.clock import Clock
+from keras_sparse.callbacks.sparse_callback import SparseCallback
 from keras_sparse.layers import gated_layers
-from keras_sparse.registry import Configurable, is_real, serializable
+from keras_sparse.registry import is_real, serializable
 
 __all__ = ["L0Penalty"]
 
@@ -20,7 +20,7 @@ _LARGEST_CHANGE, _LARGEST_FACTOR = math.log(2), math.log(1e4)
 
 
 @serializable
-class L0Penalty(keras.callbacks.Callback, Configurable):
+class L0Penalty(SparseCallback):
     """Logs the expected L0 norm and the sparsity of a model with `ks.layers.L0`, and moves the penalty if asked.
 
     At the end of each epoch `logs["expected_l0"]` is the expected number of gated weights that are not zero (equation
@@ -62,25 +62,19 @@ class L0Penalty(keras.callbacks.Callback, Configurable):
                 "Give `schedule` or `target_sparsity`, not both: each of them says what the penalty is. "
                 f"Received: schedule={schedule!r}, target_sparsity={target_sparsity!r}"
             )
-        self._clock = clock.Clock(begin, end, frequency)
+        self.clock = Clock(begin, end, frequency, goes_on=True)
         self.schedule = None if schedule is None else schedules.get(schedule)
         self.target_sparsity = None if target_sparsity is None else _check_target(target_sparsity)
         self.begin, self.end, self.frequency = begin, end, frequency
         self._layers = []
 
-    def get_config(self):
-        schedule = None if self.schedule is None else keras.saving.serialize_keras_object(self.schedule)
-        return {
-            "schedule": schedule,
-            "target_sparsity": self.target_sparsity,
-            "begin": self.begin,
-            "end": self.end,
-            "frequency": self.frequency,
-        }
+    @property
+    def reached(self):
+        """Whether the gated weights are as sparse as they are to be."""
+        return self.target_sparsity is None or self._arrived
 
-    def on_train_begin(self, logs=None):
-        model = self.model
-        selection.check_model(model)
+    def attach(self, run):
+        model = run.model
         self._layers = gated_layers(model)
         if not self._layers:
             raise ValueError(
@@ -92,58 +86,33 @@ class L0Penalty(keras.callbacks.Callback, Configurable):
                 "`target_sparsity` multiplies the penalties of the layers: create at least one with a penalty above 0."
                 f" Received: the penalties of {[layer.name for layer in self._layers]} are 0"
             )
-        self._clock.restart()
-        self._time = self._error = None
+        self._error, self._arrived = None, False
 
-    def on_epoch_begin(self, epoch, logs=None):
-        if self.schedule is None and self.target_sparsity is None:
-            return
-        optimizer, steps = self.model.optimizer, self.params.get("steps")
-        first = self._time is None
-        if first:
-            now = clock.number(optimizer.iterations)
-            before = epoch * steps // (optimizer.gradient_accumulation_steps or 1) if steps else now if epoch else 0
-            # All that a clock asks of a `SparseOptimizer`. Nothing here has to be saved: what is due follows from the
-            # step, since an update is never marked as made.
-            values = {"start": now - before, "length": 0, "rewound": 0, "updated": -1}
-            self._time = SimpleNamespace(
-                gradient_accumulation_steps=optimizer.gradient_accumulation_steps,
-                **{name: keras.Variable(value, trainable=False, dtype="int32") for name, value in values.items()},
-            )
-        self._time.iterations = optimizer.iterations
-        now = self._clock.start_epoch(self._time, self._time.updated, epoch, self.params["epochs"], steps)
-        self._base = now
-        if first and self.target_sparsity is not None:
+    def start(self, run):
+        if self._error is None and self.target_sparsity is not None:
             # An interrupted training goes on as if the last update had been now: its integral is in the penalties.
-            self._due = self._next(now)
-            self._error = self._miss(self._clock.progress(now) or 0.0)
-        elif first or now >= self._due:
-            self._update(now)
+            self._error = self._miss(self.clock.fraction(self.clock.now))
+        elif self._error is None:
+            self._error = 0.0
+            if self.schedule is not None and self.clock.updated < 0:
+                self._scale(0.0)
 
-    def on_train_batch_end(self, batch, logs=None):
-        # An upper bound of the step, because touching `self.model` makes JAX copy its whole state.
-        if self._time is None or self._base + batch + 1 < self._due:
-            return
-        self._time.iterations = self.model.optimizer.iterations
-        now = self._clock.read(self._time, batch)
-        self._base = now - (batch + 1)
-        if now >= self._due:
-            self._update(now)
-
-    def on_epoch_end(self, epoch, logs=None):
-        if logs is not None and self.model is not None:
-            logs["expected_l0"] = sum(layer.expected_l0() for layer in self._layers)
-            logs["sparsity"] = float(self._measure(lambda layer, gate, log_alpha: gate == 0))
-
-    def _update(self, now):
-        self._due = self._next(now)
-        progress = self._clock.progress(now)
+    def update(self, run, progress):
         if self.schedule is not None:
-            fraction = 0.0 if progress is None else self.schedule(progress)
-            for layer in self._layers:
-                layer.penalty.assign(layer.penalty_start * fraction)
-        elif progress is not None:
+            self._scale(self.schedule(progress))
+        elif self.target_sparsity is not None:
             self._control(progress)
+            self._arrived |= self._sparsity() >= self.target_sparsity
+
+    def _scale(self, fraction):
+        for layer in self._layers:
+            layer.penalty.assign(layer.penalty_start * fraction)
+
+    def log(self, run):
+        return {"expected_l0": sum(layer.expected_l0() for layer in self._layers), "sparsity": self._sparsity()}
+
+    def _sparsity(self):
+        return float(self._measure(lambda layer, gate, log_alpha: gate == 0))
 
     def _control(self, progress):
         """A proportional-integral controller of the logarithm of the penalty; the penalty itself is the integral."""
@@ -163,9 +132,6 @@ class L0Penalty(keras.callbacks.Callback, Configurable):
         closed = self._measure(lambda layer, gate, log_alpha: gate == 0)
         closing = self._measure(_way)
         return self.target_sparsity * progress - (progress * closed + (1 - progress) * closing)
-
-    def _next(self, now):
-        return now + self._clock.every - self._clock.elapsed(now) % self._clock.every
 
     def _measure(self, value):
         """The mean of `value(layer, gate, log_alpha)` over the gated weights."""

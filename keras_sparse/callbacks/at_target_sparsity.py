@@ -1,52 +1,15 @@
-"""Fine-tuning goes on with a model that is sparse, or waits until it is."""
-
-import warnings
+"""Holding another callback back until the model is as sparse as it is to be."""
 
 import keras
 
-from keras_sparse import optimizers, pruning, selection
-from keras_sparse.callbacks.masks import MaskCallback
-from keras_sparse.registry import serializable
+from keras_sparse import optimizers
+from keras_sparse.registry import Configurable, serializable
 
-__all__ = ["AtTargetSparsity", "KeepSparsity"]
-
-
-@serializable
-class KeepSparsity(MaskCallback):
-    """Fine-tunes a sparse model: weights that are zero stay zero.
-
-    Every kernel with zeros is masked, depthwise kernels and embeddings too. A kernel that is all zeros counts as
-    zero-initialised and is trained.
-
-    Example:
-
-    >>> import keras, numpy as np, keras_sparse as ks
-    >>> model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10)])
-    >>> model.compile("adam", "mse")
-    >>> report = ks.prune(model, 0.5)
-    >>> x, y = np.ones((64, 20)), np.ones((64, 10))
-    >>> history = model.fit(x, y, verbose=0, callbacks=[ks.callbacks.KeepSparsity()])
-    >>> history.history["sparsity"]
-    [0.5]
-    """
-
-    def _plan(self, model):
-        sparse = [w for w in selection.weights(model) if w.kernel and w.trainable and not _is_dense(w)]
-        if not sparse:
-            warnings.warn(
-                f"KeepSparsity found no zeros to keep in {model.name!r}. Prune the model first, for example with "
-                "`ks.prune(model, 0.5)`.",
-                stacklevel=2,
-            )
-            return None
-        chosen = {id(w.variable) for w in sparse}
-        plan = pruning.Plan(model, 0.0, filters=lambda variable: id(variable) in chosen)
-        plan.keep_units(model)
-        return plan
+__all__ = ["AtTargetSparsity"]
 
 
 @serializable
-class AtTargetSparsity(keras.callbacks.Callback):
+class AtTargetSparsity(keras.callbacks.Callback, Configurable):
     """Holds another callback back until the model has reached its target sparsity.
 
     `ModelCheckpoint(save_best_only=True)` and `EarlyStopping` prefer the early, denser epochs. Wrapped in this callback
@@ -75,10 +38,6 @@ class AtTargetSparsity(keras.callbacks.Callback):
             )
         self.callback = callback
 
-    def get_config(self):
-        """The constructor's arguments as plain data; the wrapped callback must be serializable."""
-        return {"callback": keras.saving.serialize_keras_object(self.callback)}
-
     @classmethod
     def from_config(cls, config):
         """The inverse of `get_config`."""
@@ -93,8 +52,7 @@ class AtTargetSparsity(keras.callbacks.Callback):
         self.callback.set_params(params)
 
     def on_train_begin(self, logs=None):
-        sparse = optimizers.find(self._model)
-        if sparse is None or not any(isinstance(user, MaskCallback) for user in sparse.users):
+        if not self._others():
             raise ValueError(
                 "`AtTargetSparsity` waits for a `ks.callbacks.Pruning` in the same `fit`, and there is none. Add "
                 "one to `callbacks`, or use the wrapped callback as it is. "
@@ -122,10 +80,10 @@ class AtTargetSparsity(keras.callbacks.Callback):
             self.callback.on_train_batch_end(batch, logs)
 
     def _at_target(self):
+        return all(callback.reached for callback in self._others())
+
+    def _others(self):
+        """The callbacks of the fit that make the model sparse."""
         sparse = optimizers.find(self._model)
-        return sparse is not None and all(user.reached for user in sparse.users)
-
-
-def _is_dense(weight):
-    value = weight.numpy()
-    return (value != 0).all() or (value == 0).all()
+        fit = None if sparse is None else sparse.sparse_parts.owner
+        return [] if fit is None else fit.callbacks

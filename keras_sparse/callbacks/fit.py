@@ -1,0 +1,339 @@
+"""A fit, as the sparse callbacks that take part in it see it: one call of `model.fit`, or a loop of one's own.
+
+State of a fit ends with the fit, however it ends. A fit that ends normally says so; one that is interrupted is known by
+the list of its callbacks, an object that lives as long as the call.
+"""
+
+import inspect
+import json
+import warnings
+import weakref
+
+import keras
+import numpy as np
+
+from keras_sparse import optimizers, selection
+
+__all__ = ["Fit", "Run", "count_zeros"]
+
+
+class Run:
+    """What one callback knows of the fit that it takes part in.
+
+    Attributes:
+        fit: The `Fit`.
+        position: Which of its callbacks this is.
+        attached: Whether the callback has claimed its state.
+        plan: The callback's `Plan`, if it has one.
+        epoch: Index of the running epoch.
+        epochs_done: How many epochs are over, counted from 0 in a resumed fit, too.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model.compile("adam", "mse")
+    >>> run = ks.callbacks.fit.Fit.of(model).join(ks.callbacks.KeepSparsity())
+    >>> run.position, run.optimizer is model.optimizer
+    (0, True)
+    """
+
+    def __init__(self, fit, position):
+        self.fit, self.position = fit, position
+        self.attached = False
+        self.plan = None
+        self.epoch = self.epochs_done = 0
+
+    @property
+    def model(self):
+        """The model."""
+        return self.fit.model
+
+    @property
+    def optimizer(self):
+        """The optimizer that takes its steps."""
+        return self.fit.optimizer
+
+    @property
+    def parts(self):
+        """The optimizer's `Parts`."""
+        return self.fit.parts
+
+    def untrained(self):
+        """List of the trainable variables that steps leave alone; empty while no step has been seen."""
+        touched = self.parts.touched
+        return [v for v in self.parts.trainable if touched and id(v) not in touched]
+
+
+class Fit:
+    """One fit of a model, and the sparse callbacks that take part in it.
+
+    Args:
+        model: The model, compiled.
+        callback_list: The `keras.callbacks.CallbackList` of the fit, or `None` in a loop that calls hooks by hand.
+
+    Attributes:
+        callbacks: The sparse callbacks that have joined, in order.
+        by_hand: Whether there is no list of callbacks, so that callbacks must end the fit themselves.
+        resumed: Whether it goes on with a fit that was broken off.
+        begun: Whether training has begun.
+        ended: Whether it is over.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model.compile("adam", "mse")
+    >>> fit = ks.callbacks.fit.Fit.of(model)
+    >>> ks.optimizers.find(model) is model.optimizer
+    True
+    >>> fit.end()
+    >>> ks.optimizers.find(model) is None
+    True
+    """
+
+    def __init__(self, model, callback_list):
+        self.model = model
+        self.callbacks, self._runs = [], []
+        self.by_hand = callback_list is None
+        self._list = None if self.by_hand else weakref.ref(callback_list)
+        self.begun = self._settled = self.ended = False
+        self.resumed = False
+        self.optimizer = optimizers.wrap(model)
+        self.parts.owner, self.parts.fit = self, {}
+        self._checkpoints = {}
+        if callback_list is not None:
+            # An interrupt leaves no hook: what goes with the call is its list of callbacks.
+            weakref.finalize(callback_list, self.end).atexit = False
+
+    @classmethod
+    def of(cls, model):
+        """The fit that is about to begin, for which a callback's `set_model` is being called."""
+        lists = _callback_lists()
+        sparse = optimizers.find(model)
+        before = None if sparse is None else sparse.sparse_parts.owner
+        if before is not None:
+            if before.by_hand if not lists else not before.by_hand and before._list() in lists:
+                # Another callback of the same fit, or a callback that evaluates in the middle of it.
+                if not (before.by_hand and before.begun):
+                    return before
+            before.end()  # It was broken off.
+        return cls(model, lists[0] if lists else None)
+
+    @property
+    def parts(self):
+        """The optimizer's `Parts`."""
+        return self.optimizer.sparse_parts
+
+    def join(self, callback):
+        """Let a callback take part; return its `Run`, `None` for one that comes while the fit is on."""
+        if self.begun:
+            return next((run for c, run in zip(self.callbacks, self._runs, strict=True) if c is callback), None)
+        self.callbacks.append(callback)
+        self._runs.append(Run(self, len(self._runs)))
+        return self._runs[-1]
+
+    def begin(self):
+        """Begin training, at the first callback's `on_train_begin`."""
+        if self.begun:
+            return
+        self.begun = True
+        callback_list = None if self.by_hand else self._list()
+        if callback_list is not None:
+            # `EarlyStopping` restores weights in its own `on_train_end`, which may come after ours.
+            callback_list.callbacks.append(_Ending(self))
+            self._checkpoints = {
+                callback: None for callback in callback_list.callbacks if getattr(callback, "save_best_only", False)
+            }
+        if any(run.attached for run in self._runs):
+            self.parts.drop_unclaimed()
+            optimizers.refresh(self.model, self.parts, in_fit=True)
+
+    @property
+    def must_be_traced(self):
+        """Whether a step must be traced to see which weights it changes: a `train_step` of the user's own."""
+        return (
+            keras.backend.backend() == "tensorflow"
+            and not self._settled
+            and not self.parts.touched
+            and type(self.model).train_step is not keras.Model.train_step
+            and not self.model.run_eagerly
+        )
+
+    def settle(self, epochs, epoch):
+        """Find out, before the first step, whether this fit resumes another, and go on with its state if so.
+
+        Args:
+            epochs: Index at which the fit ends.
+            epoch: Index of the epoch that starts.
+        """
+        at_target = all(callback.reached for callback in self.callbacks)
+        for callback in self._checkpoints:
+            if not at_target:
+                self._checkpoints[callback] = callback.best
+        if self._settled:
+            self.parts.fit["epoch"] = epoch
+            return
+        self._settled = True
+        parts, about = self.parts, {"callbacks": [_config(c) for c in self.callbacks], "epochs": epochs, "epoch": epoch}
+        if parts.loaded is not None and not parts.resumed:
+            before = parts.loaded[0]["fit"] or {}
+            if before.get("callbacks") == about["callbacks"] and _goes_on(before, epochs, epoch):
+                parts.take_over()
+                parts.resumed = True
+        parts.loaded = None
+        self.resumed, parts.resumed = parts.resumed, False
+        parts.fit = about
+        if self.resumed:
+            parts.masks.apply()
+
+    def note_epoch(self, epoch):
+        """Take note that epochs are over, for files that are written now."""
+        if self.parts.fit:
+            self.parts.fit["epoch"] = epoch
+
+    def look_after_optimizer(self):
+        """Go on with another optimizer if the model was compiled anew in the middle of the fit."""
+        if self.optimizer is optimizers.innermost(self.model):
+            return
+        if self.ended:
+            return
+        old, parts = self.optimizer, self.parts
+        self.optimizer = optimizers.wrap(self.model)
+        if not self.optimizer.built:
+            self.optimizer.build(self.model.trainable_variables)
+        self.parts.owner = self
+        shift = self.parts.clock.iterations - parts.clock.now
+        self.parts.adopt(parts)
+        parts.owner = None
+        optimizers.make_plain(old)
+        for callback, run in zip(self.callbacks, self._runs, strict=True):
+            if run.attached:
+                callback.attach(run)
+            if callback.clock is not None:
+                callback.clock.move(self.parts.clock, shift)
+        self.parts.changed = True
+        self.parts.masks.apply()
+        optimizers.refresh(self.model, self.parts, in_fit=True)
+
+    def finish(self):
+        """End a fit that has come to its end: what callbacks have left to do, then `end`."""
+        callback_list = None if self.by_hand else self._list()
+        if callback_list is not None:
+            callback_list.callbacks[:] = [c for c in callback_list.callbacks if not isinstance(c, _Ending)]
+        try:
+            runs = [(c, run) for c, run in zip(self.callbacks, self._runs, strict=True) if c.running]
+            for callback, run in runs:
+                callback.running = False
+                if run.attached and self._settled:
+                    callback.leave_out_untrained(run)
+                    callback.finish(run)
+            if self._settled:
+                _warn_of_revived(self.parts)
+                self.parts.masks.apply()
+                self._warn_of_checkpoints()
+        finally:
+            self.end()
+
+    def end(self):
+        """Leave the model with its plain optimizer, unless another fit has begun."""
+        if self.optimizer is None or vars(self.optimizer).get("sparse_state") is None or self.parts.owner is not self:
+            self.ended = True
+            return
+        self.ended = True
+        for callback in self.callbacks:
+            callback.running = False
+        for_good = self.parts.for_good
+        if optimizers.innermost(self.model) is not self.optimizer:
+            self.parts.end_fit()
+            optimizers.make_plain(self.optimizer)
+        elif not for_good:
+            optimizers.unwrap(self.model)
+        else:
+            self.parts.end_fit()
+            self.parts.drop_unclaimed()
+            optimizers.refresh(self.model, self.parts)
+
+    def _warn_of_checkpoints(self):
+        if not all(callback.reached for callback in self.callbacks):
+            return
+        for callback, best in self._checkpoints.items():
+            if best is not None and best == callback.best and np.isfinite(best):
+                warnings.warn(
+                    f"`{type(callback).__name__}(save_best_only=True)` has kept a file of an epoch before the target "
+                    "sparsity was reached, since no later epoch was better. Wrap it: "
+                    "`ks.callbacks.AtTargetSparsity(ModelCheckpoint(...))`.",
+                    stacklevel=2,
+                )
+
+
+class _Ending(keras.callbacks.Callback):
+    """The last callback of a fit."""
+
+    def __init__(self, fit):
+        super().__init__()
+        self._fit = fit
+
+    def on_train_end(self, logs=None):
+        self._fit.finish()
+
+
+def _callback_lists():
+    """Each `CallbackList` on whose behalf a callback's `set_model` is being called, the innermost first.
+
+    It is the `self` of a caller. There are several if a callback evaluates a model in the middle of a fit.
+    """
+    frame, found = inspect.currentframe(), []
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, keras.callbacks.CallbackList) and owner not in found:
+            found.append(owner)
+        frame = frame.f_back
+    return found
+
+
+def _config(callback):
+    """What tells one callback from another, as plain data."""
+    try:
+        config = callback.get_config()
+    except (TypeError, ValueError):  # Its filters are a function.
+        config = None
+    return json.loads(json.dumps([type(callback).__name__, config], default=str))
+
+
+def _goes_on(before, epochs, epoch):
+    """Whether a fit from `epoch` to `epochs` goes on with one that was saved in the middle.
+
+    It begins where that one was, or has as many epochs as that one had left. A file that was written in the middle of
+    an epoch, or before our callback heard of its end, counts the epoch before.
+    """
+    done, left = before["epoch"], before["epochs"] - before["epoch"]
+    return left > 0 and ((epoch > 0 and epoch in (done, done + 1)) or epochs - epoch in (left, left - 1))
+
+
+def count_zeros(parts):
+    """Return how many weights that have masks are zero, and how many there are; biases and the like do not count.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.callbacks.fit.count_zeros(ks.optimizers.SparseOptimizer("adam").sparse_parts)
+    (0, 0)
+    """
+    values = [selection.as_array(v) for v, _ in parts.masks.pairs if v.name not in selection.NO_KERNELS]
+    size = sum(value.size for value in values)
+    return size - sum(int(np.count_nonzero(value)) for value in values), size
+
+
+def _warn_of_revived(parts):
+    revived = sum(
+        int(np.count_nonzero(selection.as_array(variable)[~selection.as_array(mask)]))
+        for variable, mask in parts.masks.pairs
+    )
+    if revived:
+        warnings.warn(
+            f"{revived} pruned weights were not zero when training ended, because another callback (EarlyStopping with "
+            "restore_best_weights?) put back the weights of an earlier, denser epoch. The masks were applied again, "
+            "and the accuracy may be lower than the one that callback saw. Wrap it in `ks.callbacks.AtTargetSparsity`.",
+            stacklevel=2,
+        )

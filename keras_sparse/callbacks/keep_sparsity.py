@@ -1,0 +1,66 @@
+"""Fine-tuning a sparse model: its zeros stay zero."""
+
+import warnings
+
+from keras_sparse import pruning, selection
+from keras_sparse.callbacks.fit import count_zeros
+from keras_sparse.callbacks.sparse_callback import SparseCallback
+from keras_sparse.registry import serializable
+
+__all__ = ["KeepSparsity"]
+
+
+@serializable
+class KeepSparsity(SparseCallback):
+    """Fine-tunes a sparse model: weights that are zero stay zero.
+
+    Every kernel with zeros is masked, depthwise kernels and embeddings too. Zeros that an initializer makes (identity
+    matrices, kernels that start at zero) are no pruned weights and are trained.
+
+    Args:
+        filters: Whose zeros are kept: a regex, a list of them, a layer, a layer class, or a callable on the variable;
+            see `ks.selection.select`. `None`: every kernel's.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(10)])
+    >>> model.compile("adam", "mse")
+    >>> report = ks.prune(model, 0.5)
+    >>> x, y = np.ones((64, 20)), np.ones((64, 10))
+    >>> history = model.fit(x, y, verbose=0, callbacks=[ks.callbacks.KeepSparsity()])
+    >>> history.history["sparsity"]
+    [0.5]
+    """
+
+    def __init__(self, filters=None):
+        super().__init__()
+        selection.check_filters(filters)
+        self.filters = filters
+
+    def attach(self, run):
+        model = run.model
+        sparse = [w for w in selection.pruned_weights(model, self.filters) if w.trainable]
+        low_rank = [layer.name for layer in selection.layers(model) if getattr(layer, "lora_enabled", False)]
+        if low_rank:
+            warnings.warn(
+                f"LoRA adds a dense update to the kernels of {low_rank}: their zeros are not kept. Merge it first (save "
+                "and load the model), then prune and fine-tune.",
+                stacklevel=2,
+            )
+        if not sparse:
+            if not low_rank:
+                warnings.warn(
+                    f"KeepSparsity found no zeros to keep in {model.name!r}. Prune the model first, for example with "
+                    "`ks.prune(model, 0.5)`.",
+                    stacklevel=2,
+                )
+            return
+        chosen = {id(w.variable) for w in sparse}
+        run.plan = pruning.Plan(model, 0.0, filters=lambda variable: id(variable) in chosen)
+        run.plan.keep_units(model)
+        run.plan.attach(run.parts)
+
+    def log(self, run):
+        zeros, size = count_zeros(run.parts)
+        return {"sparsity": zeros / size} if size else {}

@@ -1,0 +1,97 @@
+"""A scheduled callback makes weights sparse at the due steps of a clock."""
+
+import warnings
+
+from keras_sparse import optimizers, reports, selection
+from keras_sparse.callbacks.clock import Clock
+from keras_sparse.callbacks.fit import count_zeros
+from keras_sparse.callbacks.sparse_callback import SparseCallback
+
+__all__ = ["ScheduledCallback"]
+
+
+class ScheduledCallback(SparseCallback):
+    """Base of the callbacks that have a plan of weights and act on it at the due steps of a clock.
+
+    Args:
+        begin: When the first update is due, as in `ks.callbacks.clock.Clock`.
+        end: When the last one is due.
+        frequency: Optimizer steps between updates.
+        filters: Which weights, as in `ks.selection.select`.
+        verbose: 1 prints a line at each update.
+        name: What a user calls `begin`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a number is out of range.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> isinstance(ks.callbacks.Pruning(0.9), ks.callbacks.scheduled.ScheduledCallback)
+    True
+    """
+
+    def __init__(self, begin, end, frequency, filters, verbose, name="begin"):
+        super().__init__()
+        self.clock = Clock(begin, end, frequency, name)
+        selection.check_filters(filters)
+        if verbose not in (0, 1, 2):
+            raise ValueError(f"`verbose` must be 0, 1 or 2. Received: verbose={verbose!r}")
+        self.filters = filters
+        self.verbose = verbose
+
+    def make_plan(self, run, untrained=()):
+        """Return the `Plan` for a built model, without the weights that no step changes.
+
+        Args:
+            run: The `Run`.
+            untrained: Variables to leave out unless `filters` name them.
+        """
+        raise TypeError(f"`{type(self).__name__}` must implement `make_plan(self, run, untrained)`.")
+
+    def attach(self, run):
+        """Give the weights of the plan their masks, and let reports know why the others are left dense."""
+        run.plan = self.make_plan(run, run.untrained())
+        run.plan.attach(run.parts)
+        reports.remember(run.model, run.plan.skipped)
+
+    def leave_out_untrained(self, run):
+        """Take weights out of the plan that turned out to be trained by no one, once a step has been seen."""
+        untrained = run.untrained()
+        chosen = {id(goal.weight.variable) for goal in run.plan.goals}
+        if self.filters is not None or not any(id(variable) in chosen for variable in untrained):
+            return
+        run.parts.masks.remove([variable for variable in untrained if id(variable) in chosen])
+        self.attach(run)
+        optimizers.refresh(run.model, run.parts, in_fit=True)
+        names = [variable.path for variable in untrained if id(variable) in chosen]
+        warnings.warn(
+            f"No optimizer step changes {names[:5]}{' and others' if len(names) > 5 else ''} (a teacher, a frozen copy, "
+            "weights that get no gradient): left as they are. Name them in `filters` to prune them all the same.",
+            stacklevel=2,
+        )
+
+    def warn_of_emptied(self, run):
+        """Say which kernels have lost all of their weights."""
+        emptied = [goal.weight.path for goal in run.plan.goals if goal.sparsity > 0 and not goal.weight.numpy().any()]
+        if emptied:
+            warnings.warn(
+                f"All weights of {emptied} are zero: their layers pass on nothing but a bias. Lower the target for them "
+                "(a dict `{regex: sparsity}`), leave them out by `filters`, or share the target by allocation='erk' or "
+                "`ks.pruning.Global(floor=1)`.",
+                stacklevel=2,
+            )
+
+    def log(self, run):
+        zeros, size = count_zeros(run.parts)
+        return {"sparsity": zeros / size} if size else {}
+
+    def share(self, run):
+        """The share of zeros over the selected weights."""
+        zeros, size = count_zeros(run.parts)
+        return zeros / size if size else 0.0
+
+    def say(self, run):
+        """Print where the model is."""
+        print(f"\nStep {self.clock.elapsed(self.clock.now)}: sparsity {self.share(run):.4f}")

@@ -1,0 +1,99 @@
+"""Masks keep weights at zero: one boolean for each weight, `True` where it lives."""
+
+import keras
+from keras import ops
+
+from keras_sparse.optimizers.assignment import assign_in_step, mask_off, masked_value
+from keras_sparse.optimizers.parts import Part
+from keras_sparse.optimizers.slots import slots
+
+__all__ = ["Masks"]
+
+
+class Masks(Part):
+    """The masks of an optimizer, under the indices of their weights.
+
+    Gradients of pruned weights are zero before the optimizer sees them, so that what it computes over whole tensors
+    (clipping by norm, Muon, Lamb) is that of the sparse network; what still moves pruned weights (momentum of before,
+    moving averages) is undone after its step.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    >>> optimizer = ks.optimizers.SparseOptimizer(keras.optimizers.SGD(1.0))
+    >>> optimizer.build(model.trainable_variables)
+    >>> kernel = model.layers[0].kernel
+    >>> masks = optimizer.sparse_parts.masks
+    >>> masks.add([kernel])
+    >>> _ = masks.of(kernel).assign([[True], [False]])
+    >>> masks.apply()
+    >>> optimizer.apply([keras.ops.ones((2, 1)), keras.ops.ones((1,))])
+    >>> kernel.numpy().tolist()
+    [[0.0], [0.0]]
+    """
+
+    name = "masks"
+    permanent = True
+
+    def add(self, variables):
+        """Give each of `variables` a mask that keeps everything, unless it has one in this fit."""
+        for index in self.parts.indices(variables):
+            weight = self.parts.trainable[index]
+            name = f"{weight.path.replace('/', '_')}_mask"
+
+            def create(weight=weight, name=name):
+                return keras.Variable("ones", tuple(weight.shape), "bool", trainable=False, name=name)
+
+            mask, first = self.claim(index, create)
+            if first:
+                mask.assign(ops.ones(mask.shape, "bool"))
+
+    def remove(self, variables):
+        """Take the masks of `variables` away; the weights stay as they are."""
+        gone = {self.parts.index(variable) for variable in variables}
+        self.claimed -= gone
+        self.drop_unclaimed()
+
+    def of(self, variable):
+        """The mask of `variable`, or `None`."""
+        index = self.parts.index(variable)
+        return self.variables[index] if index in self.claimed else None
+
+    @property
+    def pairs(self):
+        """List of pairs `(variable, mask)`."""
+        return [(self.parts.trainable[index], self.variables[index]) for index in sorted(self.claimed)]
+
+    def apply(self):
+        """Set masked weights, and their moving averages, to zero now, outside of compiled functions."""
+        for variable, mask in self._masked_state():
+            variable.assign(masked_value(variable, mask))
+
+    def before(self, gradients):
+        return {
+            index: _mask_gradient(gradient, self.variables[index]) if index in self.claimed else gradient
+            for index, gradient in gradients.items()
+        }
+
+    def after(self):
+        assign_in_step([(variable, mask_off, [mask]) for variable, mask in self._masked_state()])
+
+    def _masked_state(self):
+        pairs = self.pairs
+        if pairs and self.parts.optimizer.use_ema:
+            states = slots(self.parts.optimizer, self.parts.trainable)
+            averages = {index: state for index, kind, state in states if kind == "average"}
+            pairs += [(averages[index], self.variables[index]) for index in sorted(self.claimed)]
+        return pairs
+
+    def restore(self, config):
+        self.add([self.parts.trainable[index] for index in config])
+
+
+def _mask_gradient(gradient, mask):
+    mask = ops.convert_to_tensor(mask)
+    if hasattr(gradient, "indices"):  # `tf.IndexedSlices`: the rows that a batch has looked up.
+        rows = ops.take(mask, gradient.indices, axis=0)
+        return type(gradient)(mask_off(gradient.values, rows), gradient.indices, gradient.dense_shape)
+    return mask_off(gradient, mask)

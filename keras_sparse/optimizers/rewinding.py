@@ -1,0 +1,56 @@
+"""A rewind point is a copy of the weights at one step of training, which a later round of training starts from again."""
+
+import keras
+from keras import ops
+
+from keras_sparse.optimizers.parts import Part
+
+__all__ = ["RewindPoint"]
+
+
+class RewindPoint(Part):
+    """Copies of an optimizer's trainable variables.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    >>> model.compile(ks.optimizers.SparseOptimizer("adam"), "mse")
+    >>> model.optimizer.build(model.trainable_variables)
+    >>> point = model.optimizer.sparse_parts.rewind_point
+    >>> point.add()
+    >>> point.keep()
+    >>> loss = model.train_on_batch(np.ones((4, 2)), np.zeros((4, 1)))
+    >>> point.put_back()
+    >>> model.layers[0].kernel.numpy().tolist()
+    [[1.0], [1.0]]
+    """
+
+    name = "rewind_point"
+
+    def add(self):
+        """Make room for the copies, unless there is."""
+        for index, weight in enumerate(self.parts.trainable):
+            name = f"{weight.path.replace('/', '_')}_rewind_point"
+            shape, dtype = tuple(weight.shape), weight.dtype
+            self.claim(index, lambda s=shape, d=dtype, n=name: keras.Variable("zeros", s, d, trainable=False, name=n))
+
+    @property
+    def active(self):
+        return False
+
+    def keep(self):
+        """Copy the variables as they are now. To be called outside of compiled functions."""
+        self._copy(self.parts.trainable, self.saved_variables())
+
+    def put_back(self):
+        """Give the variables the values that were kept."""
+        self._copy(self.saved_variables(), self.parts.trainable)
+
+    @staticmethod
+    def _copy(sources, targets):
+        for source, target in zip(sources, targets, strict=True):
+            target.assign(ops.copy(source))  # Two variables of one buffer break JAX, which gives buffers away.
+
+    def restore(self, config):
+        self.add()
