@@ -132,7 +132,9 @@ def test_a_file_from_the_middle_of_fit_holds_the_proximal_state(tmp_path):
 
     fit(model, ks.callbacks.ProximalL1(target_sparsity=0.6, group="block_1x4", filters="a/"), Save())
     loaded = keras.saving.load_model(tmp_path / "middle.keras")
-    assert loaded.optimizer.shrinkage.group.get_config() == {"rows": 1, "cols": 4}
+    config, values = loaded.optimizer.sparse_state.parts.loaded
+    assert config["parts"]["proximal"]["group"]["config"] == {"rows": 1, "cols": 4}
+    assert len(values["proximal"]) == 2
     fit(loaded, ks.callbacks.ProximalL1(target_sparsity=0.6, group="block_1x4", filters="a/"), initial_epoch=6)
     for expected, got in zip(kernels(model), kernels(loaded), strict=True):
         np.testing.assert_array_equal(expected, got)

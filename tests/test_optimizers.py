@@ -23,15 +23,16 @@ def zeros(model):
     return [int((layer.kernel.numpy() == 0).sum()) for layer in model.layers]
 
 
-def test_variables_are_its_own_and_the_inner_optimizers():
+def test_the_variables_of_its_parts_are_hidden_but_on_jax():
     model = make(ks.optimizers.SparseOptimizer("adam"))
     optimizer = model.optimizer
     optimizer.build(model.trainable_variables)
+    plain = len(optimizer.variables)
     optimizer.add_masks([model.layers[0].kernel])
-    assert len({id(v) for v in optimizer.variables}) == len(optimizer.variables)
-    assert not {id(v) for v in model.variables if "optimizer" not in v.path} & {id(v) for v in optimizer.variables}
-    masks = [v for v in optimizer.variables if v.dtype == "bool"]
-    assert [tuple(mask.shape) for mask in masks] == [(8, 6)]
+    masks = [tuple(v.shape) for v in optimizer.variables if v.dtype == "bool"]
+    # JAX hands the state of an optimizer from step to step.
+    assert masks == ([(8, 6)] if BACKEND == "jax" else [])
+    assert len(optimizer.variables) == plain + len(masks)
 
 
 def test_passes_through_what_keras_asks_for():
@@ -205,14 +206,14 @@ def test_user_compiled_wrapper_stays_after_fit():
 
 def test_wrap_and_unwrap():
     model = make()
-    inner = model.optimizer
-    sparse = ks.optimizers.wrap(model)
-    assert ks.optimizers.wrap(model) is sparse is ks.optimizers.find(model)
-    assert "SparseOptimizer" in str(model.get_compile_config()["optimizer"])
-    assert ks.optimizers.unwrap(model) is inner is model.optimizer
-    assert ks.optimizers.unwrap(model) is inner
+    optimizer, kind = model.optimizer, type(model.optimizer)
+    assert ks.optimizers.wrap(model) is ks.optimizers.wrap(model) is ks.optimizers.find(model) is optimizer
+    assert "keras_sparse" in str(model.get_compile_config()["optimizer"])
+    assert optimizer.__class__ is kind
+    assert ks.optimizers.unwrap(model) is ks.optimizers.unwrap(model) is optimizer is model.optimizer
     assert ks.optimizers.find(model) is None
-    assert "SparseOptimizer" not in str(model.get_compile_config()["optimizer"])
+    assert type(optimizer) is kind
+    assert "keras_sparse" not in str(model.get_compile_config()["optimizer"])
     assert "get_compile_config" not in vars(model)
 
 
@@ -251,14 +252,12 @@ def test_errors():
     with pytest.raises(ValueError, match="`update_masks` needs a `SparseOptimizer`"):
         ks.update_masks(make(), 0.5, optimizer=keras.optimizers.Adam())
     optimizer = ks.optimizers.SparseOptimizer("adam")
-    with pytest.raises(ValueError, match="not built"):
+    with pytest.raises(ValueError, match="must already be built"):
         optimizer.apply([X])
     model = make()
     optimizer.build(model.trainable_variables)
     with pytest.raises(ValueError, match="built with can be masked"):
         optimizer.add_masks([make().layers[0].kernel])
-    with pytest.raises(ValueError, match="indices into"):
-        ks.optimizers.SparseOptimizer("adam", masked=[9]).build(model.trainable_variables)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="IndexedSlices are TensorFlow's")
@@ -284,5 +283,8 @@ def test_variables_without_a_gradient():
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Gradients do not exist")
-        model.fit(X, Y, epochs=4, verbose=0, callbacks=[ks.callbacks.Pruning(0.5)])
+        with pytest.warns(UserWarning, match=r"No optimizer step changes \['sequential/unused/w'\]"):
+            model.fit(X, Y, epochs=4, verbose=0, callbacks=[ks.callbacks.Pruning(0.5)])
+        assert int((model.layers[1].w.numpy() == 0).sum()) == 0
+        model.fit(X, Y, epochs=4, verbose=0, callbacks=[ks.callbacks.Pruning(0.5, filters="unused")])
     assert int((model.layers[1].w.numpy() == 0).sum()) == 8

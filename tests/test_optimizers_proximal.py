@@ -156,11 +156,12 @@ def test_accumulation_shrinks_once_in_a_real_step():
     keras.backend.backend() == "jax", reason="LossScaleOptimizer.apply leaks tracers when called eagerly"
 )
 def test_skipped_fp16_steps_do_not_shrink():
-    inner = ks.optimizers.SparseOptimizer(keras.optimizers.SGD(0.1), shrinkage=ks.optimizers.Shrinkage([0]))
+    inner = ks.optimizers.SparseOptimizer(keras.optimizers.SGD(0.1))
     optimizer = keras.optimizers.LossScaleOptimizer(inner)
     variable = keras.Variable(np.ones(3, "float32"))
     optimizer.build([variable])
-    inner.strength.assign(1.0)
+    inner.sparse_parts.proximal.add([variable])
+    inner.sparse_parts.proximal.strength = 1.0
     optimizer.apply([keras.ops.convert_to_tensor(np.full(3, np.inf, "float32"))])
     np.testing.assert_array_equal(numpy_of(variable), 1)
     optimizer.apply([keras.ops.zeros(3)])

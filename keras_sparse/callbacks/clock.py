@@ -30,6 +30,7 @@ class Clock:
         last: The step at which the last one is due, likewise.
         every: Steps between updates.
         updated: The step of the last update, negative if there was none.
+        planned: The length by the number of batches, before steps were seen to come otherwise.
         offset: Steps that it has run in fits before this one, which count too.
 
     Raises:
@@ -67,7 +68,7 @@ class Clock:
         """
         self._time, self._position = time, position
         self._first_epoch = None
-        self._warned = False
+        self._warned, self.planned = False, time.length
 
     def move(self, time, shift):
         """Go on with the clock of another optimizer, whose steps are `shift` ahead of those of the one before."""
@@ -97,6 +98,7 @@ class Clock:
             self._first_epoch, self._first_now = epoch, now
         if not time.length:  # Else a backup or a saved file brought it, or another callback.
             time.length = self._measure(epoch, epochs, steps, now - time.start, accumulation)
+            self.planned = time.length
         elif epoch > self._first_epoch:
             self._measure_again(epoch, epochs, now)
         self.length = time.length

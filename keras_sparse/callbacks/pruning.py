@@ -141,7 +141,7 @@ class Pruning(ScheduledCallback):
                     stacklevel=2,
                 )
             return
-        if isinstance(self.end, int) and self.end > self.clock.length:
+        if isinstance(self.end, int) and self.end > self.clock.planned:
             if self.over == "fit":
                 warnings.warn(
                     f"This fit ended at step {steps} of a schedule that ends at step {self.end}: the selected weights "

@@ -183,10 +183,7 @@ class Proximal(Part):
         return self._groups[position]
 
     def get_config(self):
-        return self._config if self.active else None
-
-    def saved_variables(self):
-        return super().saved_variables() if self.active else []
+        return self._config if self.claimed else None
 
     def restore(self, config):
         group = config["group"] and keras.saving.deserialize_keras_object(config["group"])

@@ -188,7 +188,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             super().load_own_variables(store)
 
     def get_config(self):
-        if not self.sparse_parts.for_good:
+        if not self.sparse_parts.for_good or self.sparse_parts.hidden:
             return super().get_config()
         with self.sparse_parts.files():  # There it passes for a plain one.
             return {"inner_optimizer": keras.saving.serialize_keras_object(self)}
