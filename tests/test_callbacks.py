@@ -277,6 +277,7 @@ def test_a_target_below_what_the_model_has_is_kept():
 def test_zero_initialised_weights_are_not_taken_for_pruned():
     model = dense_model()
     model.layers[0].kernel.assign(np.zeros((12, 10)))
+    model.layers[0].kernel_initializer = keras.initializers.Zeros()
     model.layers[0].bias.assign(np.full(10, 0.1))
     fit(model, ks.callbacks.Pruning(0.5), epochs=6)
     assert zeros(model)[0] == 60

@@ -226,7 +226,7 @@ def _weight(variable, layer, trainable):
     of = f"{name} of {type(layer).__name__}"
     # A layer is Keras's own by where its class lives; its rank-2 biases (GRU, attention) are no kernels.
     own = type(layer).__module__.split(".")[0] == "keras"
-    embedding = "embedding" in name if own else _is_embedding(name, layer)
+    embedding = ("embedding" in name and not name.startswith("lora_")) if own else _is_embedding(name, layer)
     # Scales, class tokens and the like come as (1, C), (T, 1) or (1, 1, C), so that they broadcast.
     vector = not own and name not in _KERNELS and sum(int(n) > 1 for n in variable.shape) <= 1
     depthwise = isinstance(layer, _DEPTHWISE) or name == "depthwise_kernel"
