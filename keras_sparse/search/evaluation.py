@@ -200,7 +200,7 @@ class Evaluation:
             if self.epochs:
                 copy.wrap(any(_silences(pattern) for _, pattern in allocation.values()))
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".* has no weight left")  # The candidate's score says what that costs.
+                warnings.filterwarnings("ignore", ".* has no weight left")  # Its score will say it.
                 pruning.prune(model, copy.target(allocation), filters=lambda variable: True)
             if self.epochs:
                 self._train(copy, seed, deadline)
