@@ -211,7 +211,7 @@ def emptied(weights, masks=None):
         masks = [v if v.any() else ~w.pruned_zeros(v) for w, v in zip(weights, values, strict=True)]
     return [
         f"{weight.path} has no weight left: all {weight.size} are zero, {_what_is_left(weight)}. Lower its sparsity, "
-        "use allocation='erk' or ks.pruning.Global(floor=1), or leave it out by `filters`."
+        'use allocation="erk" or ks.pruning.Global(floor=1), or leave it out by `filters`.'
         for weight, mask in zip(weights, masks, strict=True)
         if weight.kernel and weight.size and not mask.any()
     ]

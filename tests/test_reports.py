@@ -115,7 +115,7 @@ def test_emptied_kernels_are_named_by_prune_and_report(tmp_path):
     model.save(tmp_path / "model.keras")
     for found in (report, ks.report(model), ks.report(keras.saving.load_model(tmp_path / "model.keras"))):
         [note] = found.notes
-        for word in ("b/kernel", "allocation='erk'", "ks.pruning.Global(floor=1)", "`filters`"):
+        for word in ("b/kernel", 'allocation="erk"', "ks.pruning.Global(floor=1)", "`filters`"):
             assert word in note
         assert [row["status"] for row in found.rows if row["path"].endswith("kernel")] == ["pruned"] * 3
     report = ks.prune(model, 0.8, allocation="global")  # Said once, and still in the notes.
