@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_sparse import optimizers, patterns, selection
 
-__all__ = ["Report", "html_page", "report"]
+__all__ = ["Report", "emptied", "html_page", "report"]
 
 # Why the last pruning of a model left weights dense: {model: {id(variable): reason}}.
 _SKIPPED = weakref.WeakKeyDictionary()
@@ -189,15 +189,51 @@ def remember(model, skipped):
     _SKIPPED[model] = dict(skipped)
 
 
+def emptied(weights, masks=None):
+    """Say of each kernel that pruning has left no weight: a sentence that names it and tells what to do.
+
+    Args:
+        weights: A list of `ks.selection.Weight`.
+        masks: The masks that were chosen for them, a boolean array for each; `None` asks their zeros.
+
+    Returns:
+        List of sentences, empty if every kernel has a weight left.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, name="head")])
+    >>> ks.reports.emptied(ks.selection.select(model)[:1], [np.zeros((2, 2), bool)])
+    ['sequential/head/kernel has no weight left: all 4 are zero, its layer passes on only its bias. Lower its ...']
+    """
+    if masks is None:
+        values = [weight.in_use() for weight in weights]
+        masks = [v if v.any() else ~w.pruned_zeros(v) for w, v in zip(weights, values, strict=True)]
+    return [
+        f"{weight.path} has no weight left: all {weight.size} are zero, {_what_is_left(weight)}. Lower its sparsity, "
+        'use allocation="erk" or ks.pruning.Global(floor=1), or leave it out by `filters`.'
+        for weight, mask in zip(weights, masks, strict=True)
+        if weight.kernel and weight.size and not mask.any()
+    ]
+
+
+def _what_is_left(weight):
+    if weight.variable.name == "recurrent_kernel":
+        return "its layer has no memory of earlier steps"
+    return f"its layer passes on only {'zeros' if getattr(weight.layer, 'bias', None) is None else 'its bias'}"
+
+
 def report(model, notes=()):
     """Tell what is sparse in a model, what was skipped, and why.
 
     Rows: `path`, `shape`, `size` and `zeros` (elements), `sparsity` (share of zeros in [0, 1]), `pattern` (where the
     zeros of a pruned weight stand, as `ks.patterns.recognize` names it; else `""`), `dead_units` (output units whose
     weights are all zero) and `dead_inputs` (inputs that meet only zeros, of a convolution input channels; both `None`
-    for weights that are not kernels), `status` (`"pruned"`, `"dense"` or `"skipped"`) and `reason`. Totals: over all
-    kernels, `size`, `zeros`, `sparsity` (connection sparsity) and `density` (1 - sparsity, as some papers count); over
-    the model, `parameters` and `nonzero_parameters`.
+    for weights that are not kernels), `status` (`"pruned"`, `"dense"` or `"skipped"`) and `reason`. Zeros that an
+    initializer put there do not make a weight pruned. Of a layer with LoRA the kernel in use is counted, the sum of the
+    frozen one and the update. Totals: over all kernels, `size`, `zeros`, `sparsity` (connection sparsity) and `density`
+    (1 - sparsity, as some papers count); over the model, `parameters` and `nonzero_parameters`. Notes name kernels that
+    have no weight left, and those whose zeros LoRA fills.
 
     Args:
         model: A built Keras model.
@@ -238,21 +274,41 @@ def report(model, notes=()):
         "parameters": sum(row["size"] for row in rows),
         "nonzero_parameters": sum(row["size"] - row["zeros"] for row in rows),
     }
+    notes = [*notes, *emptied([w for w in weights if w.kernel]), *_filled_by_lora(weights)]
     counts = dict.fromkeys(("size", "zeros", "parameters", "nonzero_parameters"), ",d")
     formats = counts | {"sparsity": ".1%", "density": ".1%", "shape": lambda shape: "x".join(map(str, shape))}
     return Report(f"Sparsity of {model.name}", rows, totals, notes, formats)
 
 
+def _filled_by_lora(weights):
+    """Sentences about kernels whose zeros the update of LoRA fills, or will fill in training."""
+    notes = []
+    for weight in weights:
+        if weight.kernel and getattr(weight.layer, "lora_enabled", False):
+            zeros, left = (int(np.sum(value == 0)) for value in (weight.numpy(), weight.in_use()))
+            if zeros > left:
+                notes.append(
+                    f"{weight.path}: LoRA's update fills {zeros - left} of the {zeros} zeros of the frozen kernel. "
+                    "Prune the model again after merging, or train without LoRA, with `ks.callbacks.KeepSparsity`."
+                )
+            elif zeros:
+                notes.append(f"{weight.path}: LoRA's update fills its zeros as soon as it is trained.")
+    return notes
+
+
 def _row(weight, skipped, selected):
-    value = selection.as_array(weight.variable)
+    value = weight.in_use()
     zeros = int(value.size - np.count_nonzero(value))
+    count = int(np.count_nonzero(weight.pruned_zeros(value))) if weight.kernel and zeros else 0
     # Initializers draw an exact zero now and then: in a weight that nobody is known to have pruned, few do not count.
-    if weight.kernel and zeros and (selected or _FEW * value.size < zeros < value.size):
+    if count and (selected or count > _FEW * value.size):
         status, reason = "pruned", ""
     elif skipped:
         status, reason = "skipped", skipped
-    elif zeros and zeros == value.size:
+    elif weight.kernel and zeros and zeros == value.size:
         status, reason = "dense", "all zeros: counts as zero-initialised, not as pruned"
+    elif weight.kernel and zeros > _FEW * value.size:
+        status, reason = "dense", "zeros of its initializer, not of pruning"
     else:
         status, reason = "dense", ""
     pattern = ""

@@ -24,6 +24,7 @@ def kernels(model):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.filterwarnings("ignore:.* has no weight left")
 def test_keeps_the_largest_and_changes_no_survivor(seed, allocation):
     rng = np.random.default_rng(seed)
     model = make(*rng.integers(1, 40, 4), seed=seed)

@@ -74,9 +74,105 @@ def test_says_why_weights_were_skipped(model):
 
 def test_all_zero_weights_count_as_zero_initialised(model):
     model.layers[2].kernel.assign(np.zeros((5, 2)))
-    row = ks.report(model).rows[4]
+    model.layers[2].kernel_initializer = keras.initializers.Zeros()
+    report = ks.report(model)
+    row = report.rows[4]
     assert (row["status"], row["dead_units"], row["dead_inputs"]) == ("dense", 2, 5)
     assert "zero-initialised" in row["reason"]
+    assert report.notes == []
+
+
+def test_zeros_of_an_initializer_do_not_make_a_weight_pruned():
+    model = keras.Sequential([keras.Input((5, 8)), keras.layers.SimpleRNN(8, recurrent_initializer="identity")])
+    row = ks.report(model).rows[1]
+    assert (row["zeros"], row["status"], row["pattern"]) == (56, "dense", "")
+    assert row["reason"] == "zeros of its initializer, not of pruning"
+    assert ks.prune(model, 0.5).rows[1]["status"] == "pruned"
+
+
+# Kernels that lost their last weight
+
+
+def small_middle():
+    """A model whose middle kernel leaves first when all are ranked together."""
+    model = keras.Sequential(
+        [
+            keras.Input((20,)),
+            keras.layers.Dense(20, name="a"),
+            keras.layers.Dense(20, name="b", kernel_initializer=keras.initializers.RandomNormal(stddev=1e-4)),
+            keras.layers.Dense(4, name="c", use_bias=False),
+        ]
+    )
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_emptied_kernels_are_named_by_prune_and_report(tmp_path):
+    model = small_middle()
+    with pytest.warns(UserWarning, match="b/kernel has no weight left: all 400 are zero, .* only its bias") as caught:
+        report = ks.prune(model, 0.7, allocation="global")
+    assert [w.filename for w in caught if "no weight left" in str(w.message)] == [__file__]
+    model.save(tmp_path / "model.keras")
+    for found in (report, ks.report(model), ks.report(keras.saving.load_model(tmp_path / "model.keras"))):
+        [note] = found.notes
+        for word in ("b/kernel", 'allocation="erk"', "ks.pruning.Global(floor=1)", "`filters`"):
+            assert word in note
+        assert [row["status"] for row in found.rows if row["path"].endswith("kernel")] == ["pruned"] * 3
+    report = ks.prune(model, 0.8, allocation="global")  # Said once, and still in the notes.
+    assert "b/kernel" in report.notes[0]
+    assert ks.prune(small_middle(), 0.7, allocation=ks.pruning.Global(floor=1)).notes == []
+
+
+def test_a_zero_initialised_kernel_is_not_emptied_by_pruning_half_of_it():
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6, kernel_initializer="zeros")])
+    report = ks.prune(model, 0.5)
+    assert (report.rows[0]["zeros"], report.notes) == (36, [])
+    assert ks.selection.pruned_weights(model)[0].pruned_zeros().sum() == 18
+
+
+def test_what_passes_an_emptied_kernel():
+    inputs = keras.Input((3, 4))
+    x = keras.layers.GRU(4, name="gru")(keras.layers.Dense(4, use_bias=False, name="plain")(inputs))
+    model = keras.Model(inputs, x)
+    weights = [w for w in ks.selection.weights(model) if w.kernel]
+    sentences = ks.reports.emptied(weights, [np.zeros(w.variable.shape, bool) for w in weights])
+    assert "only zeros" in sentences[0] and "only its bias" in sentences[1] and "earlier steps" in sentences[2]
+    assert ks.reports.emptied(weights) == []
+
+
+# LoRA
+
+LORA = {
+    "Dense": (lambda: keras.layers.Dense(8), (8,)),
+    "EinsumDense": (lambda: keras.layers.EinsumDense("abc,cd->abd", (3, 8)), (3, 8)),
+    "Conv2D": (lambda: keras.layers.Conv2D(8, 3), (5, 5, 4)),
+    "Embedding": (lambda: keras.layers.Embedding(9, 8), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_lora_is_counted_in_the_kernel_in_use(name, tmp_path):
+    make, shape = LORA[name]
+    layer = make()
+    model = keras.Sequential([keras.Input(shape), layer])
+    zeros = ks.prune(model, 0.75, filters=layer).totals["zeros"]
+    layer.enable_lora(2)
+    report = ks.report(model)
+    assert report.totals["zeros"] == zeros and "as soon as it is trained" in report.notes[0]
+    kind = "embeddings" if name == "Embedding" else "kernel"
+    b = getattr(layer, f"lora_{kind}_b")
+    update = np.ones(b.shape, "float32")
+    update[..., :2] = 0  # The last axis of the kernel is untouched there.
+    b.assign(update)
+    report = ks.report(model)
+    in_use = keras.ops.convert_to_numpy(getattr(layer, kind))
+    assert report.totals["zeros"] == (in_use == 0).sum() < zeros
+    assert "LoRA's update fills" in report.notes[0]
+    model.save(tmp_path / "model.keras")
+    loaded = ks.report(keras.saving.load_model(tmp_path / "model.keras"))
+    same = ("zeros", "dead_units", "dead_inputs", "pattern")
+    row, after = (next(r for r in found.rows if r["path"].endswith(kind)) for found in (report, loaded))
+    assert [row[key] for key in same] == [after[key] for key in same]
 
 
 def test_a_zero_by_chance_is_no_pruning():

@@ -68,7 +68,7 @@ class Clock:
         """
         self._time, self._position = time, position
         self._first_epoch = None
-        self._warned, self.planned = False, time.length
+        self._warned, self.planned = False, 0
 
     def move(self, time, shift):
         """Go on with the clock of another optimizer, whose steps are `shift` ahead of those of the one before."""
@@ -94,6 +94,7 @@ class Clock:
         """
         time = self._time
         now, self._start = time.now, time.start - self.offset
+        self.planned = self.planned or time.length
         if self._first_epoch is None:
             self._first_epoch, self._first_now = epoch, now
         if not time.length:  # Else a backup or a saved file brought it, or another callback.

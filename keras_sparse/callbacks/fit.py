@@ -12,7 +12,7 @@ import weakref
 import keras
 import numpy as np
 
-from keras_sparse import optimizers, selection
+from keras_sparse import optimizers, selection, zeros
 
 __all__ = ["Fit", "Run", "count_zeros"]
 
@@ -241,6 +241,9 @@ class Fit:
             self.ended = True
             return
         self.ended = True
+        for variable, mask in self.parts.masks.pairs:
+            if variable.name not in selection.NO_KERNELS:
+                zeros.remember(variable, selection.as_array(mask))
         for callback in self.callbacks:
             callback.running = False
         for_good = self.parts.for_good

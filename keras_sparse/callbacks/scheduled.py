@@ -74,14 +74,10 @@ class ScheduledCallback(SparseCallback):
 
     def warn_of_emptied(self, run):
         """Say which kernels have lost all of their weights."""
-        emptied = [goal.weight.path for goal in run.plan.goals if goal.sparsity > 0 and not goal.weight.numpy().any()]
-        if emptied:
-            warnings.warn(
-                f"All weights of {emptied} are zero: their layers pass on nothing but a bias. Lower the target for them "
-                "(a dict `{regex: sparsity}`), leave them out by `filters`, or share the target by allocation='erk' or "
-                "`ks.pruning.Global(floor=1)`.",
-                stacklevel=2,
-            )
+        weights = [goal.weight for goal in run.plan.goals if goal.sparsity > 0]
+        sentences = reports.emptied(weights, [weight.numpy() != 0 for weight in weights])
+        if sentences:
+            warnings.warn(" ".join(sentences), stacklevel=2)
 
     def log(self, run):
         zeros, size = count_zeros(run.parts)

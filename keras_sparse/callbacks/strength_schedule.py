@@ -63,7 +63,7 @@ class StrengthSchedule(SparseCallback):
         clock = self.clock
         if clock.length and self._fraction is None:
             last_epoch = clock.length - clock.length // max(1, self.params["epochs"] - run.epoch)
-            if clock.first >= last_epoch > 0:
+            if clock.first >= last_epoch:
                 raise ValueError(
                     "The strength would be 0 in every epoch of this fit: lower `begin`, or train for more epochs. "
                     f"Received: begin={self.begin!r}, end={self.end!r}, epochs={self.params['epochs']}"

@@ -33,11 +33,15 @@ class FitClock(Part):
         Args:
             elapsed: Steps that it has run before.
         """
-        for name, value in self._INITIAL.items():
-            self._counter(name, value)
+        self.claim_all()
         if not self._started:
             self._started = True
             self.start = self.iterations - elapsed
+
+    def claim_all(self):
+        """Make the variables that every fit has."""
+        for name, value in self._INITIAL.items():
+            self._counter(name, value)
 
     _started = False
 

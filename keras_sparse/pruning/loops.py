@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_sparse import optimizers, patterns, reports, selection
+from keras_sparse import optimizers, patterns, reports, selection, zeros
 from keras_sparse.pruning.budget import final_target
 from keras_sparse.pruning.plan import Plan
 
@@ -60,6 +60,7 @@ def update_masks(
     plan = Plan(model, sparsity, criterion, pattern, allocation, filters)
     plan.attach(sparse.sparse_parts)
     optimizers.refresh(model, sparse.sparse_parts)
-    plan.update(sparse.sparse_parts)
+    for goal, mask in zip(plan.goals, plan.update(sparse.sparse_parts), strict=True):
+        zeros.remember(goal.weight.variable, mask)
     reports.remember(model, plan.skipped)
     return reports.report(model)

@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_sparse import batches, criteria, optimizers, reports, selection
+from keras_sparse import batches, criteria, optimizers, reports, selection, zeros
 from keras_sparse.pruning.budget import final_target
 from keras_sparse.pruning.plan import Plan
 
@@ -24,13 +24,15 @@ def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="unif
             `"movement"`) need `data`.
         pattern: `None`, a name, or a `Pattern`.
         allocation: `"uniform"`, `"global"`, `"erk"` or a `ks.pruning.Allocation`.
-        filters: A regex, a list of them, or a callable on the variable; see `ks.selection.select`.
+        filters: A regex, a layer, a class of layers, a callable on the variable, or a list of them; see
+            `ks.selection.select`.
         data: What to take gradients on: `(x, y)` or `(x, y, sample_weight)`, or what yields such batches and ends. The
             loss that the model is compiled with is differentiated once over it, in batches as `fit` makes them, in
             training mode; the weights and all other state stay as they are. The paper on SNIP takes 100 samples.
 
     Returns:
-        The `Report` of `ks.report(model)`. Weights that are sparser than asked stay so, and its notes say it.
+        The `Report` of `ks.report(model)`. Weights that are sparser than asked stay so, and its notes say it. They name
+        kernels that have no weight left, too, of which a warning tells when they lose the last one.
 
     Raises:
         ValueError: If the model is not built, a number is out of range, a string names nothing, a filter or key
@@ -61,6 +63,10 @@ def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="unif
         state = parts.masks.of(variable) if parts is not None else None
         if state is not None:
             state.assign(mask)
+        zeros.remember(variable, mask)
+    had_weights = [i for i, mask in enumerate(present) if mask.any()]
+    for sentence in reports.emptied([plan.goals[i].weight for i in had_weights], [masks[i] for i in had_weights]):
+        warnings.warn(sentence, stacklevel=2)
     reports.remember(model, plan.skipped)
     return reports.report(model, _kept_notes(plan, present))
 
@@ -113,15 +119,15 @@ def _started(data):
 def _kept_notes(plan, masks):
     """Sentences about weights that are sparser than their goal."""
     if plan.allocation.shared:
-        zeros, size = sum(int(np.sum(~mask)) for mask in masks), sum(mask.size for mask in masks)
-        pairs = [("The whole", plan.goals[0].sparsity, zeros, size)]
+        masked, size = sum(int(np.sum(~mask)) for mask in masks), sum(mask.size for mask in masks)
+        pairs = [("The whole", plan.goals[0].sparsity, masked, size)]
     else:
         pairs = [
             (goal.weight.path, goal.sparsity, int(np.sum(~mask)), mask.size)
             for goal, mask in zip(plan.goals, masks, strict=True)
         ]
     return [
-        f"{name} was already {zeros / size:.1%} sparse, more than the {sparsity:.1%} asked for: kept."
-        for name, sparsity, zeros, size in pairs
-        if zeros > round(sparsity * size)
+        f"{name} was already {masked / size:.1%} sparse, more than the {sparsity:.1%} asked for: kept."
+        for name, sparsity, masked, size in pairs
+        if masked > round(sparsity * size)
     ]

@@ -141,8 +141,8 @@ class Plan:
         return all(have >= want for have, want in zip(dropped, wanted, strict=True))
 
     def present_masks(self):
-        """Masks that keep what is not zero now; a weight that is all zeros counts as zero-initialised."""
-        return [_nonzero(goal.weight.numpy()) for goal in self.goals]
+        """Masks that keep what is not zero now; zeros that an initializer put there are kept, too."""
+        return [_nonzero(goal.weight) for goal in self.goals]
 
     def attach(self, parts):
         """Give each goal's weight a mask in `parts` that keeps the zeros it has, and the statistic it needs."""
@@ -151,7 +151,7 @@ class Plan:
         units = [(goal, v) for goal in self.goals for v in goal.units if v.trainable and masks.of(v) is None]
         masks.add([*(weight.variable for weight in new), *(variable for _, variable in units)])
         for weight in new:
-            masks.of(weight.variable).assign(_nonzero(weight.numpy()))
+            masks.of(weight.variable).assign(_nonzero(weight))
         for goal, variable in units:
             alive = goal.unit_mask(selection.as_array(masks.of(goal.weight.variable)))
             masks.of(variable).assign(alive.reshape(variable.shape) | (selection.as_array(variable) != 0))
@@ -205,6 +205,5 @@ def _without(weights, untrained):
     ]
 
 
-def _nonzero(value):
-    mask = value != 0
-    return mask if mask.any() else np.ones_like(mask)
+def _nonzero(weight):
+    return ~weight.pruned_zeros()

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 
 import keras
@@ -198,7 +199,9 @@ class Evaluation:
         if allocation is not None:
             if self.epochs:
                 copy.wrap(any(_silences(pattern) for _, pattern in allocation.values()))
-            pruning.prune(model, copy.target(allocation), filters=lambda variable: True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* has no weight left")  # Its score will say it.
+                pruning.prune(model, copy.target(allocation), filters=lambda variable: True)
             if self.epochs:
                 self._train(copy, seed, deadline)
             copy.estimate(self.batch_size, deadline)

@@ -1,6 +1,6 @@
-"""A selection: which weights of a model may become sparse, and why the others may not.
+"""A weight of a model is a variable in a layer; some are kernels, which may become sparse.
 
-Selection walks the layers, never the optimizer. A weight's identity is its variable object: paths repeat in nested
+The walk is over the layers, never the optimizer. A weight's identity is its variable object: paths repeat in nested
 models and change when a model is loaded. The order is that of `model.trainable_variables`.
 """
 
@@ -10,11 +10,16 @@ from dataclasses import dataclass, replace
 import keras
 import numpy as np
 
-__all__ = ["NO_KERNELS", "Weight", "check_filters", "check_model", "layers", "only", "select", "weights"]
+from keras_sparse import zeros
+
+__all__ = ["NO_KERNELS", "Weight", "as_array", "check_model", "layers", "weights"]
 
 _KERNELS = ("kernel", "recurrent_kernel", "pointwise_kernel")
 NO_KERNELS = ("bias", "gamma", "beta", "alpha")
 _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+# Embedding tables in custom layers, by the weight's name (pos_embed, abs_position) or the class's (PositionalEncoding).
+_EMBEDDING = re.compile(r"embed|(^|_)pos")
+_POSITIONS = re.compile(r"Pos(ition(al)?)?_?(Emb|Enc)")
 _TRANSPOSED = tuple(getattr(keras.layers, f"Conv{n}DTranspose") for n in (1, 2, 3))
 
 
@@ -28,6 +33,7 @@ class Weight:
         kernel: Whether it multiplies inputs and may therefore be made sparse if a filter names it.
         trainable: Whether training changes it.
         skipped: Why it is left dense, or `None` if it is selected.
+        holders: The layers that hold it: the owner, and those around it up to the model.
 
     Example:
 
@@ -42,6 +48,7 @@ class Weight:
     kernel: bool
     trainable: bool
     skipped: str | None
+    holders: tuple = ()
 
     @property
     def path(self):
@@ -57,6 +64,18 @@ class Weight:
         """The value as a NumPy array; low-precision floats come as float32."""
         value = as_array(self.variable)
         return value if value.dtype in (np.float32, np.float64) else value.astype("float32")
+
+    def in_use(self):
+        """The value that the layer multiplies with, as a NumPy array: with LoRA's update, where it has one."""
+        if not (self.kernel and getattr(self.layer, "lora_enabled", False)):
+            return self.numpy()
+        # Of these layers the attribute is the sum, and the variable only the frozen part.
+        value = as_array(getattr(self.layer, self.variable.name, self.variable))
+        return value if value.dtype in (np.float32, np.float64) else value.astype("float32")
+
+    def pruned_zeros(self, value=None):
+        """Where zeros count as pruned and not as the initializer's, an array of booleans: see `keras_sparse.zeros`."""
+        return zeros.pruned(self.numpy() if value is None else value, self.variable, self.layer)
 
     @property
     def output_axes(self):
@@ -90,13 +109,13 @@ class Weight:
 
     def dead_units(self):
         """How many output units have only zeros; `None` for weights that are not kernels."""
-        return _count_zero_slices(self.numpy(), self.output_axes) if self.kernel else None
+        return _count_zero_slices(self.in_use(), self.output_axes) if self.kernel else None
 
     def dead_inputs(self):
         """How many inputs (of a convolution: channels) meet only zeros; `None` for weights that are not kernels."""
         if not self.kernel:
             return None
-        value, axes = self.numpy(), self.input_axes
+        value, axes = self.in_use(), self.input_axes
         groups = getattr(self.layer, "groups", 1) if self._convolves else 1
         if groups > 1:  # Each group of filters reads channels of its own.
             value = value.reshape(*value.shape[:-1], groups, -1)
@@ -111,7 +130,14 @@ def _count_zero_slices(value, axes):
 
 
 def as_array(variable):
-    """Return the value of a `keras.Variable` (or a tensor) as a NumPy array."""
+    """Return the value of a `keras.Variable` (or a tensor) as a NumPy array.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> ks.selection.as_array(keras.Variable([1.0, 0.0])) == 0
+    array([False,  True])
+    """
     # As a tensor first: NumPy 2 warns when it meets the variables of TensorFlow and JAX themselves (Keras 3.15).
     return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
 
@@ -180,135 +206,19 @@ def weights(model):
     >>> [w.skipped for w in ks.selection.weights(model)]
     ['embedding: left dense unless a filter names it']
     """
-    owners = {}
+    owners, holders = {}, {}
     for layer, own in _walk(model, set()):
         for variable in own:
             owners.setdefault(id(variable), layer)
+        for variable in layer.weights:
+            holders.setdefault(id(variable), []).append(layer)
     trainable = {id(v) for v in model.trainable_variables}
     ordered = model.trainable_variables + [v for v in model.weights if id(v) not in trainable]
     unique = {id(v): v for v in ordered}.values()
-    return [_weight(v, owners.get(id(v), model), id(v) in trainable) for v in unique]
-
-
-def select(model, filters=None, frozen=False, named=()):
-    """List every weight of a built model with the reason why it is skipped under `filters`.
-
-    Args:
-        model: A built Keras model or layer.
-        filters: A regex, a list of them, or a callable on the variable. Regexes are searched in `variable.path`. Only
-            weights that multiply inputs are asked about: biases and normalization weights are never selected. `None`
-            selects all but depthwise kernels and embeddings.
-        frozen: Whether kernels that are not trainable are selected as well.
-        named: Regexes from `only`. Without `filters`, they select a depthwise kernel or an embedding that they name.
-
-    Returns:
-        List of `Weight`; those with `skipped=None` are selected, and there is at least one.
-
-    Raises:
-        ValueError: If a filter, or all of them together, select nothing.
-        TypeError: If `filters` is none of the above.
-
-    Example:
-
-    >>> import keras, keras_sparse as ks
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(3, name="b")])
-    >>> [w.path for w in ks.selection.select(model, filters="a/") if w.skipped is None]
-    ['sequential/a/kernel']
-    """
-    everything = weights(model)
-    matches = _matcher(filters, everything)
-    selected = []
-    for weight in everything:
-        skipped = weight.skipped
-        if weight.kernel:
-            if matches is not None:
-                skipped = None if matches(weight.variable) else "not matched by `filters`"
-            elif only(weight.path) in named:
-                skipped = None
-            if skipped is None and not (weight.trainable or frozen):
-                skipped = "not trainable: set `trainable = True` to prune it during training"
-        selected.append(replace(weight, skipped=skipped))
-    if all(weight.skipped for weight in selected):
-        received = "" if filters is None else f" Received: filters={filters!r}."
-        raise ValueError(
-            f"There is nothing to prune in {model.name!r}: every weight is skipped.{received} The reasons: "
-            + "; ".join(f"{w.path}: {w.skipped}" for w in selected[:8])
-        )
-    return selected
-
-
-def only(path):
-    """Return the regex that matches a weight's path and nothing else.
-
-    Example:
-
-    >>> import keras_sparse as ks
-    >>> ks.selection.only("dense/kernel")
-    '^dense/kernel$'
-    """
-    return f"^{re.escape(path)}$"
-
-
-def matching(pattern, candidates):
-    """Return the weights among `candidates` whose path the regex hits, or raise if there is none.
-
-    A callable on the variable does instead of a regex.
-    """
-    if callable(pattern):
-        found = [w for w in candidates if pattern(w.variable)]
-        if not found:
-            raise ValueError(f"{pattern!r} is true for no weight that could be pruned.")
-        return found
-    try:
-        found = [w for w in candidates if re.search(pattern, w.path)]
-    except re.error as error:
-        raise ValueError(f"Expected a regular expression ({error}). Received: {pattern!r}") from error
-    except TypeError as error:
-        raise TypeError(
-            "Expected a regular expression as a string, or a callable on the variable. "
-            f"Received: {pattern!r} of type {type(pattern).__name__}"
-        ) from error
-    if not found:
-        paths = ", ".join(repr(w.path) for w in candidates[:10]) + (", ..." if len(candidates) > 10 else "")
-        raise ValueError(
-            f"The regular expression {pattern!r} matches no weight that could be pruned. Those are: {paths or 'none'}. "
-            "(Biases and normalization weights are never pruned.)"
-        )
-    return found
-
-
-def check_filters(filters):
-    """Raise unless `filters` are what `select` takes; whether they match anything, a model shows.
-
-    Raises:
-        TypeError: If they are something else.
-
-    Example:
-
-    >>> import keras_sparse as ks
-    >>> ks.selection.check_filters(3)
-    Traceback (most recent call last):
-    ...
-    TypeError: `filters` must be a regex as a string, a list of them, or a callable on the variable. Received: filters=3
-    """
-    found = filters if isinstance(filters, (list, tuple)) else [filters]
-    known = found and all(isinstance(one, (str, re.Pattern)) or callable(one) for one in found)
-    if filters is not None and not known:
-        raise TypeError(
-            "`filters` must be a regex as a string, a list of them, or a callable on the variable. "
-            f"Received: filters={filters!r}"
-        )
-
-
-def _matcher(filters, everything):
-    check_filters(filters)
-    if filters is None or callable(filters):
-        return filters
-    if isinstance(filters, (str, re.Pattern)):
-        filters = [filters]
-    candidates = [w for w in everything if w.kernel]
-    hit = {id(w.variable) for pattern in filters for w in matching(pattern, candidates)}
-    return lambda variable: id(variable) in hit
+    return [
+        replace(_weight(v, owners.get(id(v), model), id(v) in trainable), holders=tuple(holders.get(id(v), (model,))))
+        for v in unique
+    ]
 
 
 def _weight(variable, layer, trainable):
@@ -316,12 +226,16 @@ def _weight(variable, layer, trainable):
     of = f"{name} of {type(layer).__name__}"
     # A layer is Keras's own by where its class lives; its rank-2 biases (GRU, attention) are no kernels.
     own = type(layer).__module__.split(".")[0] == "keras"
-    embedding = "embedding" in name
+    embedding = ("embedding" in name and not name.startswith("lora_")) if own else _is_embedding(name, layer)
+    # Scales, class tokens and the like come as (1, C), (T, 1) or (1, 1, C), so that they broadcast.
+    vector = not own and name not in _KERNELS and sum(int(n) > 1 for n in variable.shape) <= 1
     depthwise = isinstance(layer, _DEPTHWISE) or name == "depthwise_kernel"
     kernel = name in _KERNELS or depthwise or embedding or (not own and rank >= 2)
     skipped = None
     if not kernel or name in NO_KERNELS or name.endswith("log_alpha") or rank < 1:
         kernel, skipped = False, f"{of}: not a kernel"
+    elif vector and not depthwise:
+        kernel, skipped = False, f"{of}: a vector of shape {tuple(variable.shape)}, not a kernel"
     elif "float" not in variable.dtype:
         kernel, skipped = False, f"{of}: {variable.dtype}, not floating point"
     elif not trainable and not own and name not in _KERNELS:
@@ -331,6 +245,12 @@ def _weight(variable, layer, trainable):
     elif depthwise:
         skipped = "depthwise kernel: left dense unless a filter names it"
     return Weight(variable, layer, kernel, trainable, skipped)
+
+
+def _is_embedding(name, layer):
+    """Whether a weight of a layer that is not Keras's own looks like an embedding table, such as one of positions."""
+    named = bool(_EMBEDDING.search(name)) or bool(_POSITIONS.search(type(layer).__name__))
+    return named and name not in _KERNELS and not name.endswith(("_kernel", "_bias"))
 
 
 def _walk(holder, seen):
@@ -353,11 +273,3 @@ def _walk(holder, seen):
             seen.add(id(value))
             stack.extend(value.values() if isinstance(value, dict) else value)
     yield holder, own
-
-
-def pruned_weights(model, filters=None):
-    chosen = [w for w in weights(model) if w.kernel]
-    if filters is not None:
-        ok = {id(w.variable) for w in select(model, filters, frozen=True) if not w.skipped}
-        chosen = [w for w in chosen if id(w.variable) in ok]
-    return [w for w in chosen if not (w.numpy() != 0).all() and w.numpy().any()]
