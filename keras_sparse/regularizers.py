@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sparse import optimizers, patterns, selection
+from keras_sparse import patterns, selection
 from keras_sparse.registry import check_penalty, serializable
 from keras_sparse.reports import Report
 

@@ -61,6 +61,8 @@ def pruned(value, variable, layer):
     if not zero.any():
         return zero
     known = _remembered(variable, zero)
+    if np.array_equal(known, zero):
+        return zero
     for initial in _initial_zeros(variable, layer, live=int(np.count_nonzero(~zero))):
         if initial.shape == zero.shape and np.array_equal(initial | known, zero):
             return known

@@ -526,7 +526,9 @@ def test_a_fit_that_is_stopped_early_says_what_it_reached():
 
 def test_a_schedule_that_ends_after_the_fit_is_not_cut_short_but_said():
     model = dense_model()
-    with pytest.warns(UserWarning, match="ended at step 18 of a schedule that ends at step 100.* at 40.0%.*over='fits'"):
+    with pytest.warns(
+        UserWarning, match="ended at step 18 of a schedule that ends at step 100.* at 40.0%.*over='fits'"
+    ):
         fit(model, ks.callbacks.Pruning(0.9, begin=0, end=100))
     assert zeros(model) == [48, 12]
 

@@ -44,8 +44,8 @@ class KeepSparsity(SparseCallback):
         low_rank = [layer.name for layer in selection.layers(model) if getattr(layer, "lora_enabled", False)]
         if low_rank:
             warnings.warn(
-                f"LoRA adds a dense update to the kernels of {low_rank}: their zeros are not kept. Merge it first (save "
-                "and load the model), then prune and fine-tune.",
+                f"LoRA adds a dense update to the kernels of {low_rank}: their zeros are not kept. Merge it first "
+                "(save and load the model), then prune and fine-tune.",
                 stacklevel=2,
             )
         if not sparse:

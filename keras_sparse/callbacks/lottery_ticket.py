@@ -124,8 +124,9 @@ class LotteryTicket(ScheduledCallback):
     def _rewind(self, run):
         if self.clock.updated < 0:
             raise ValueError(
-                "The first round is over, and there is no point to rewind to: a ticket cannot begin in the middle. Train "
-                f"from epoch 0, or resume the fit that began. Received: rewind_to={self.rewind_to!r}, epoch={run.epoch}"
+                "The first round is over, and there is no point to rewind to: a ticket cannot begin in the middle. "
+                "Train from epoch 0, or resume the fit that began. "
+                f"Received: rewind_to={self.rewind_to!r}, epoch={run.epoch}"
             )
         parts = run.parts
         parts.rewind_point.put_back()

@@ -75,12 +75,11 @@ class Pruning(ScheduledCallback):
         super().__init__(begin, end, frequency, filters, verbose)
         if over not in ("fit", "fits"):
             raise ValueError(f"`over` must be 'fit' or 'fits'. Received: over={over!r}")
-        if over == "fits" and not (isinstance(self.clock.begin, int) or begin == 0) or (
-            over == "fits" and not isinstance(self.clock.end, int)
-        ):
+        by_steps = isinstance(self.clock.end, int) and (begin == 0 or isinstance(self.clock.begin, int))
+        if over == "fits" and not by_steps:
             raise ValueError(
-                "A schedule over several fits counts steps, since nobody knows how many fits there will be: give `begin` "
-                f"and `end` as ints. Received: begin={begin!r}, end={end!r}, over='fits'"
+                "A schedule over several fits counts steps, since nobody knows how many fits there will be: give "
+                f"`begin` and `end` as ints. Received: begin={begin!r}, end={end!r}, over='fits'"
             )
         if target_sparsity is None and patterns.get(pattern).sparsity is None:
             raise ValueError(
@@ -145,8 +144,8 @@ class Pruning(ScheduledCallback):
             if self.over == "fit":
                 warnings.warn(
                     f"This fit ended at step {steps} of a schedule that ends at step {self.end}: the selected weights "
-                    f"are at {sparsity}, not at the target. For a schedule over several fits pass `over='fits'` and the "
-                    f"same object to each; else lower `end`, or train for longer. Received: end={self.end!r}",
+                    f"are at {sparsity}, not at the target. For a schedule over several fits pass `over='fits'` and "
+                    f"the same object to each; else lower `end`, or train for longer. Received: end={self.end!r}",
                     stacklevel=2,
                 )
             return

@@ -67,8 +67,8 @@ class ScheduledCallback(SparseCallback):
         optimizers.refresh(run.model, run.parts, in_fit=True)
         names = [variable.path for variable in untrained if id(variable) in chosen]
         warnings.warn(
-            f"No optimizer step changes {names[:5]}{' and others' if len(names) > 5 else ''} (a teacher, a frozen copy, "
-            "weights that get no gradient): left as they are. Name them in `filters` to prune them all the same.",
+            f"No optimizer step changes {names[:5]}{' and others' if len(names) > 5 else ''} (a teacher, a frozen "
+            "copy, weights that get no gradient): left as they are. Name them in `filters` to prune them all the same.",
             stacklevel=2,
         )
 

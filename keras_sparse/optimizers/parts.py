@@ -250,7 +250,8 @@ class Parts:
             raise ValueError(
                 "The saved state does not fit this training: the masks belong to another selection of weights, or to "
                 "another criterion. Train with the same `filters`, `target_sparsity` and `criterion` as the run that "
-                f"saved it, or start from a fresh backup folder. Received: {_short(wanted)}; expected: {_short(present)}"
+                "saved it, or start from a fresh backup folder. "
+                f"Received: {_short(wanted)}; expected: {_short(present)}"
             )
         for part in self._parts:
             if part.name in wanted:
@@ -265,9 +266,14 @@ class Parts:
         for variable, mask in others.masks.pairs:
             if self.index(variable) is not None:
                 self.masks.add([variable])
-                self.masks.of(variable).assign(ops.convert_to_numpy(ops.convert_to_tensor(mask)))
+                self.masks.of(variable).assign(as_numpy(mask))
         self.clock.adopt(others.clock)
         self.fit = others.fit
+
+
+def as_numpy(variable):
+    """The value of a variable as an array."""
+    return ops.convert_to_numpy(ops.convert_to_tensor(variable))
 
 
 def _short(config):
@@ -305,10 +311,7 @@ class SparseState(keras.layers.Layer):
             config, values = parts.loaded or (None, {})
         else:
             config = {"parts": parts.get_config(), "fit": parts.fit}
-            values = {
-                part.name: [ops.convert_to_numpy(ops.convert_to_tensor(variable)) for variable in part.saved_variables()]
-                for part in parts
-            }
+            values = {part.name: [as_numpy(variable) for variable in part.saved_variables()] for part in parts}
         if config is None or not config["parts"]:
             return
         store["config"] = np.frombuffer(json.dumps(config).encode(), "uint8")

@@ -1,4 +1,4 @@
-"""A rewind point is a copy of the weights at one step of training, which a later round of training starts from again."""
+"""A rewind point is a copy of the weights at one step, from which a later round of training starts again."""
 
 import keras
 from keras import ops

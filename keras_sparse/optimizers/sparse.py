@@ -227,8 +227,15 @@ def make_sparse(optimizer, parts=None, for_good=False):
     optimizer.sparse_state = SparseState(parts)
     if plain not in _CLASSES:
         # What it passes for: its own class, or `SparseOptimizer` if it was made sparse for good.
-        passes_for = property(lambda self: SparseOptimizer if self.sparse_parts.for_good and not self.sparse_parts.hidden else plain)
-        members = {"plain_class": plain, "__class__": passes_for, "__module__": plain.__module__, "__doc__": plain.__doc__}
+        passes_for = property(
+            lambda self: SparseOptimizer if self.sparse_parts.for_good and not self.sparse_parts.hidden else plain
+        )
+        members = {
+            "plain_class": plain,
+            "__class__": passes_for,
+            "__module__": plain.__module__,
+            "__doc__": plain.__doc__,
+        }
         _CLASSES[plain] = type(plain.__name__, (SparseOptimizer, plain), members)
     _set_class(optimizer, _CLASSES[plain])
     if optimizer.built:

@@ -21,8 +21,6 @@ class FitClock(Part):
     """
 
     name = "clock"
-    _INITIAL = {"start": 0, "length": 0, "rewound": 0}
-
     @property
     def active(self):
         return False
@@ -40,8 +38,8 @@ class FitClock(Part):
 
     def claim_all(self):
         """Make the variables that every fit has."""
-        for name, value in self._INITIAL.items():
-            self._counter(name, value)
+        for name in ("start", "length", "rewound"):
+            self._counter(name, 0)
 
     _started = False
 

@@ -200,9 +200,7 @@ class Plan:
 def _without(weights, untrained):
     gone = {id(variable) for variable in untrained}
     reason = "no step of the optimizer changes it: name it in `filters` to prune it all the same"
-    return [
-        replace(w, skipped=reason) if id(w.variable) in gone and w.kernel and not w.skipped else w for w in weights
-    ]
+    return [replace(w, skipped=reason) if id(w.variable) in gone and w.kernel and not w.skipped else w for w in weights]
 
 
 def _nonzero(weight):
