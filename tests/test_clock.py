@@ -2,9 +2,9 @@
 
 import keras
 import pytest
+from keras_sparse.clock import Clock
 
 import keras_sparse as ks
-from keras_sparse.clock import Clock
 
 
 def due_steps(clock, steps_per_epoch=10, epochs=4, stride=1, known=True):

@@ -283,6 +283,8 @@ def test_variables_without_a_gradient():
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Gradients do not exist")
+        if BACKEND == "jax":
+            pytest.skip("JAX gives every weight a gradient, of zeros")
         with pytest.warns(UserWarning, match=r"No optimizer step changes \['sequential/unused/w'\]"):
             model.fit(X, Y, epochs=4, verbose=0, callbacks=[ks.callbacks.Pruning(0.5)])
         assert int((model.layers[1].w.numpy() == 0).sum()) == 0

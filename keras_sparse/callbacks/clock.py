@@ -70,12 +70,9 @@ class Clock:
         self._first_epoch = None
         self._warned, self.planned = False, 0
 
-    def move(self, time, shift):
-        """Go on with the clock of another optimizer, whose steps are `shift` ahead of those of the one before."""
+    def move(self, time):
+        """Go on with the clock of another optimizer, which counts the same steps."""
         self._time = time
-        if self._first_epoch is not None:
-            self._start, self._base, self._first_now = self._start + shift, self._base + shift, self._first_now + shift
-            self.updated = time.updated(self._position)
 
     def start_epoch(self, epoch, epochs, steps, accumulation=None):
         """Measure the fit and resolve the due steps, at the start of each epoch.

@@ -74,6 +74,7 @@ class Fit:
 
     Attributes:
         callbacks: The sparse callbacks that have joined, in order.
+        callback_list: Function that returns the list of the callbacks, as long as it lives.
         by_hand: Whether there is no list of callbacks, so that callbacks must end the fit themselves.
         resumed: Whether it goes on with a fit that was broken off.
         begun: Whether training has begun.
@@ -96,7 +97,7 @@ class Fit:
         self.model = model
         self.callbacks, self._runs = [], []
         self.by_hand = callback_list is None
-        self._list = None if self.by_hand else weakref.ref(callback_list)
+        self.callback_list = (lambda: None) if self.by_hand else weakref.ref(callback_list)
         self.begun = self._settled = self.ended = False
         self.resumed = False
         self.optimizer = optimizers.wrap(model)
@@ -113,7 +114,7 @@ class Fit:
         sparse = optimizers.find(model)
         before = None if sparse is None else sparse.sparse_parts.owner
         if before is not None:
-            if before.by_hand if not lists else not before.by_hand and before._list() in lists:
+            if before.by_hand if not lists else not before.by_hand and before.callback_list() in lists:
                 # Another callback of the same fit, or a callback that evaluates in the middle of it.
                 if not (before.by_hand and before.begun):
                     return before
@@ -138,7 +139,7 @@ class Fit:
         if self.begun:
             return
         self.begun = True
-        callback_list = None if self.by_hand else self._list()
+        callback_list = self.callback_list()
         if callback_list is not None:
             # `EarlyStopping` restores weights in its own `on_train_end`, which may come after ours.
             callback_list.callbacks.append(_Ending(self))
@@ -203,22 +204,23 @@ class Fit:
         if not self.optimizer.built:
             self.optimizer.build(self.model.trainable_variables)
         self.parts.owner = self
-        shift = self.parts.clock.iterations - parts.clock.now
         self.parts.adopt(parts)
+        statistics = parts.statistics.snapshot()
         parts.owner = None
         optimizers.make_plain(old)
         for callback, run in zip(self.callbacks, self._runs, strict=True):
             if run.attached:
                 callback.attach(run)
             if callback.clock is not None:
-                callback.clock.move(self.parts.clock, shift)
+                callback.clock.move(self.parts.clock)
+        self.parts.statistics.put(statistics)
         self.parts.changed = True
         self.parts.masks.apply()
         optimizers.refresh(self.model, self.parts, in_fit=True)
 
     def finish(self):
         """End a fit that has come to its end: what callbacks have left to do, then `end`."""
-        callback_list = None if self.by_hand else self._list()
+        callback_list = self.callback_list()
         if callback_list is not None:
             callback_list.callbacks[:] = [c for c in callback_list.callbacks if not isinstance(c, _Ending)]
         try:
@@ -229,8 +231,7 @@ class Fit:
                     callback.leave_out_untrained(run)
                     callback.finish(run)
             if self._settled:
-                _warn_of_revived(self.parts)
-                self.parts.masks.apply()
+                self._mask_revived()
                 self._warn_of_checkpoints()
         finally:
             self.end()
@@ -244,7 +245,9 @@ class Fit:
         for variable, mask in self.parts.masks.pairs:
             if variable.name not in selection.NO_KERNELS:
                 zeros.remember(variable, selection.as_array(mask))
-        for callback in self.callbacks:
+        for callback, run in zip(self.callbacks, self._runs, strict=True):
+            if self._settled and run.attached:
+                callback.leave(run)
             callback.running = False
         for_good = self.parts.for_good
         if optimizers.innermost(self.model) is not self.optimizer:
@@ -256,6 +259,20 @@ class Fit:
             self.parts.end_fit()
             self.parts.drop_unclaimed()
             optimizers.refresh(self.model, self.parts)
+
+    def _mask_revived(self):
+        """Apply the masks again if another callback has put back weights that have none of the zeros."""
+        pairs = [(selection.as_array(variable), selection.as_array(mask)) for variable, mask in self.parts.masks.pairs]
+        revived = sum(int(np.count_nonzero(value[~mask])) for value, mask in pairs)
+        if not revived:
+            return
+        self.parts.masks.apply()
+        warnings.warn(
+            f"{revived} pruned weights were not zero when training ended, because another callback (EarlyStopping with "
+            "restore_best_weights?) put back the weights of an earlier, denser epoch. The masks were applied again, "
+            "and the accuracy may be lower than the one that callback saw. Wrap it in `ks.callbacks.AtTargetSparsity`.",
+            stacklevel=2,
+        )
 
     def _warn_of_checkpoints(self):
         if not all(callback.reached for callback in self.callbacks):
@@ -326,17 +343,3 @@ def count_zeros(parts):
     values = [selection.as_array(v) for v, _ in parts.masks.pairs if v.name not in selection.NO_KERNELS]
     size = sum(value.size for value in values)
     return size - sum(int(np.count_nonzero(value)) for value in values), size
-
-
-def _warn_of_revived(parts):
-    revived = sum(
-        int(np.count_nonzero(selection.as_array(variable)[~selection.as_array(mask)]))
-        for variable, mask in parts.masks.pairs
-    )
-    if revived:
-        warnings.warn(
-            f"{revived} pruned weights were not zero when training ended, because another callback (EarlyStopping with "
-            "restore_best_weights?) put back the weights of an earlier, denser epoch. The masks were applied again, "
-            "and the accuracy may be lower than the one that callback saw. Wrap it in `ks.callbacks.AtTargetSparsity`.",
-            stacklevel=2,
-        )

@@ -131,7 +131,8 @@ class LotteryTicket(ScheduledCallback):
         parts = run.parts
         parts.rewind_point.put_back()
         parts.masks.apply()
-        start = parts.clock.start
+        # An optimizer that came in the middle of the fit starts at 0.
+        start = min(parts.clock.start, parts.clock.iterations)
         parts.clock.rewind(parts.clock.iterations - start)
         optimizers.restart(run.optimizer, parts.trainable, start)
         if self.verbose:

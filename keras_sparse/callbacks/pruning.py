@@ -92,7 +92,7 @@ class Pruning(ScheduledCallback):
         self.schedule = schedules.get(schedule)
         self.allocation = pruning.allocation.get(allocation)
         self.begin, self.end, self.frequency = begin, end, frequency
-        self.over = over
+        self.over, self._statistics = over, None
         self.reached = False
 
     @property
@@ -112,7 +112,15 @@ class Pruning(ScheduledCallback):
             untrained=untrained,
         )
 
+    def leave(self, run):
+        if self.over == "fits":
+            self.clock.offset = self.clock.elapsed(self.clock.now)
+            self._statistics = run.parts.statistics.snapshot()
+
     def start(self, run):
+        if self._statistics:  # Of the fit before, in a schedule over several.
+            run.parts.statistics.put(self._statistics)
+            self._statistics = None
         if not self.reached:  # A backup or a file that is resumed may be there already, and so may the weights.
             self.reached = run.plan.reached(run.plan.attached_masks(run.parts))
 
@@ -123,8 +131,6 @@ class Pruning(ScheduledCallback):
 
     def finish(self, run):
         now = self.clock.now
-        if self.over == "fits":
-            self.clock.offset = self.clock.elapsed(now)
         if self.reached:
             self.warn_of_emptied(run)
             return

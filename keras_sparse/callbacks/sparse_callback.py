@@ -20,6 +20,7 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
     * `leave_out_untrained(run)`: forget weights that turned out to be trained by no one;
     * `update(run, progress)`: act at a due step of its `clock`, at `progress` in [0, 1] between begin and end;
     * `finish(run)`: act when training has ended;
+    * `leave(run)`: act when the fit ends, also if it is interrupted;
     * `log(run)`: return what goes into the logs at the end of each epoch, as a dict;
     * `reached`: whether the model is as sparse as it is to be;
     * `finished`: whether there is nothing left to do, whatever the clock says.
@@ -57,6 +58,9 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
 
     def finish(self, run):
         """Act when training has ended."""
+
+    def leave(self, run):
+        """Act when the fit ends, however it ends."""
 
     def log(self, run):
         """Return what goes into the logs at the end of an epoch."""

@@ -1,6 +1,6 @@
 """The strength of regularizers, raised while the model trains."""
 
-from keras_sparse import schedules
+from keras_sparse import optimizers, schedules
 from keras_sparse.callbacks.clock import Clock
 from keras_sparse.callbacks.sparse_callback import SparseCallback
 from keras_sparse.registry import serializable
@@ -83,5 +83,5 @@ class StrengthSchedule(SparseCallback):
         self._fraction = fraction
         outdated = [regularizer.move(fraction) for regularizer in self._movable]
         if any(outdated):
-            run.model.make_train_function(force=True)
+            optimizers.drop(run.model, in_fit=True)
             run.model.test_function = None

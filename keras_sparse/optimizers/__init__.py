@@ -1,7 +1,7 @@
 """Optimizers that keep a model sparse: `SparseOptimizer`, and how a model's optimizer becomes one and plain again."""
 
 from keras_sparse.optimizers.assignment import masked_value
-from keras_sparse.optimizers.functions import before_first_step, refresh
+from keras_sparse.optimizers.functions import before_first_step, drop, refresh
 from keras_sparse.optimizers.measuring import measuring
 from keras_sparse.optimizers.parts import Part, Parts
 from keras_sparse.optimizers.proximal import group_soft_threshold, knows_step, soft_threshold
@@ -14,6 +14,7 @@ __all__ = [
     "Parts",
     "SparseOptimizer",
     "before_first_step",
+    "drop",
     "find",
     "group_soft_threshold",
     "innermost",

@@ -3,13 +3,22 @@
 A fit with masks needs another function than a fit without. Both are kept, so that fits in a loop compile once.
 """
 
+import weakref
+
 import keras
 
-__all__ = ["Kept", "before_first_step", "drop", "refresh"]
+__all__ = ["KEPT", "Kept", "before_first_step", "drop", "refresh"]
+
+# What each model keeps of its last fit.
+KEPT = weakref.WeakKeyDictionary()
 
 
-def drop(model):
-    """Forget the compiled train function, which was traced with other parts.
+def drop(model, in_fit=False):
+    """Forget the compiled train function, which was traced with something else than there is now.
+
+    Args:
+        model: The model.
+        in_fit: Whether a `fit` is on, which needs another function at once.
 
     Example:
 
@@ -22,6 +31,12 @@ def drop(model):
     True
     """
     model.train_function = None
+    if keras.backend.backend() == "jax" and model in KEPT:
+        # JAX knows a compiled function by the method that it was made from, as long as any function made from it
+        # lives: a new one would be the old one again.
+        KEPT[model].forget_plain()
+    if in_fit:
+        model.make_train_function()
 
 
 def refresh(model, parts, in_fit=False):
@@ -43,9 +58,7 @@ def refresh(model, parts, in_fit=False):
         return
     parts.changed = False
     parts.compiled.clear()
-    drop(model)
-    if in_fit:
-        model.make_train_function()
+    drop(model, in_fit)
 
 
 class Kept:
@@ -76,21 +89,25 @@ class Kept:
         self._optimizer = innermost_of(model)
         self._trained = [id(variable) for variable in model.trainable_variables]
         self._plain = model.train_function
-        self._left = None
+        self.left = None
         model.train_function = function
 
     def leave(self, model):
         """Take the function with parts off the model, and put the plain one back."""
         self.function = model.train_function
         # A placeholder for a plain function that was never made: `compile` is known by what it puts in this place.
-        self._left = self._plain if callable(self._plain) else _Placeholder(model, self)
-        model.train_function = self._left
+        self.left = self._plain if callable(self._plain) else _Placeholder(model, self)
+        model.train_function = self.left
+
+    def forget_plain(self):
+        """Let the plain function be made anew after the fit."""
+        self._plain = None
 
     def fits(self, model, optimizer):
         """Whether nothing was compiled anew since, so that the function may be used again."""
         return (
-            self._left is not None
-            and model.train_function is self._left
+            self.left is not None
+            and model.train_function is self.left
             and self._optimizer is optimizer
             and self._trained == [id(variable) for variable in model.trainable_variables]
         )
@@ -111,7 +128,7 @@ class _Placeholder:
         model = self._model
         model.train_function = None
         model.make_train_function()
-        self._kept._left = model.train_function
+        self._kept.left = model.train_function
         return model.train_function(*arguments)
 
 

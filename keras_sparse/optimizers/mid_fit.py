@@ -12,14 +12,33 @@ from keras_sparse.optimizers.parts import Parts, SparseState
 from keras_sparse.optimizers.sparse import SparseOptimizer
 from keras_sparse.registry import serializable
 
-__all__ = ["MidFitOptimizer", "shadow_compile_config"]
+__all__ = ["MidFitOptimizer"]
 
 _PACKAGE = "keras_sparse"
+_FILES = "save_own_variables", "load_own_variables"
 
 
 def shadow_compile_config(model):
     """Let a model that is saved now name its optimizer as this module says."""
     model.get_compile_config = types.MethodType(_compile_config, model)
+
+
+def hide_in_files(outer, parts):
+    """Let a `LossScaleOptimizer` save and load its state without that of the parts inside, which JAX's has."""
+    for name in _FILES:
+
+        def method(store, name=name):
+            with parts.files():
+                return getattr(type(outer), name)(outer, store)
+
+        setattr(outer, name, method)
+
+
+def show_in_files(outer):
+    """The inverse of `hide_in_files`."""
+    for name in _FILES:
+        if name in vars(outer):
+            delattr(outer, name)
 
 
 def _compile_config(model):

@@ -162,6 +162,11 @@ class Parts:
         Raises:
             ValueError: If the optimizer was not built with one of them.
         """
+        if not self.trainable:
+            raise ValueError(
+                "The optimizer was built without any variables (as after loading an .h5 file), so it trains nothing. "
+                "Compile the model again. Received: 0 trainable variables"
+            )
         unknown = [v.path for v in variables if self.index(v) is None]
         if unknown:
             raise ValueError(
@@ -262,11 +267,13 @@ class Parts:
             self.loaded = None
 
     def adopt(self, others):
-        """Take over masks and clock of the parts of another optimizer, which trained the same weights till now."""
+        """Take over masks, rewind point and clock of another optimizer, which trained the same weights till now."""
         for variable, mask in others.masks.pairs:
             if self.index(variable) is not None:
                 self.masks.add([variable])
                 self.masks.of(variable).assign(as_numpy(mask))
+        if others.rewind_point.claimed:
+            self.rewind_point.adopt(others.rewind_point)
         self.clock.adopt(others.clock)
         self.fit = others.fit
 

@@ -52,5 +52,14 @@ class RewindPoint(Part):
         for source, target in zip(sources, targets, strict=True):
             target.assign(ops.copy(source))  # Two variables of one buffer break JAX, which gives buffers away.
 
+    def adopt(self, other):
+        """Take over the copies of another optimizer's weights, as far as they are the same weights."""
+        self.add()
+        self.keep()
+        for index, kept in zip(sorted(other.claimed), other.saved_variables(), strict=True):
+            mine = self.parts.index(other.parts.trainable[index])
+            if mine is not None:
+                self.variables[mine].assign(ops.copy(kept))
+
     def restore(self, config):
         self.add()

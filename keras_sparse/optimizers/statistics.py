@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_sparse import criteria
-from keras_sparse.optimizers.parts import Part
+from keras_sparse.optimizers.parts import Part, as_numpy
 
 __all__ = ["Statistics", "dense_gradients"]
 
@@ -71,6 +71,20 @@ class Statistics(Part):
     def count_of(self, statistic):
         """How many micro-steps the statistic has seen, as an integer variable."""
         return self.variables[self._kind(statistic), -1]
+
+    def snapshot(self):
+        """The statistics as a list of `(kind, variable or counter, array)`, for `put`."""
+        return [
+            (kind, index if index < 0 else self.parts.trainable[index], as_numpy(self.variables[kind, index]))
+            for kind, index in sorted(self.claimed)
+        ]
+
+    def put(self, snapshot):
+        """Go on with what `snapshot` took, as far as it is kept now."""
+        for kind, of, value in snapshot:
+            key = kind, of if isinstance(of, int) else self.parts.index(of)
+            if key in self.claimed:
+                self.variables[key].assign(value)
 
     def _kind(self, statistic):
         statistic = criteria.get_statistic(statistic)

@@ -21,6 +21,7 @@ class FitClock(Part):
     """
 
     name = "clock"
+
     @property
     def active(self):
         return False
@@ -100,11 +101,10 @@ class FitClock(Part):
 
     def adopt(self, other):
         """Go on where the clock of another optimizer stopped."""
-        shift = other.now - self.iterations
         for key in sorted(other.claimed):
-            value = number(other.variables[key])
-            absolute = key == "start" or (key.startswith("updated") and value >= 0)
-            self._counter(key, 0).assign(0 if key == "rewound" else value - shift if absolute else value)
+            self._counter(key, 0).assign(number(other.variables[key]))
+        # The new optimizer counts from its own beginning.
+        self.variables["rewound"].assign(other.now - self.iterations)
         self._started = True
 
     def restore(self, config):

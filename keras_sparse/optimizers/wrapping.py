@@ -1,7 +1,6 @@
 """Wrapping makes the optimizer of a compiled model sparse for the time of a fit, and plain again."""
 
 import contextlib
-import weakref
 
 import keras
 
@@ -9,9 +8,6 @@ from keras_sparse.optimizers import functions, mid_fit
 from keras_sparse.optimizers.sparse import SparseOptimizer, make_plain, make_sparse
 
 __all__ = ["find", "unwrap", "wrap"]
-
-# What a model keeps of its last fit, so that a next one with the same parts need not compile anew.
-_KEPT = weakref.WeakKeyDictionary()
 
 
 def innermost(model):
@@ -59,15 +55,17 @@ def wrap(model):
     if sparse is not None:
         return sparse
     optimizer = innermost(model)
-    kept = _KEPT.pop(model, None)
+    kept = functions.KEPT.pop(model, None)
     reuse = kept is not None and kept.fits(model, optimizer)
     with scope(model):
         sparse = make_sparse(optimizer, kept.parts if reuse else None)
         if model.built and model.trainable_variables and not sparse.built:
             sparse.build(model.trainable_variables)
     mid_fit.shadow_compile_config(model)
+    if model.optimizer is not sparse:
+        mid_fit.hide_in_files(model.optimizer, sparse.sparse_parts)
     kept = functions.Kept(model, sparse.sparse_parts, kept.function if reuse else None)
-    _KEPT[model] = kept
+    functions.KEPT[model] = kept
     return sparse
 
 
@@ -90,10 +88,12 @@ def unwrap(model):
         sparse.sparse_parts.end_fit()
         make_plain(sparse)
         vars(model).pop("get_compile_config", None)
-        if for_good or model not in _KEPT:
+        if model.optimizer is not sparse:
+            mid_fit.show_in_files(model.optimizer)
+        if for_good or model not in functions.KEPT:
             functions.drop(model)
         else:
-            _KEPT[model].leave(model)
+            functions.KEPT[model].leave(model)
     return getattr(model, "optimizer", None)
 
 
