@@ -60,9 +60,14 @@ class Run:
         return self.fit.parts
 
     def untrained(self):
-        """List of the trainable variables that steps leave alone; empty while no step has been seen."""
-        touched = self.parts.touched
-        return [v for v in self.parts.trainable if touched and id(v) not in touched]
+        """List of the trainable variables that steps leave alone, as far as that is known."""
+        parts = self.parts
+        touched = parts.touched
+        return [
+            variable
+            for variable in self.model.trainable_variables
+            if parts.index(variable) is None or (touched and id(variable) not in touched)
+        ]
 
 
 class Fit:

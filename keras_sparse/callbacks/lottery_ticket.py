@@ -143,6 +143,7 @@ class LotteryTicket(ScheduledCallback):
             run.parts.rewind_point.keep()
 
     def finish(self, run):
+        self.warn_of_emptied(run)
         if not self.reached:
             warnings.warn(
                 f"Training stopped in round {self._round + 1} of {self.rounds}, at a sparsity of "

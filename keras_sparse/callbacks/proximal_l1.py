@@ -182,6 +182,7 @@ class ProximalL1(ScheduledCallback):
 
     def finish(self, run):
         if not self._freezes or self._frozen:
+            self.warn_of_emptied(run)
             return
         sparsity = f"{self.share(run):.1%}"
         if run.epochs_done < self.params["epochs"]:

@@ -74,7 +74,7 @@ class ScheduledCallback(SparseCallback):
 
     def warn_of_emptied(self, run):
         """Say which kernels have lost all of their weights."""
-        weights = [goal.weight for goal in run.plan.goals if goal.sparsity > 0]
+        weights = [goal.weight for goal in run.plan.goals]
         sentences = reports.emptied(weights, [weight.numpy() != 0 for weight in weights])
         if sentences:
             warnings.warn(" ".join(sentences), stacklevel=2)

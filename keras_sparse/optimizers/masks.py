@@ -93,7 +93,7 @@ class Masks(Part):
 
 def _mask_gradient(gradient, mask):
     mask = ops.convert_to_tensor(mask)
-    if hasattr(gradient, "indices"):  # `tf.IndexedSlices`: the rows that a batch has looked up.
+    if hasattr(gradient, "dense_shape"):  # `tf.IndexedSlices`: the rows that a batch has looked up.
         rows = ops.take(mask, gradient.indices, axis=0)
         return type(gradient)(mask_off(gradient.values, rows), gradient.indices, gradient.dense_shape)
     return mask_off(gradient, mask)

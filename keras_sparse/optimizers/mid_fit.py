@@ -31,6 +31,7 @@ def hide_in_files(outer, parts):
             with parts.files():
                 return getattr(type(outer), name)(outer, store)
 
+        method.__name__ = name
         setattr(outer, name, method)
 
 
@@ -55,7 +56,8 @@ def _compile_config(model):
 
 def _named(config):
     kind = getattr(keras.optimizers, config["class_name"], None)
-    if config["module"] == "keras.optimizers" and kind is not None:
+    # On torch, Keras's optimizers are classes of the backend, which are made from those that everybody knows.
+    if config["module"].split(".")[0] == "keras" and kind is not None:
         return {"module": kind.__module__, "registered_name": f"{_PACKAGE}>MidFit{kind.__name__}"}
     # A class of the user's own must be registered to be found; without us, the name says what is missing.
     return {

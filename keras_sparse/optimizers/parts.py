@@ -338,6 +338,6 @@ class SparseState(keras.layers.Layer):
         parts = self.parts
         parts.loaded = config, values
         if parts.optimizer is not None and parts.trainable:
-            running = parts.owner is not None
-            parts.take_over(permanent=not running)
-            parts.resumed = running
+            # What a fit had, a loop of one's own has no use for.
+            parts.take_over(permanent=parts.owner is None and config["fit"] is not None)
+            parts.resumed = parts.owner is not None

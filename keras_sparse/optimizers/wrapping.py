@@ -86,6 +86,7 @@ def unwrap(model):
     if sparse is not None:
         for_good = sparse.sparse_parts.for_good
         sparse.sparse_parts.end_fit()
+        sparse.sparse_parts.rewind_point.drop_unclaimed()  # It is as large as the model.
         make_plain(sparse)
         vars(model).pop("get_compile_config", None)
         if model.optimizer is not sparse:

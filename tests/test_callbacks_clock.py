@@ -2,9 +2,9 @@
 
 import keras
 import pytest
-from keras_sparse.clock import Clock
 
 import keras_sparse as ks
+from keras_sparse.callbacks.clock import Clock
 
 
 def due_steps(clock, steps_per_epoch=10, epochs=4, stride=1, known=True):
@@ -12,6 +12,8 @@ def due_steps(clock, steps_per_epoch=10, epochs=4, stride=1, known=True):
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     sparse = ks.optimizers.SparseOptimizer(keras.optimizers.SGD())
     sparse.build(model.trainable_variables)
+    sparse.sparse_parts.clock.begin()
+    clock.restart(sparse.sparse_parts.clock, 0)
     found = []
 
     def check(now):
@@ -21,13 +23,13 @@ def due_steps(clock, steps_per_epoch=10, epochs=4, stride=1, known=True):
             clock.mark(now)
 
     for epoch in range(epochs):
-        check(clock.start_epoch(sparse, sparse.last_update(0), epoch, epochs, steps_per_epoch if known else None))
+        check(clock.start_epoch(epoch, epochs, steps_per_epoch if known else None))
         for end in range(stride - 1, steps_per_epoch, stride):
-            sparse.inner_optimizer.iterations.assign(epoch * steps_per_epoch + end + 1)
+            sparse.iterations.assign(epoch * steps_per_epoch + end + 1)
             exact = clock.progress(epoch * steps_per_epoch + end + 1) is not None
             assert clock.may_be_due(end) or not exact
             if clock.may_be_due(end):
-                check(clock.read(sparse, end))
+                check(clock.read(end))
     return found
 
 
@@ -64,12 +66,29 @@ def test_length_and_last_update_are_state():
     sparse = ks.optimizers.SparseOptimizer(keras.optimizers.SGD())
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     sparse.build(model.trainable_variables)
-    first = Clock(0, 20, 10)
-    first.start_epoch(sparse, sparse.last_update(0), 0, 4, 10)
+    time = sparse.sparse_parts.clock
+    time.begin()
+    first, again = Clock(0, 20, 10), Clock(0, 20, 10)
+    first.restart(time, 0)
+    first.start_epoch(0, 4, 10)
     first.mark(10)
-    sparse.inner_optimizer.iterations.assign(10)
-    again = Clock(0, 20, 10)
-    now = again.start_epoch(sparse, sparse.last_update(0), 1, 4, 10)
+    sparse.iterations.assign(10)
+    again.restart(time, 0)
+    now = again.start_epoch(1, 4, 10)
     assert again.progress(now) is None
     assert again.progress(20) == 1.0
-    assert ks.clock.number(sparse.length) == 40
+    assert time.length == 40
+
+
+def test_steps_that_come_otherwise_than_batches_correct_the_length():
+    sparse = ks.optimizers.SparseOptimizer(keras.optimizers.SGD())
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    sparse.build(model.trainable_variables)
+    sparse.sparse_parts.clock.begin()
+    clock = Clock(0.0, 0.5)
+    clock.restart(sparse.sparse_parts.clock, 0)
+    for epoch, iterations in enumerate((0, 5, 10)):  # A `train_step` that steps at every other of 10 batches.
+        sparse.iterations.assign(iterations)
+        clock.start_epoch(epoch, 4, 10)
+        assert clock.length == (40 if epoch == 0 else 20)
+    assert (clock.planned, clock.last) == (40, 10)
