@@ -661,3 +661,18 @@ def test_streams_are_restored(tmp_path, monkeypatch):
         ks.tflite.export(cnn(), tmp_path / "m.tflite")
     assert sys.stdout is out and sys.stderr is err
     assert (out.getvalue(), err.getvalue()) == ("", "")
+
+
+@tensorflow_only
+def test_a_batch_size_for_the_file(tmp_path):
+    """A model of any batch size; on data that do not fill whole batches, too."""
+    report = ks.tflite.export(mlp(), tmp_path / "m.tflite", batch_size=2, representative_data=np.ones((5, 64)))
+    assert not report.notes or "batch" not in report.notes[0]
+    assert run(report.path, pixels=np.ones((2, 64), "float32"))["output_0"].shape == (2, 64)
+    for size, message in ((0, "positive integer"), (True, "positive integer"), (2.0, "positive integer")):
+        with pytest.raises(ValueError, match=f"{message}. Received: batch_size={size}"):
+            ks.tflite.export(mlp(), tmp_path / "n.tflite", batch_size=size)
+    inputs = keras.Input((4,), batch_size=5)
+    with pytest.raises(ValueError, match="takes batches of 5 samples.*Received: batch_size=1"):
+        ks.tflite.export(keras.Model(inputs, layers.Dense(2)(inputs)), tmp_path / "n.tflite", batch_size=1)
+    assert os.listdir(tmp_path) == ["m.tflite"]

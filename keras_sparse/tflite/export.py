@@ -68,7 +68,16 @@ class ExportReport(Report):
             setattr(self, name, totals[name])
 
 
-def export(model, path, sparse=True, quantize=None, representative_data=None, verify="auto", inference_type=None):
+def export(
+    model,
+    path,
+    sparse=True,
+    quantize=None,
+    representative_data=None,
+    verify="auto",
+    inference_type=None,
+    batch_size=None,
+):
     """Write a model as a .tflite file that is proven to compute what the model computes.
 
     The model is converted, and weights with many zeros are encoded without them: weight by weight, where the encoding
@@ -92,6 +101,8 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
             known about the file, and raise if there is none.
         inference_type: With `"int8"`, the type of inputs and outputs that are floats in the model: `None` (float32),
             `"int8"` or `"uint8"`; what a stored integer means is in the file.
+        batch_size: The size of the batches that the file takes; `None`: any, if the model takes any. Networks with
+            squeeze-and-excite branches run sparse only in files of a fixed size.
 
     Returns:
         An `ExportReport`.
@@ -120,7 +131,7 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
     runtimes = sparse_runtimes(verify)
     path = _check_path(path)
     model = _model(model)
-    called = signature(model)
+    called = _with_batch(signature(model), batch_size)
     samples = representative_batches(representative_data, called) if representative_data is not None else []
     if samples and not called.typed:
         called = called.with_dtypes([array.dtype for array in samples[0]])
@@ -187,6 +198,19 @@ def _check_quantize(quantize, representative_data, inference_type):
             "`inference_type` must be None, or 'int8' or 'uint8' with quantize='int8'. "
             f"Received: inference_type={inference_type!r}, quantize={quantize!r}"
         )
+
+
+def _with_batch(called, size):
+    if size is None:
+        return called
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"`batch_size` must be None or a positive integer. Received: batch_size={size!r}")
+    fixed = {leaf.shape[0] for leaf in called.inputs} - {None}
+    if fixed - {size}:
+        raise ValueError(
+            f"The model takes batches of {fixed.pop()} samples: leave `batch_size` out. Received: batch_size={size}"
+        )
+    return called.with_batch(size)
 
 
 def _calibration(samples, called):

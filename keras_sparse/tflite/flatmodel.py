@@ -45,6 +45,7 @@ class Tensor:
         block: Sizes of the block, one for each dimension (all 1: no blocks).
         zero_point: The stored integer that means zero.
         metadata_bytes: Bytes that the index of a sparse encoding takes.
+        opened: Axes whose size is open, such as that of the batch.
 
     Example:
 
@@ -60,6 +61,7 @@ class Tensor:
     block: tuple = ()
     zero_point: int = 0
     metadata_bytes: int = 0
+    opened: tuple = ()
 
     @property
     def size(self):
@@ -358,6 +360,7 @@ def _tensor(schema, tensor, dtypes, buffers, content):
         shape=shape,
         dtype=dtypes[tensor.Type()],
         stored=_stored(buffers[tensor.Buffer()], content),
+        opened=tuple(axis for axis, n in enumerate(_ints(tensor.ShapeSignatureAsNumpy())) if n < 0),
     )
     quantization = tensor.Quantization()
     if quantization is not None and result.stored is not None:
