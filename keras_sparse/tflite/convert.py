@@ -21,6 +21,7 @@ import numpy as np
 
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.halves import halve
 from keras_sparse.tflite.signatures import HALF, Input, output_names, signature
 
 __all__ = ["Conversion", "ExportError", "convert", "first_line", "modules"]
@@ -128,6 +129,8 @@ def _content(model, called, quantize, samples, inference_type, batch):
             return _calibrate_elsewhere(model, called, pathlib.Path(folder), samples, inference_type)
         if quantize == "dynamic":
             _check_factors(model.name, _converter(folder, None).convert())
+        if quantize == "float16":
+            return halve(_converter(folder, None).convert())
         return _converter(folder, quantize).convert()
 
 
@@ -153,8 +156,6 @@ def _converter(folder, quantize):
     # Without this flag a model with state, such as a seed generator, needs operators that phones lack.
     converter.experimental_enable_resource_variables = True
     converter.optimizations = [tf.lite.Optimize.DEFAULT] if quantize else []
-    if quantize == "float16":
-        converter.target_spec.supported_types = [tf.float16]
     return converter
 
 

@@ -11,6 +11,7 @@ from keras_sparse.reports import Report
 from keras_sparse.tflite.convert import ExportError, convert
 from keras_sparse.tflite.encoding import OUTWEIGHED, encode
 from keras_sparse.tflite.flatmodel import gzip_size, read
+from keras_sparse.tflite.halves import kept_whole
 from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches, representative_batches
 from keras_sparse.tflite.signatures import signature
 from keras_sparse.tflite.verification import TOLERANCE, Verification, sparse_runtimes
@@ -21,6 +22,7 @@ __all__ = ["ExportError", "ExportReport", "export"]
 _QUANTIZE = (None, "float16", "dynamic", "int8")
 _INTEGERS = ("dynamic", "int8")
 _SAMPLES = 16  # of representative data that an int8 file is compared on, one by one
+_ALIKE = 0.03  # share of an output's magnitude: one that differs less between samples hardly depends on them
 _WEIGHTS = ("float32", "float16", "bfloat16", "int8")  # types that weights are stored in
 
 
@@ -149,6 +151,9 @@ def export(
     tolerance = max(TOLERANCE[name] for name in (_precision(model), quantize or "float32"))
 
     notes = []
+    whole = kept_whole(conversion.content) if quantize == "float16" else []
+    if whole:
+        notes.append(f"In float32, because half precision loses numbers of this size: {', '.join(whole)}.")
     if conversion.fixed_batch:
         notes.append(
             "The file takes one sample at a time: TFLite's built-in operators cannot run a recurrent layer, or another "
@@ -158,6 +163,13 @@ def export(
         notes.append(
             "The file takes float32 inputs: a subclassed model does not record the types of its inputs. Pass integers "
             "as `representative_data` for a file that takes integers."
+        )
+    alike = reference.alike(min(tolerance, _ALIKE))
+    if alike:
+        notes.append(
+            f"The comparison says little of {', '.join(alike)}: between the inputs that were tried it differs by less "
+            f"than {min(tolerance, _ALIKE):.1%} of its magnitude, and may do so in a wrong file. Pass inputs as the "
+            "model will meet them, and several, as `representative_data`."
         )
     check = Verification(conversion.content, reference, tolerance, quantize in _INTEGERS, runtimes, verify == "strict")
     content, encoding, parity, size = _choose(conversion.content, check, sparse, notes)

@@ -8,12 +8,12 @@ import numpy as np
 
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.convert import ExportError, first_line
+from keras_sparse.tflite.inputs import random_batches, spread
 from keras_sparse.tflite.runtimes import TIMEOUT, Worker
 from keras_sparse.tflite.signatures import HALF, output_names
 
 __all__ = ["Parity", "Reference", "in_batches_of", "random_batches", "representative_batches"]
 
-_ANY = 32  # size of a dimension that the model leaves open, other than the batch
 _MAX_SAMPLES = 128  # of representative data: a check, not an evaluation
 
 
@@ -77,6 +77,19 @@ class Reference:
                 "values, pass some as `representative_data`. Received from the model: "
                 f"{first_line(error)}"
             ) from error
+
+    def alike(self, tolerance):
+        """Names of the outputs that differ by less than `tolerance`, relative to their magnitude, between samples.
+
+        On these a comparison sees little: another network's may be about the same.
+        """
+        found = []
+        for name, first in self._outputs[0].items():
+            values = [outputs[name] for outputs in self._outputs]
+            samples = [[y] for value in values for y in (value if first.ndim else [value])]
+            samples = [[y] for [y] in samples if y.shape == samples[0][0].shape]
+            found += [name] if spread(samples)[0] < tolerance else []
+        return found
 
     def compare(self, content):
         """Run a file (bytes) with ai-edge-litert in this process and compare it. Returns a `Parity`."""
@@ -160,49 +173,6 @@ def _difference(expected, found):
     largest = float(apart.max(initial=0.0))
     # The floor keeps an output of zeros from turning rounding noise into an infinite ratio.
     return largest, largest / max(float(finite.max(initial=0.0)), 1e-20)
-
-
-def random_batches(model, signature, seed=0):
-    """Random inputs that a model can take, in batches of 1, 2 and 3 where the batch size is open.
-
-    Floats are normal; integers stay below the number of rows of the model's smallest embedding, or are 0 and 1 without
-    one (0 to 255 for images of uint8). Float inputs of a model with an embedding may be token numbers, so they are
-    drawn from the valid ones.
-
-    Args:
-        model: A built Keras model.
-        signature: Its `Signature`.
-        seed: Of the random numbers.
-
-    Returns:
-        List of flat lists of arrays.
-
-    Example:
-
-    >>> import keras
-    >>> from keras_sparse.tflite.signatures import signature
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    >>> [batch[0].shape for batch in random_batches(model, signature(model))]
-    [(1, 4), (2, 4), (3, 4)]
-    """
-    rng = np.random.default_rng(seed)
-    rows = min((int(w.shape[0]) for w in model.weights if w.name == "embeddings"), default=None)
-    batches = []
-    for size in (1, 2, 3):
-        batch = []
-        for leaf in signature.inputs:
-            shape = [(size if axis == 0 else _ANY) if n is None else n for axis, n in enumerate(leaf.shape)]
-            batch.append(_random(rng, shape, np.dtype(leaf.dtype), rows))
-        batches.append(batch)
-    return batches
-
-
-def _random(rng, shape, dtype, rows):
-    if dtype.kind == "f":
-        values = rng.normal(size=shape) if rows is None else rng.integers(0, min(rows, 100), shape)
-    else:
-        values = rng.integers(0, rows or (256 if dtype == np.uint8 else 2), shape)
-    return values.astype(dtype)
 
 
 def in_batches_of(size, batches):
