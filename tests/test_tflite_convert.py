@@ -23,14 +23,14 @@ def test_a_conversion_is_a_model(quantize):
 
 @pytest.mark.parametrize("quantize", [None, "float16"])
 def test_inputs_and_outputs_are_in_the_models_order(quantize):
-    """As those find them who go by position; one tensor may be an output twice, and an input no part of the file."""
+    """As those find them who go by position; one tensor may be an output twice."""
     inputs = [keras.Input((8,), name=name) for name in ("query", "unused", "image", "age")]
     x = layers.Concatenate()([inputs[0], *inputs[2:]])
     outputs = [layers.Dense(units)(x) for units in range(1, 13)]
     model = keras.Model(inputs, [*outputs, outputs[3]])
     graph = read(convert(model, signature(model), quantize).content).subgraphs[0]
     names = [graph.tensors[n].name for n in graph.inputs]
-    assert [name.split("default_")[1].split(":")[0] for name in names] == ["query", "image", "age"]
+    assert [name.split("default_")[1].split(":")[0] for name in names] == ["query", "unused", "image", "age"]
     units = [graph.tensors[n].shape[1] for n in graph.outputs]
     assert units[:12] == list(range(1, 13))
 

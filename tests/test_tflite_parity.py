@@ -134,11 +134,7 @@ def test_misspelled_names_are_refused(keys):
 
 
 def test_keys_of_the_models_structure():
-    """They may be others than the names of the inputs; with one input there is nothing to mistake."""
-    x = keras.Input((16,), name="x"), keras.Input((16,), name="y")
-    model = keras.Model({"a": x[1], "b": x[0]}, layers.Add()(x))
-    (batch,) = representative_batches({"b": np.zeros((2, 16)), "a": np.ones((2, 16))}, signature(model))
-    assert [leaf.name for leaf in signature(model).inputs] == ["y", "x"] and batch[0].all() and not batch[1].any()
+    """Dicts within are taken as they stand; with one input there is nothing to mistake."""
     a, b, c = (np.full((2, 16), n) for n in (1.0, 2.0, 3.0))
     (batch,) = representative_batches([[a, (b, {"c": c})]], signature(nested()))
     assert [array[0, 0] for array in batch] == [1, 2, 3]
@@ -147,17 +143,17 @@ def test_keys_of_the_models_structure():
 
 class Labels(layers.Layer):
     def call(self, x):
-        return keras.ops.cast(keras.ops.argmax(x, axis=-1), "int32")
+        return keras.ops.top_k(x, 1)[1][..., 0]
 
 
 def test_class_numbers_are_compared_by_how_many_are_others():
     """By their magnitude, one that is another counts for all."""
     image = keras.Input((16, 16, 3), name="image")
-    scores = layers.Conv2D(21, 1)(layers.Conv2D(16, 3, activation="relu")(image))
+    scores = layers.Conv2D(21, 1)(layers.Conv2D(64, 3, activation="relu")(image))
     model = keras.Model(image, Labels()(scores))
     called = signature(model)
     reference = Reference(model, called, random_batches(model, called))
-    content = convert(model, called, "float16").content
+    content = convert(model, called, "dynamic").content
     found = reference.compare(content)
     assert found.absolute > 1 and 0 < found.relative < 1e-3
     for weight in model.weights:

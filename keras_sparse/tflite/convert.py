@@ -148,8 +148,10 @@ def _in_order(content, inputs, outputs):
     for kind, names in ("inputs", inputs), ("outputs", outputs):
         maps = sorted(getattr(signature, kind), key=lambda entry: names.index(entry.name.decode()))
         old = [int(n) for n in getattr(graph, kind)]
-        new = list(dict.fromkeys(entry.tensorIndex for entry in maps))
-        if sorted(new) == sorted(old) and new != old:  # else one tensor is several outputs
+        new = [entry.tensorIndex for entry in maps]
+        if len(new) > len(old):  # one tensor has several names
+            new = list(dict.fromkeys(new))
+        if sorted(new) == sorted(old) and new != old:
             setattr(graph, kind, new)
             setattr(signature, kind, maps)
             changed = True
