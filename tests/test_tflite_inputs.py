@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import keras_sparse as ks
 from keras_sparse.tflite.inputs import random_batches, spread
 from keras_sparse.tflite.signatures import signature
 
@@ -125,3 +126,24 @@ def test_spread():
     one, two = np.array([1.0, np.nan, -2.0, 0.0]), np.array([1.0, np.nan, -4.0, np.inf])
     assert spread([[one], [two]]) == [0.25]  # 2 of 4, at half of the places
     assert spread([[np.full(3, np.nan)]] * 2) == [0.0] and spread([[np.zeros(3)]] * 2) == [0.0]
+
+
+def wave():
+    """Of open length, and at least some hundred steps."""
+    inputs = keras.Input((None, 1), name="wave")
+    x = layers.MaxPooling1D(4)(layers.Conv1D(8, 80, 4, activation="relu")(inputs))
+    return keras.Model(inputs, layers.Dense(4)(layers.GlobalAveragePooling1D()(layers.Conv1D(8, 9)(x))))
+
+
+def test_open_sizes_are_as_large_as_the_model_needs(tmp_path):
+    model = wave()
+    assert [batch[0].shape[1:] for batch in random_batches(model, signature(model))] == [(512, 1)] * 3
+    data = np.random.default_rng(0).normal(size=(4, 1000, 1))
+    assert random_batches(model, signature(model), like=[data])[0][0].shape == (1, 1000, 1)
+    for given in (None, data):
+        report = ks.tflite.export(model, tmp_path / "m.tflite", representative_data=given)
+    assert report.parity_relative < 1e-5 and report.notes[1:] == []
+    output = ks.tflite.runtimes.run(report.path, {"wave": data})["output_0"]
+    np.testing.assert_allclose(output, model(data), atol=1e-5)
+    assert ks.tflite.benchmark(report.path, seconds=0.01).rows[0]["median"] > 0
+    assert [row["model"] for row in ks.compare({"keras": model, "file": str(report.path)}, data).rows]

@@ -12,16 +12,15 @@ pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="
 
 
 def sensitive(gain):
-    """Its output is a small difference of large numbers."""
+    """A small change of its input is a large one of its output."""
     inputs = keras.Input((8,))
-    x = layers.Dense(8, kernel_initializer=keras.initializers.RandomNormal(stddev=1.0, seed=1))(inputs)
-    return keras.Model(inputs, layers.Activation("tanh")((x + gain * x[:, :1]) - gain * inputs[:, :1]))
+    return keras.Model(inputs, keras.ops.sin(gain * layers.Dense(8)(inputs)))
 
 
-@pytest.mark.parametrize(("gain", "allowed"), [(0, 1e-4), (1e3, 1e-2)])
+@pytest.mark.parametrize(("gain", "allowed"), [(1, 1e-4), (1e3, 1e-2)])
 def test_a_sensitive_network_may_differ_by_more(gain, allowed):
     model = sensitive(gain)
-    assert of_rounding(model) <= allowed and (of_rounding(model) > 1e-4) == bool(gain)
+    assert of_rounding(model) <= allowed and (of_rounding(model) > 1e-4) == (gain > 1)
     assert difference(model, model) == 0.0
 
 
@@ -30,6 +29,7 @@ def test_half_precision():
     assert of_rounding(model) == 1e-2
 
 
+@pytest.mark.slow
 def test_an_exact_form_is_not_given_up_for_rounding():
     """The network makes 2e-4 of the rounding; the form with shifted images would compute something else."""
     rng = np.random.default_rng(3)

@@ -146,7 +146,9 @@ def export(
             "quantize='float16'. Received: quantize='int8'"
         )
     # int8 clips what is beyond the calibrated range: random inputs would be.
-    batches = samples[:_SAMPLES] if quantize == "int8" else random_batches(model, called) + samples
+    batches = samples[:_SAMPLES]
+    if quantize != "int8":
+        batches = random_batches(model, called, like=samples[0] if samples else None) + samples
     reference = Reference(model, called, in_batches_of(1, batches) if conversion.fixed_batch else batches)
     tolerance = max(TOLERANCE[name] for name in (_precision(model), quantize or "float32"))
 

@@ -5,6 +5,8 @@ even less: its outputs are those of its biases, and so may be those of another n
 model's own first layers will make normal numbers of them, where these are known, or at several scales, and tried.
 """
 
+from dataclasses import replace
+
 import keras
 import numpy as np
 
@@ -13,14 +15,16 @@ from keras_sparse.quiet import quiet
 
 __all__ = ["random_batches", "spread"]
 
-_ANY = 32  # size of a dimension that the model leaves open, other than the batch
+_OPEN = (32, 128, 512, 2048, 8192, 32768)  # sizes of dimensions that the model leaves open, other than the batch
 _ENOUGH = 0.1  # share of an output's magnitude by which it should differ from sample to sample
 _SCALES = (16, 2**8, 2**12, 2**16, 2**23, 2**31, 2**-8, 2**-16)
 _INTEGERS = (2, 2**8, 2**12, 2**15, 2**20, 2**31)  # upper bounds
 
 
-def random_batches(model, signature, seed=0):
+def random_batches(model, signature, seed=0, like=None):
     """Random inputs that a model can take, in batches of 1, 2 and 3 where the batch size is open.
+
+    Other open sizes are 32, or as much more as the model needs.
 
     Floats are normal, behind the `Rescaling` and `Normalization` layers that the model may begin with. If the outputs
     hardly depend on such numbers, they are of another level in each sample, or positive, larger or smaller. Integers
@@ -32,6 +36,7 @@ def random_batches(model, signature, seed=0):
         model: A built Keras model.
         signature: Its `Signature`.
         seed: Of the random numbers.
+        like: A flat list of arrays that have the open sizes.
 
     Returns:
         List of flat lists of arrays.
@@ -47,6 +52,7 @@ def random_batches(model, signature, seed=0):
     True
     """
     rng = np.random.default_rng(seed)
+    signature = _with_sizes(model, signature, like)
     draws = _chosen(model, signature)
     drawn = list(zip(draws, signature.inputs, strict=True))
     return [[_drawn(rng, draw, leaf, size) for draw, leaf in drawn] for size in (1, 2, 3)]
@@ -97,6 +103,36 @@ def _chosen(model, signature):
     return chosen
 
 
+def _with_sizes(model, signature, like):
+    """The signature with all sizes known but that of the batch."""
+
+    def with_sizes(sizes):
+        shapes = [
+            (leaf.shape[0], *(new if n is None else n for n, new in zip(leaf.shape[1:], own, strict=True)))
+            for leaf, own in zip(signature.inputs, sizes, strict=True)
+        ]
+        inputs = [replace(leaf, shape=shape) for leaf, shape in zip(signature.inputs, shapes, strict=True)]
+        return replace(signature, inputs=inputs)
+
+    if like is not None:
+        return with_sizes([array.shape[1:] for array in like])
+    for size in _OPEN if any(None in leaf.shape[1:] for leaf in signature.inputs) else ():
+        found = with_sizes([[size] * (len(leaf.shape) - 1) for leaf in signature.inputs])
+        if _runs(model, found):
+            return found
+    return with_sizes([[_OPEN[0]] * (len(leaf.shape) - 1) for leaf in signature.inputs])
+
+
+def _runs(model, signature):
+    try:
+        with quiet():
+            outputs = signature.call(model, [np.zeros([n or 1 for n in x.shape], x.dtype) for x in signature.inputs])
+            arrays = [keras.ops.convert_to_numpy(keras.ops.cast(y, "float32")) for y in keras.tree.flatten(outputs)]
+    except Exception:  # what it says does not matter: the comparison will
+        return False
+    return all(array.size and not np.isnan(array).all() for array in arrays)  # a mean of no steps is NaN
+
+
 def _effect(model, signature, draws, place):
     """How far outputs differ if one input does and the others do not."""
     rng, outputs = np.random.default_rng(0), []
@@ -114,7 +150,7 @@ def _effect(model, signature, draws, place):
 
 
 def _drawn(rng, draw, leaf, size):
-    shape = [(size if axis == 0 else _ANY) if n is None else n for axis, n in enumerate(leaf.shape)]
+    shape = [size if n is None else n for n in leaf.shape]
     return draw(rng, shape).astype(leaf.dtype)
 
 
