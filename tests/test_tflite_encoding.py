@@ -15,6 +15,7 @@ from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.parity import Reference, random_batches
 from keras_sparse.tflite.signatures import signature
+from keras_sparse.tflite.verification import Verification
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")
 
@@ -170,11 +171,26 @@ def test_padding_that_is_an_output():
 )
 def test_reasons_are_told(layer, quantize, reason):
     """One weight stays dense, the other does not."""
-    model = sparsify(image_model(lambda x: layer()(layers.Conv2D(32, 3)(x))), 0.9)
+    model = sparsify(image_model(lambda x: layer()(layers.Conv2D(64, 3)(layers.Conv2D(32, 3)(x)))), 0.6)
     content = dense(model, quantize)
     encoded = encode(content)
     assert [bool(re.search(reason, text)) for text in encoded.kept.values()] == ([True] if reason else [])
     assert len(encoded.content) < len(content)
+
+
+@pytest.mark.parametrize("quantize", ["float16", "dynamic"])
+def test_transposed_convolutions_read_floats_where_that_is_smaller(quantize):
+    body = [layers.Conv2D(32, 3), layers.Conv2D(64, 3), layers.Conv2DTranspose(64, 3, 2)]
+    model = sparsify(keras.Sequential([keras.Input((16, 16, 3)), *body]), 0.9)
+    content = dense(model, quantize)
+    encoded = encode(content)
+    assert encoded.kept == {} and len(encoded.content) < len(encode(dense(model)).content)
+    found = {t.dtype for t in kernels(encoded.content) if t.levels is not None}
+    assert found == {"float32", "float16" if quantize == "float16" else "int8"}
+    called = signature(model)
+    reference = Reference(model, called, random_batches(model, called))
+    assert reference.compare(encoded.content).relative < 2 * reference.compare(content).relative + 1e-6
+    assert Verification(content, reference, 3e-2, quantize == "dynamic").fault(encoded.content)[0] is None
 
 
 def test_other_operators_are_named():

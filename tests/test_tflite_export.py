@@ -216,12 +216,12 @@ def test_report_is_plain_data(tmp_path):
 
 
 @tensorflow_only
-def test_float16_transposed_convolutions_stay_dense(tmp_path):
+def test_float16_transposed_convolutions_read_floats(tmp_path):
     model = sparsify(transposed(), 0.9)
     assert all(row["encoding"] == "sparse-csr" for row in ks.tflite.export(model, tmp_path / "m.tflite").rows)
     report = ks.tflite.export(model, tmp_path / "m.tflite", quantize="float16")
-    assert [row["encoding"] for row in report.rows] == ["sparse-csr", "dense"]
-    assert "TRANSPOSE_CONV" in report.notes[0] and report.parity_relative < 1e-2
+    assert [row["encoding"] for row in report.rows] == ["sparse-csr"] * 2 and report.notes == []
+    assert {row["dtype"] for row in report.rows} == {"float16", "float32"} and report.parity_relative < 1e-2
 
 
 def blocks_of_16():

@@ -10,7 +10,7 @@ and lets operators read weights that they misread. Here each weight is encoded b
   (dynamic range), restored int8 does not load or is garbage: a `DEQUANTIZE` follows, and floats are multiplied.
 * Where XNNPACK leaves an operator alone, as it does with convolutions in three dimensions and transposed ones of open
   batch size, but could unpack its weights, those that need both steps (float16, dynamic range) become garbage: these
-  stay dense.
+  are stored as floats of 32 bits without zeros, if that is smaller, else dense.
 * `FULLY_CONNECTED` with integer inputs does not load with restored weights. A convolution by 1x1 of images of one pixel
   multiplies the same integers, and does load: it takes the operator's place.
 
@@ -124,6 +124,8 @@ def _encode_graph(file, graph, encoded):
             continue
         file.store(tensor, best.values)
         tensor.sparsity = best.parameters(file.schema, tensor.shape)
+        if weight.whole:
+            tensor.type, tensor.quantization = file.schema.TensorType.FLOAT32, None
         if weight.runs_sparse:
             file.code("FULLY_CONNECTED", _FULLY_CONNECTED_SPARSE)
             continue
@@ -136,7 +138,10 @@ def _encode_graph(file, graph, encoded):
             float32 = file.schema.TensorType.FLOAT32
             operator, output = file.unpack(graph, output, "DEQUANTIZE", _DEQUANTIZE_CHANNELS, float32, None)
             unpacking.append(operator)
-        for reader, position in readers[number]:
+        if weight.whole:
+            passed = [reader for reader, _ in readers[number] if file.name(reader) == "DEQUANTIZE"]
+            graph.operators = [operator for operator in graph.operators if all(operator is not one for one in passed)]
+        for reader, position in weight.final:
             inputs = list(reader.inputs)
             inputs[position] = output
             reader.inputs = inputs
@@ -174,6 +179,8 @@ class _Weight:
     direct: int | None = None  # the size of block that its readers multiply without unpacking
     hybrid: bool = False  # int8 weights for float inputs
     pixels: bool = False  # whether its readers must become convolutions to read it restored
+    whole: bool = False  # whether it is stored as float32, which it is not in the dense file
+    final: list = field(default_factory=list)  # pairs of an operator that reads it stored so, and the input's position
     obstacle: str = ""  # why it cannot be encoded in some way that may be smaller
 
     @classmethod
@@ -197,7 +204,7 @@ class _Weight:
         if not names <= set(_READERS) or any(position != 1 for _, position in final):
             others = ", ".join(sorted(names - set(_READERS))) or "An operator that multiplies it with itself"
             return cls(values, [], obstacle=f"{others} is not known to read restored weights right") if names else None
-        weight, fully = cls(values, [1]), names == {"FULLY_CONNECTED"}
+        weight, fully = cls(values, [1], final=own), names == {"FULLY_CONNECTED"}
         if dtype == "i1":
             inputs = {int(o.inputs[2 if file.name(o) == "TRANSPOSE_CONV" else 0]) for o, _ in final}
             weight.hybrid = all(file.dtype(graph.tensors[n]) == "float32" for n in inputs)
@@ -210,6 +217,9 @@ class _Weight:
             if not weight.pixels:
                 weight.blocks, weight.obstacle = [], "FULLY_CONNECTED in integers does not load with restored weights"
         elif alone and (weight.hybrid or dtype == "<f2"):
+            whole = cls(_real(values, quantization), [1], whole=True, final=final)
+            if whole.stored(1).bytes + _OVERHEAD < values.nbytes:
+                return whole
             weight.blocks, kind = [], "float16" if dtype == "<f2" else "int8"
             weight.obstacle = f"{alone[0]} computes garbage or NaN from restored {kind} weights under XNNPACK"
         blocks = {weight.direct, 4} if fully and not weight.obstacle and not weight.pixels else {weight.direct}
@@ -285,6 +295,16 @@ class _Rows:
             dims.append(schema.DimensionMetadataT(kinds.DENSE, self.block))
             blocked = [len(shape) - 1]
         return schema.SparsityParametersT(list(range(len(dims))), blocked, dims)
+
+
+def _real(values, quantization):
+    """Floats of 16 bits, or integers with scales, as floats of 32 bits."""
+    values = values.astype("<f4")
+    if quantization is None or quantization.scale is None:
+        return values
+    scales = np.asarray(quantization.scale, "<f4")
+    axis = quantization.quantizedDimension if len(scales) > 1 else 0
+    return values * scales.reshape([-1 if i == axis else 1 for i in range(values.ndim)])
 
 
 def _narrow(numbers):
