@@ -14,6 +14,7 @@ from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.parity import Reference, random_batches
+from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
 from keras_sparse.tflite.verification import Verification
 
@@ -194,14 +195,41 @@ def test_transposed_convolutions_read_floats_where_that_is_smaller(quantize):
 
 
 def test_other_operators_are_named():
-    """An embedding is gathered from: no runtime was seen to restore it."""
-    inputs = keras.Input((6,), dtype="int32")
-    model = keras.Model(inputs, layers.Embedding(100, 64)(inputs))
-    model.layers[1].embeddings.assign(np.eye(100, 64, dtype="float32"))
+    """A table that is added: no runtime was seen to restore it."""
+    inputs = keras.Input((100, 64))
+    model = keras.Model(inputs, inputs + np.eye(100, 64, dtype="float32"))
     content = dense(model)
     encoded = encode(content)
-    assert next(iter(encoded.kept.values())) == "GATHER is not known to read restored weights right"
+    assert next(iter(encoded.kept.values())) == "ADD is not known to read restored weights right"
     assert stored(encoded.content) == stored(content)
+
+
+def embedding():
+    tokens = keras.Input((6,), dtype="int32")
+    model = keras.Model(tokens, layers.Dense(3)(layers.Flatten()(layers.Embedding(100, 64)(tokens))))
+    model.layers[1].embeddings.assign(np.eye(100, 64, dtype="float32") * np.arange(1, 65))
+    return model
+
+
+def adjacency():
+    """A constant matrix as the first factor."""
+    matrix = np.random.default_rng(0).random((60, 60)).astype("float32")
+    nodes = keras.Input((60, 8))
+    return keras.Model(nodes, keras.ops.matmul(np.where(matrix > 0.95, matrix, 0), layers.Dense(12)(nodes)))
+
+
+@pytest.mark.parametrize("quantize", [None, "float16"])
+@pytest.mark.parametrize("build", [embedding, adjacency])
+def test_tables_are_restored(build, quantize):
+    """Right on every runtime that is here."""
+    model = build()
+    content = dense(model, quantize)
+    encoded = encode(content)
+    assert encoded.kept == {} and len(encoded.content) < 0.5 * len(content)
+    called = signature(model)
+    reference = Reference(model, called, random_batches(model, called))
+    for runtime in (name for name in ("native", "x86-no-avx", "wasm") if available()[name] is None):
+        assert reference.compare_on(runtime, encoded.content).relative < (1e-2 if quantize else 1e-5), runtime
 
 
 def test_convolutions_in_three_dimensions_are_smaller():

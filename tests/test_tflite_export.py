@@ -133,6 +133,7 @@ def test_quantized_blocks_are_restored(quantize, tmp_path):
     """TensorFlow's own conversion lets the layers read them as they are: NaN, and garbage."""
     report = ks.tflite.export(sparsify(mlp(), 0.9, blocks=True), tmp_path / "m.tflite", quantize=quantize)
     assert report.encoding == "sparse" and report.bytes_file < 0.6 * report.bytes_dense and not report.runs_sparse
+    assert [note[:6] for note in report.notes] == (["Slower"] if quantize == "dynamic" else [])
     assert {row["dtype"] for row in report.rows} == {"float16" if quantize == "float16" else "int8"}
     assert report.parity_relative < 1e-2
 
@@ -676,3 +677,22 @@ def test_a_batch_size_for_the_file(tmp_path):
     with pytest.raises(ValueError, match="takes batches of 5 samples.*Received: batch_size=1"):
         ks.tflite.export(keras.Model(inputs, layers.Dense(2)(inputs)), tmp_path / "n.tflite", batch_size=1)
     assert os.listdir(tmp_path) == ["m.tflite"]
+
+
+@tensorflow_only
+@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
+def test_models_that_keras_has_quantized_are_refused(mode, tmp_path):
+    model = mlp()
+    model.quantize(mode)
+    with pytest.raises(ValueError, match=r"quantized by Keras \(`model.quantize`\).*Received: .*dense"):
+        ks.tflite.export(model, tmp_path / "m.tflite")
+    assert clean(tmp_path)
+
+
+@tensorflow_only
+def test_outputs_that_do_not_depend_on_the_inputs_are_said(tmp_path):
+    inputs = keras.Input((4,))
+    constant = layers.Dense(3, kernel_initializer="zeros", bias_initializer="ones", name="constant")(inputs)
+    report = ks.tflite.export(keras.Model(inputs, [constant, layers.Dense(3)(inputs)]), tmp_path / "m.tflite")
+    noted = [note for note in report.notes if "The comparison says little of output_0:" in note]
+    assert len(noted) == 1 and "output_1" not in noted[0] and "representative_data" in noted[0]

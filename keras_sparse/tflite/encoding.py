@@ -34,6 +34,7 @@ OUTWEIGHED = (
 )
 _ALONE = ("TRANSPOSE_CONV", "CONV_3D", "CONV_3D_TRANSPOSE")  # what XNNPACK does not take, always or often
 _READERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL", *_ALONE)  # they read weights as input 1
+_TABLES = ("GATHER", "BATCH_MATMUL")  # they read an embedding, or a constant matrix, as input 0
 _FULLY_CONNECTED_SPARSE = 8  # the version of the operator that reads sparse weights
 _DEQUANTIZE_CHANNELS = 5  # the version of the operator that knows scales for each channel
 _CONVOLUTION_CHANNELS = 5  # the version of CONV_2D that does
@@ -200,15 +201,16 @@ class _Weight:
             through = file.name(operator) == "DEQUANTIZE"
             final += readers.get(int(operator.outputs[0]), []) if through else [(operator, position)]
         names = {file.name(operator) for operator, _ in final}
+        table = dtype != "i1" and all(position == 0 for _, position in final) and names <= set(_TABLES)
         values = np.frombuffer(data.tobytes(), dtype).reshape(shape)
-        if not names <= set(_READERS) or any(position != 1 for _, position in final):
+        if not table and (not names <= set(_READERS) or any(position != 1 for _, position in final)):
             others = ", ".join(sorted(names - set(_READERS))) or "An operator that multiplies it with itself"
             return cls(values, [], obstacle=f"{others} is not known to read restored weights right") if names else None
         weight, fully = cls(values, [1], final=own), names == {"FULLY_CONNECTED"}
         if dtype == "i1":
             inputs = {int(o.inputs[2 if file.name(o) == "TRANSPOSE_CONV" else 0]) for o, _ in final}
             weight.hybrid = all(file.dtype(graph.tensors[n]) == "float32" for n in inputs)
-        alone = sorted(names & set(_ALONE))
+        alone = sorted(names & {*_ALONE, *_TABLES[:1]})
         if dtype == "<f4" and fully:
             weight.direct = 4
         elif dtype == "i1" and not weight.hybrid and "FULLY_CONNECTED" in names:
