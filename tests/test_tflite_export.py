@@ -680,16 +680,6 @@ def test_a_batch_size_for_the_file(tmp_path):
 
 
 @tensorflow_only
-@pytest.mark.parametrize("mode", ["int8", "int4", "float8"])
-def test_models_that_keras_has_quantized_are_refused(mode, tmp_path):
-    model = mlp()
-    model.quantize(mode)
-    with pytest.raises(ValueError, match=r"quantized by Keras \(`model.quantize`\).*Received: .*dense"):
-        ks.tflite.export(model, tmp_path / "m.tflite")
-    assert clean(tmp_path)
-
-
-@tensorflow_only
 def test_outputs_that_do_not_depend_on_the_inputs_are_said(tmp_path):
     inputs = keras.Input((4,))
     constant = layers.Dense(3, kernel_initializer="zeros", bias_initializer="ones", name="constant")(inputs)

@@ -2,12 +2,11 @@
 
 import os
 
-import keras
 import numpy as np
 
 from keras_sparse import files, selection
-from keras_sparse.layers import gated_layers
 from keras_sparse.reports import Report
+from keras_sparse.tflite.acceptance import accepted
 from keras_sparse.tflite.convert import ExportError, convert
 from keras_sparse.tflite.encoding import OUTWEIGHED, encode
 from keras_sparse.tflite.flatmodel import gzip_size, read
@@ -132,7 +131,7 @@ def export(
     _check_quantize(quantize, representative_data, inference_type)
     runtimes = sparse_runtimes(verify)
     path = _check_path(path)
-    model = _model(model)
+    model = accepted(model)
     called = _with_batch(signature(model), batch_size)
     samples = representative_batches(representative_data, called) if representative_data is not None else []
     if samples and not called.typed:
@@ -265,57 +264,6 @@ def _check_path(path):
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"The folder {folder!r} is not writable. Received: path={path!r}")
     return path
-
-
-def _model(model):
-    if isinstance(model, (str, os.PathLike)):
-        file = os.fspath(model)
-        if not file.endswith(".keras"):
-            raise ValueError(f"`model` must be a Keras model or the path of a .keras file. Received: model={file!r}")
-        if not os.path.isfile(file):
-            raise FileNotFoundError(f"There is no such file. Received: model={file!r}")
-        try:
-            model = keras.saving.load_model(file, compile=False)
-        except Exception as error:
-            raise ValueError(
-                "The .keras file cannot be loaded. If the model has custom classes, import the module that registers "
-                f"them, load it yourself and pass the model. Received: model={file!r} "
-                f"({type(error).__name__}: {str(error).strip()[:300]})"
-            ) from error
-    selection.check_model(model)
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a `keras.Model`: put the layer into a `keras.Sequential`. "
-            f"Received: {type(model).__name__}"
-        )
-    gated = [layer.name for layer in gated_layers(model)]
-    if gated:
-        raise ValueError(f"Fold the gates in first: `export(ks.bake(model), ...)`. Received: `ks.layers.L0` {gated}")
-    quantized = [
-        f"{layer.path} ({layer.dtype_policy.name})"
-        for layer in selection.layers(model)
-        if isinstance(layer.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy)
-    ]
-    if quantized:
-        raise ValueError(
-            "`model` was quantized by Keras (`model.quantize`), in a form that TFLite has no operators for. Export the "
-            "model as it was before, with quantize='dynamic' or 'int8' here. Received: quantized layers "
-            f"{', '.join(quantized)}"
-        )
-    double = [weight.path for weight in model.weights if weight.dtype == "float64"]
-    if double:
-        raise ValueError(
-            "`model` must compute in float32 or half precision: TFLite does not in float64. Build it under the policy "
-            f"'float32' and copy the weights. Received: float64 in {', '.join(double)}"
-        )
-    broken = [weight.path for weight in model.weights if not np.isfinite(selection.as_array(weight)).all()]
-    if broken:
-        raise ValueError(
-            "The weights of `model` must be finite: its training diverged. Train it again with a smaller learning rate "
-            "or `clipnorm`, from a checkpoint before that (`keras.callbacks.TerminateOnNaN` stops in time). "
-            f"Received: NaN or infinity in {', '.join(broken)}"
-        )
-    return model
 
 
 def _precision(layer):
