@@ -232,6 +232,25 @@ def test_tables_are_restored(build, quantize):
         assert reference.compare_on(runtime, encoded.content).relative < (1e-2 if quantize else 1e-5), runtime
 
 
+@pytest.mark.parametrize("quantize", [None, "float16"])
+def test_zeros_are_filled_in(quantize):
+    """The list of outputs that a loop begins with."""
+    clip = keras.Input((20, 4), batch_size=1)
+    model = keras.Model(clip, layers.GRU(32, return_sequences=True)(clip))
+    content = dense(model, quantize)
+    encoded = encode(content).content
+    large = [[t for t in kernels(file) if not t.values().any() and t.bytes > 1200] for file in (content, encoded)]
+    assert [len(tensors) for tensors in large] == [1, 0] and "FILL" in [o.name for o in operators_of(encoded)]
+    called = signature(model)
+    reference = Reference(model, called, random_batches(model, called))
+    for runtime in (name for name in ("native", "x86-no-avx", "wasm") if available()[name] is None):
+        assert reference.compare_on(runtime, encoded).relative < (1e-2 if quantize else 1e-5), runtime
+
+
+def operators_of(content):
+    return [operator for graph in read(content).subgraphs for operator in graph.operators]
+
+
 def test_convolutions_in_three_dimensions_are_smaller():
     content = dense(sparsify(conv3d(), 0.9))
     assert encode(content).kept == {} and len(encode(content).content) < len(content) / 2

@@ -11,6 +11,7 @@ and lets operators read weights that they misread. Here each weight is encoded b
 * Where XNNPACK leaves an operator alone, as it does with convolutions in three dimensions and transposed ones of open
   batch size, but could unpack its weights, those that need both steps (float16, dynamic range) become garbage: these
   are stored as floats of 32 bits without zeros, if that is smaller, else dense.
+* What only zeros stand in, and others read, is filled by a `FILL` when the model runs.
 * `FULLY_CONNECTED` with integer inputs does not load with restored weights. A convolution by 1x1 of images of one pixel
   multiplies the same integers, and does load: it takes the operator's place.
 
@@ -120,6 +121,11 @@ def _encode_graph(file, graph, encoded):
     for number, weight in weights.items():
         tensor, best = graph.tensors[number], weight.best
         if best is None:
+            if weight.obstacle and weight.is_filled:
+                tensor.type = file.schema.TensorType.FLOAT32
+                unpacking.append(file.fill(graph, number))
+                _pass_on(file, graph, number, readers[number], weight.final)
+                continue
             if weight.obstacle and weight.stored(1).bytes + weight.overhead < weight.values.nbytes:
                 encoded.kept[_name(tensor)] = weight.obstacle
             continue
@@ -139,16 +145,20 @@ def _encode_graph(file, graph, encoded):
             float32 = file.schema.TensorType.FLOAT32
             operator, output = file.unpack(graph, output, "DEQUANTIZE", _DEQUANTIZE_CHANNELS, float32, None)
             unpacking.append(operator)
-        if weight.whole:
-            passed = [reader for reader, _ in readers[number] if file.name(reader) == "DEQUANTIZE"]
-            graph.operators = [operator for operator in graph.operators if all(operator is not one for one in passed)]
-        for reader, position in weight.final:
-            inputs = list(reader.inputs)
-            inputs[position] = output
-            reader.inputs = inputs
+        _pass_on(file, graph, output, readers[number] if weight.whole else [], weight.final)
         if weight.pixels:
             _as_convolutions(file, graph, [reader for reader, _ in readers[number]])
     graph.operators = unpacking + graph.operators
+
+
+def _pass_on(file, graph, number, readers, final):
+    """Let the operators of `final` read the tensor `number`, and drop those of `readers` that only unpacked it."""
+    passed = [reader for reader, _ in readers if file.name(reader) == "DEQUANTIZE"]
+    graph.operators = [operator for operator in graph.operators if all(operator is not one for one in passed)]
+    for operator, position in final:
+        inputs = list(operator.inputs)
+        inputs[position] = number
+        operator.inputs = inputs
 
 
 def _name(tensor):
@@ -205,7 +215,8 @@ class _Weight:
         values = np.frombuffer(data.tobytes(), dtype).reshape(shape)
         if not table and (not names <= set(_READERS) or any(position != 1 for _, position in final)):
             others = ", ".join(sorted(names - set(_READERS))) or "An operator that multiplies it with itself"
-            return cls(values, [], obstacle=f"{others} is not known to read restored weights right") if names else None
+            reason = f"{others} is not known to read restored weights right"
+            return cls(values, [], final=final, obstacle=reason) if names else None
         weight, fully = cls(values, [1], final=own), names == {"FULLY_CONNECTED"}
         if dtype == "i1":
             inputs = {int(o.inputs[2 if file.name(o) == "TRANSPOSE_CONV" else 0]) for o, _ in final}
@@ -236,6 +247,12 @@ class _Weight:
         restored = _OVERHEAD + _OVERHEAD_CHANNEL * len(self.values)
         # Two reshapings, and maybe a bias of integers of four bytes.
         return restored + 2 * _OVERHEAD + (_OVERHEAD_CHANNEL + 4) * len(self.values) if self.pixels else restored
+
+    @property
+    def is_filled(self):
+        """Whether it is nothing but zeros, such as the list of outputs that a loop begins with, and large enough."""
+        floats = self.values.dtype in ("<f4", "<f2")
+        return floats and self.values.nbytes > 4 * _OVERHEAD and not self.values.any()
 
     def stored(self, block):
         return _Rows.of(self.values, block)
