@@ -44,7 +44,7 @@ def agreement(model, x):
     goal = {regex: pair for regex, pair in report.target_sparsity.items() if regex not in dense_rows}
     goal = goal or {r"kernel$": (0.9, "unstructured")}
     ks.prune(model, goal, filters=lambda v: len(v.shape) == 4 and tuple(v.shape[:2]) == (1, 1))
-    called = signature(model)
+    called = signature(model).with_batch(1)
     dense = convert(model, called).content
     sparse = encode(dense, engage=not any("keeps the file out" in note for note in report.notes)).content
     feed = {called.inputs[0].name: x[:1]}

@@ -77,12 +77,12 @@ def main():
             model, changes = ks.tflite.adapt(model, verbose=0, return_report=True)
             ks.prune(model, args.sparsity, filters=and_classifier if args.classifier else pointwise)
             normalize(model, x)
-            called = signature(model)
+            called = signature(model).with_batch(1)
             float32 = ks.tflite.export(model, dense, sparse=False).bytes_file
             for mode in args.quantize:
                 quantize = {"quantize": None if mode == "float32" else mode, "representative_data": x}
-                report = ks.tflite.export(model, sparse, **quantize)
-                ks.tflite.export(model, dense, sparse=False, **quantize)
+                report = ks.tflite.export(model, sparse, batch_size=1, **quantize)
+                ks.tflite.export(model, dense, sparse=False, batch_size=1, **quantize)
                 batches = [[x[:1]]] if mode == "int8" else random_batches(model, called)
                 reference, content = Reference(model, called, batches), sparse.read_bytes()
                 error = max(reference.compare_on(runtime, content).relative for runtime in checked)

@@ -148,6 +148,7 @@ def _parser():
     sub.add_argument(
         "--inference-type", choices=["int8", "uint8"], help="of inputs and outputs, with int8 (default: float32)"
     )
+    sub.add_argument("--batch-size", type=int, metavar="N", help="of the file (default: open, if the model's is)")
     sub.add_argument(
         "--representative-data",
         metavar="FILE.npz",
@@ -292,6 +293,7 @@ def _export(options, stderr):
         representative_data=data,
         verify=options.verify,
         inference_type=options.inference_type,
+        batch_size=options.batch_size,
     )
 
 

@@ -57,7 +57,7 @@ def test_networks_that_fit(name, tmp_path):
     assert report.violations == [] and report.pattern == "unstructured" and report.totals["runs_sparse"] > 0.5
     convolutions = [row for row in report.rows if row["operator"] == "CONV_2D" and row["shape"][1:3] == [1, 1]]
     assert all(row["runs"] == "sparse" and row["from_sparsity"] == 2 / 3 for row in convolutions)
-    exported = ks.tflite.export(pruned(model, report), tmp_path / "m.tflite")
+    exported = ks.tflite.export(pruned(model, report), tmp_path / "m.tflite", batch_size=1)
     assert len([use for use in exported.runs_sparse if use["operator"] == "CONV_2D"]) == len(convolutions)
 
 
@@ -142,7 +142,7 @@ def hazardless(model):
 @pytest.mark.skipif(available()["x86-no-avx"] is not None, reason=str(available()["x86-no-avx"]))
 @pytest.mark.parametrize("name", [*WHOLE, *UNTOUCHED, *DOUBTFUL, *BROKEN])
 def test_it_agrees_with_a_runtime(name):
-    model = image_model({**WHOLE, **UNTOUCHED, **DOUBTFUL, **BROKEN}[name])
+    model = image_model({**WHOLE, **UNTOUCHED, **DOUBTFUL, **BROKEN}[name], batch_size=1)
     says = any(row["runs"] == "sparse" and row["operator"] == "CONV_2D" for row in ks.tflite.check(model).rows)
     assert engages(model, "x86-no-avx") == says
 

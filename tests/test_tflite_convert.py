@@ -3,11 +3,14 @@
 import os
 import sys
 
+import keras
 import pytest
+from keras import layers
 from tflite_models import mlp
 
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.convert import convert
+from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.signatures import signature
 
 
@@ -16,6 +19,20 @@ def test_a_conversion_is_a_model(quantize):
     model = mlp()
     conversion = convert(model, signature(model), quantize)
     assert conversion.content[4:8] == b"TFL3" and not conversion.fixed_batch
+
+
+@pytest.mark.parametrize("quantize", [None, "float16"])
+def test_inputs_and_outputs_are_in_the_models_order(quantize):
+    """As those find them who go by position; one tensor may be an output twice."""
+    inputs = [keras.Input((8,), name=name) for name in ("query", "unused", "image", "age")]
+    x = layers.Concatenate()([inputs[0], *inputs[2:]])
+    outputs = [layers.Dense(units)(x) for units in range(1, 13)]
+    model = keras.Model(inputs, [*outputs, outputs[3]])
+    graph = read(convert(model, signature(model), quantize).content).subgraphs[0]
+    names = [graph.tensors[n].name for n in graph.inputs]
+    assert [name.split("default_")[1].split(":")[0] for name in names] == ["query", "unused", "image", "age"]
+    units = [graph.tensors[n].shape[1] for n in graph.outputs]
+    assert units[:12] == list(range(1, 13))
 
 
 def test_quiet_restores_what_it_redirects(capfd):

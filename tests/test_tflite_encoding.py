@@ -14,7 +14,9 @@ from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.parity import Reference, random_batches
+from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
+from keras_sparse.tflite.verification import Verification
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")
 
@@ -170,22 +172,83 @@ def test_padding_that_is_an_output():
 )
 def test_reasons_are_told(layer, quantize, reason):
     """One weight stays dense, the other does not."""
-    model = sparsify(image_model(lambda x: layer()(layers.Conv2D(32, 3)(x))), 0.9)
+    model = sparsify(image_model(lambda x: layer()(layers.Conv2D(64, 3)(layers.Conv2D(32, 3)(x)))), 0.6)
     content = dense(model, quantize)
     encoded = encode(content)
     assert [bool(re.search(reason, text)) for text in encoded.kept.values()] == ([True] if reason else [])
     assert len(encoded.content) < len(content)
 
 
+@pytest.mark.parametrize("quantize", ["float16", "dynamic"])
+def test_transposed_convolutions_read_floats_where_that_is_smaller(quantize):
+    body = [layers.Conv2D(32, 3), layers.Conv2D(64, 3), layers.Conv2DTranspose(64, 3, 2)]
+    model = sparsify(keras.Sequential([keras.Input((16, 16, 3)), *body]), 0.9)
+    content = dense(model, quantize)
+    encoded = encode(content)
+    assert encoded.kept == {} and len(encoded.content) < len(encode(dense(model)).content)
+    found = {t.dtype for t in kernels(encoded.content) if t.levels is not None}
+    assert found == {"float32", "float16" if quantize == "float16" else "int8"}
+    called = signature(model)
+    reference = Reference(model, called, random_batches(model, called))
+    assert reference.compare(encoded.content).relative < 2 * reference.compare(content).relative + 1e-6
+    assert Verification(content, reference, 3e-2, quantize == "dynamic").fault(encoded.content)[0] is None
+
+
 def test_other_operators_are_named():
-    """An embedding is gathered from: no runtime was seen to restore it."""
-    inputs = keras.Input((6,), dtype="int32")
-    model = keras.Model(inputs, layers.Embedding(100, 64)(inputs))
-    model.layers[1].embeddings.assign(np.eye(100, 64, dtype="float32"))
+    """A table that is added: no runtime was seen to restore it."""
+    inputs = keras.Input((100, 64))
+    model = keras.Model(inputs, inputs + np.eye(100, 64, dtype="float32"))
     content = dense(model)
     encoded = encode(content)
-    assert next(iter(encoded.kept.values())) == "GATHER is not known to read restored weights right"
+    assert next(iter(encoded.kept.values())) == "ADD is not known to read restored weights right"
     assert stored(encoded.content) == stored(content)
+
+
+def embedding():
+    tokens = keras.Input((6,), dtype="int32")
+    model = keras.Model(tokens, layers.Dense(3)(layers.Flatten()(layers.Embedding(100, 64)(tokens))))
+    model.layers[1].embeddings.assign(np.eye(100, 64, dtype="float32") * np.arange(1, 65))
+    return model
+
+
+def adjacency():
+    """A constant matrix as the first factor."""
+    matrix = np.random.default_rng(0).random((60, 60)).astype("float32")
+    nodes = keras.Input((60, 8))
+    return keras.Model(nodes, keras.ops.matmul(np.where(matrix > 0.95, matrix, 0), layers.Dense(12)(nodes)))
+
+
+@pytest.mark.parametrize("quantize", [None, "float16"])
+@pytest.mark.parametrize("build", [embedding, adjacency])
+def test_tables_are_restored(build, quantize):
+    """Right on every runtime that is here."""
+    model = build()
+    content = dense(model, quantize)
+    encoded = encode(content)
+    assert encoded.kept == {} and len(encoded.content) < 0.5 * len(content)
+    called = signature(model)
+    reference = Reference(model, called, random_batches(model, called))
+    for runtime in (name for name in ("native", "x86-no-avx", "wasm") if available()[name] is None):
+        assert reference.compare_on(runtime, encoded.content).relative < (1e-2 if quantize else 1e-5), runtime
+
+
+@pytest.mark.parametrize("quantize", [None, "float16"])
+def test_zeros_are_filled_in(quantize):
+    """The list of outputs that a loop begins with."""
+    clip = keras.Input((20, 4), batch_size=1)
+    model = keras.Model(clip, layers.GRU(32, return_sequences=True)(clip))
+    content = dense(model, quantize)
+    encoded = encode(content).content
+    large = [[t for t in kernels(file) if not t.values().any() and t.bytes > 1200] for file in (content, encoded)]
+    assert [len(tensors) for tensors in large] == [1, 0] and "FILL" in [o.name for o in operators_of(encoded)]
+    called = signature(model)
+    reference = Reference(model, called, random_batches(model, called))
+    for runtime in (name for name in ("native", "x86-no-avx", "wasm") if available()[name] is None):
+        assert reference.compare_on(runtime, encoded).relative < (1e-2 if quantize else 1e-5), runtime
+
+
+def operators_of(content):
+    return [operator for graph in read(content).subgraphs for operator in graph.operators]
 
 
 def test_convolutions_in_three_dimensions_are_smaller():

@@ -133,6 +133,7 @@ def test_quantized_blocks_are_restored(quantize, tmp_path):
     """TensorFlow's own conversion lets the layers read them as they are: NaN, and garbage."""
     report = ks.tflite.export(sparsify(mlp(), 0.9, blocks=True), tmp_path / "m.tflite", quantize=quantize)
     assert report.encoding == "sparse" and report.bytes_file < 0.6 * report.bytes_dense and not report.runs_sparse
+    assert [note[:6] for note in report.notes] == (["Slower"] if quantize == "dynamic" else [])
     assert {row["dtype"] for row in report.rows} == {"float16" if quantize == "float16" else "int8"}
     assert report.parity_relative < 1e-2
 
@@ -216,12 +217,12 @@ def test_report_is_plain_data(tmp_path):
 
 
 @tensorflow_only
-def test_float16_transposed_convolutions_stay_dense(tmp_path):
+def test_float16_transposed_convolutions_read_floats(tmp_path):
     model = sparsify(transposed(), 0.9)
     assert all(row["encoding"] == "sparse-csr" for row in ks.tflite.export(model, tmp_path / "m.tflite").rows)
     report = ks.tflite.export(model, tmp_path / "m.tflite", quantize="float16")
-    assert [row["encoding"] for row in report.rows] == ["sparse-csr", "dense"]
-    assert "TRANSPOSE_CONV" in report.notes[0] and report.parity_relative < 1e-2
+    assert [row["encoding"] for row in report.rows] == ["sparse-csr"] * 2 and report.notes == []
+    assert {row["dtype"] for row in report.rows} == {"float16", "float32"} and report.parity_relative < 1e-2
 
 
 def blocks_of_16():
@@ -661,3 +662,27 @@ def test_streams_are_restored(tmp_path, monkeypatch):
         ks.tflite.export(cnn(), tmp_path / "m.tflite")
     assert sys.stdout is out and sys.stderr is err
     assert (out.getvalue(), err.getvalue()) == ("", "")
+
+
+@tensorflow_only
+def test_a_batch_size_for_the_file(tmp_path):
+    """A model of any batch size; on data that do not fill whole batches, too."""
+    report = ks.tflite.export(mlp(), tmp_path / "m.tflite", batch_size=2, representative_data=np.ones((5, 64)))
+    assert not report.notes or "batch" not in report.notes[0]
+    assert run(report.path, pixels=np.ones((2, 64), "float32"))["output_0"].shape == (2, 64)
+    for size, message in ((0, "positive integer"), (True, "positive integer"), (2.0, "positive integer")):
+        with pytest.raises(ValueError, match=f"{message}. Received: batch_size={size}"):
+            ks.tflite.export(mlp(), tmp_path / "n.tflite", batch_size=size)
+    inputs = keras.Input((4,), batch_size=5)
+    with pytest.raises(ValueError, match="takes batches of 5 samples.*Received: batch_size=1"):
+        ks.tflite.export(keras.Model(inputs, layers.Dense(2)(inputs)), tmp_path / "n.tflite", batch_size=1)
+    assert os.listdir(tmp_path) == ["m.tflite"]
+
+
+@tensorflow_only
+def test_outputs_that_do_not_depend_on_the_inputs_are_said(tmp_path):
+    inputs = keras.Input((4,))
+    constant = layers.Dense(3, kernel_initializer="zeros", bias_initializer="ones", name="constant")(inputs)
+    report = ks.tflite.export(keras.Model(inputs, [constant, layers.Dense(3)(inputs)]), tmp_path / "m.tflite")
+    noted = [note for note in report.notes if "The comparison says little of output_0:" in note]
+    assert len(noted) == 1 and "output_1" not in noted[0] and "representative_data" in noted[0]

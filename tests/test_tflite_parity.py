@@ -123,6 +123,45 @@ def test_differing_batch_sizes():
         representative_batches({"image": IMAGE, "age": AGE[:2]}, signature(several()))
 
 
+@pytest.mark.parametrize("keys", [("image", "ages"), ("imag", "age"), ("x", "y")])
+def test_misspelled_names_are_refused(keys):
+    data = dict(zip(keys, (IMAGE, AGE), strict=True))
+    with pytest.raises(ValueError, match=r"names as keys: \['age', 'image'\]. Received: \['.*'\]") as caught:
+        representative_batches(data, signature(several()))
+    assert all(key in str(caught.value) for key in keys)
+    with pytest.raises(ValueError, match="names as keys"):
+        representative_batches([(data, np.zeros(5))], signature(several()))
+
+
+def test_keys_of_the_models_structure():
+    """Dicts within are taken as they stand; with one input there is nothing to mistake."""
+    a, b, c = (np.full((2, 16), n) for n in (1.0, 2.0, 3.0))
+    (batch,) = representative_batches([[a, (b, {"c": c})]], signature(nested()))
+    assert [array[0, 0] for array in batch] == [1, 2, 3]
+    assert len(representative_batches({"any": np.ones((5, 64))}, signature(mlp()))) == 1
+
+
+class Labels(layers.Layer):
+    def call(self, x):
+        return keras.ops.top_k(x, 1)[1][..., 0]
+
+
+def test_class_numbers_are_compared_by_how_many_are_others():
+    """By their magnitude, one that is another counts for all."""
+    image = keras.Input((16, 16, 3), name="image")
+    scores = layers.Conv2D(21, 1)(layers.Conv2D(64, 3, activation="relu")(image))
+    model = keras.Model(image, Labels()(scores))
+    called = signature(model)
+    reference = Reference(model, called, random_batches(model, called))
+    content = convert(model, called, "dynamic").content
+    found = reference.compare(content)
+    assert found.absolute > 1 and 0 < found.relative < 1e-3
+    for weight in model.weights:
+        weight.assign(keras.random.normal(weight.shape))
+    assert Reference(model, called, random_batches(model, called)).compare(content).relative > 0.4
+    assert reference.alike(0.1) == []
+
+
 def test_a_difference_is_found():
     """A file of one model against another model: the numbers are those of NumPy."""
     inputs = keras.Input((4,))

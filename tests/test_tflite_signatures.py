@@ -38,6 +38,12 @@ def test_names_are_identifiers_and_differ():
     assert output_names(OrderedDict(b=1, a=2)) == ["b", "a"]  # `keras.tree` keeps its order
 
 
+def test_a_batch_size_where_it_is_open():
+    image, table = keras.Input((3,), name="image"), keras.Input((4,), batch_size=2, name="table")
+    called = signature(keras.Model([image, table], [layers.Dense(2)(image), layers.Dense(2)(table)])).with_batch(2)
+    assert [leaf.shape for leaf in called.inputs] == [(2, 3), (2, 4)]
+
+
 def test_dtypes_become_those_of_phones():
     called = signature(subclassed())
     assert called.with_dtypes(["int64"]).inputs[0].dtype == "int32"

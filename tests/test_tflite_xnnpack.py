@@ -97,8 +97,8 @@ DOUBTFUL = {  # right today, but not covered by the rules
 }
 
 
-def verdict(body):
-    model = image_model(body)
+def verdict(body, batch_size=None):
+    model = image_model(body, batch_size=batch_size)
     content = encode(convert(model, signature(model)).content).content
     flat = read(content)
     return model, content, hazard(flat), [use.operator for use in uses(flat) if use.sparse]
@@ -106,8 +106,29 @@ def verdict(body):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_clusters_run_sparse(name):
-    _, _, reason, operators = verdict(WHOLE[name])
+    _, _, reason, operators = verdict(WHOLE[name], batch_size=1)
     assert reason is None and set(operators) == {"CONV_2D"} and len(operators) >= 2
+
+
+def test_squeeze_and_excite_of_an_open_batch(tmp_path):
+    """Sparse kernels are right for the first sample of it, and for whole batches of a fixed size."""
+    model, content, reason, operators = verdict(excited)
+    assert "right for one sample only: MEAN" in reason and "batch_size=1" in reason and operators == []
+    assert len(uses(read(content), fixed_batch=True)) >= 2
+    checked = ks.tflite.check(model)
+    assert checked.violations == [] and any("batch_size=1" in note for note in checked.notes)
+    assert {row["runs"] for row in checked.rows if row["operator"] == "CONV_2D" and row["size"] > 500} >= {"sparse"}
+    report = ks.tflite.export(model, tmp_path / "open.tflite")
+    assert report.encoding == "sparse" and report.runs_sparse == [] and "batch_size=1" in report.notes[0]
+    report = ks.tflite.export(model, tmp_path / "two.tflite", batch_size=2)
+    assert report.encoding == "sparse" and len(report.runs_sparse) >= 2
+    if MISSING["x86-no-avx"] is None:
+        called, fixed = signature(model), signature(model).with_batch(2)
+        random = random_batches(model, called)
+        assert Reference(model, called, random[:1]).compare_on("x86-no-avx", content).relative < 1e-5
+        assert Reference(model, called, random).compare_on("x86-no-avx", content).relative > 1e-4
+        two = (tmp_path / "two.tflite").read_bytes()
+        assert Reference(model, fixed, random[1:2]).compare_on("x86-no-avx", two).relative < 1e-5
 
 
 @pytest.mark.parametrize("name", UNTOUCHED)
@@ -174,7 +195,7 @@ def test_dense_layers_in_blocks():
 )
 def test_verdicts_on_a_cpu_without_avx(bodies, right):
     for name, body in bodies.items():
-        model, content, _, _ = verdict(body)
+        model, content, _, _ = verdict(body, batch_size=2)
         called = signature(model)
         reference = Reference(model, called, random_batches(model, called))
         try:

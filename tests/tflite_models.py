@@ -159,10 +159,10 @@ def stem(inputs, same=False):
     return layers.Conv2D(16, 3, 2, activation="relu")(layers.ZeroPadding2D(1)(inputs))
 
 
-def image_model(body, size=32):
+def image_model(body, size=32, batch_size=None):
     """A model of images of that size whose 1x1 convolutions are 90 % zeros; `body` maps the input to the output."""
     keras.utils.set_random_seed(0)
-    inputs = keras.Input((size, size, 3))
+    inputs = keras.Input((size, size, 3), batch_size=batch_size)
     model = keras.Model(inputs, body(inputs))
     for weight in model.weights:
         if weight.name == "kernel" and tuple(weight.shape[:2]) == (1, 1):

@@ -20,8 +20,7 @@ from keras import layers
 from keras_sparse import graph, selection
 from keras_sparse.reports import Report
 from keras_sparse.tflite.padding import same, wanted_padding, windows
-from keras_sparse.tflite.parity import random_batches
-from keras_sparse.tflite.signatures import HALF, signature
+from keras_sparse.tflite.sameness import difference, of_rounding
 from keras_sparse.tflite.targets import TARGETS, get
 
 __all__ = ["adapt"]
@@ -91,12 +90,12 @@ def adapt(model, target="xnnpack", verbose=1, return_report=False):
             refusal = error
     if not trials:
         raise refusal
-    tolerance = 1e-2 if any(one.compute_dtype in HALF for one in selection.layers(model)) else 1e-4
+    tolerance = of_rounding(model)
     # Upside down or not: what changes less of what the network computes, and then what changes less.
     for best in sorted(trials, key=lambda trial: (sum(not row["exact"] for row in trial.rows), trial.flipped)):
         adapted = best.model()
         totals = {"changes": len(best.rows), "exact": all(row["exact"] for row in best.rows)}
-        totals["difference"] = _difference(model, adapted)
+        totals["difference"] = difference(model, adapted)
         if totals["difference"] < tolerance or not totals["exact"]:
             break
     else:
@@ -120,17 +119,6 @@ def _check(model):
     for layer in selection.layers(model):
         if getattr(layer, "data_format", None) == "channels_first":
             raise ValueError(f"`model` must have the channels last. Received: {layer.name!r} has them first")
-
-
-def _difference(model, adapted):
-    x, found = random_batches(model, signature(model))[1], []
-    for one in (model, adapted):
-        outputs = keras.tree.flatten(signature(one).call(one, x))
-        found.append([np.asarray(keras.ops.convert_to_numpy(y), "float64") for y in outputs])
-    return max(
-        float(np.where(np.isnan(a) & np.isnan(b), 0, np.abs(a - b)).max() / np.abs(a[np.isfinite(a)]).max(initial=1e-6))
-        for a, b in zip(*found, strict=True)
-    )
 
 
 class _Rebuilding:

@@ -117,7 +117,7 @@ def check(model, target="xnnpack", sparsity=0.9):
     encoded = encode(_pruned(dense, kinds, sparsity))
     flat = read(encoded.content)
     whole = {tensor.name: tensor for graph in read(dense).subgraphs for tensor in graph.tensors}
-    how = {use.tensor.name: use for use in uses(flat)}
+    how = {use.tensor.name: use for use in uses(flat, fixed_batch=True)}
     names = _Layers(model)
     rows, goals, able = [], {}, set()
     for operator, tensor in _kernels(flat):
@@ -152,9 +152,11 @@ def check(model, target="xnnpack", sparsity=0.9):
         "bytes_sparse": min(len(encode(_pruned(dense, kinds, sparsity, able)).content), len(dense)),
     }
     notes = [f"{one['layer']}: {one['violation']}. Mend: {one['mend']}." for one in found]
-    fault = hazard(flat)
+    fault, of_open_batch = hazard(flat, fixed_batch=True), hazard(flat)
     if fault:
         notes.append(f"As it is, {fault}. `ks.tflite.export` keeps the file out of them.")
+    elif of_open_batch:
+        notes.append(f"As it is, {of_open_batch}.")
     if encoded.outweighed:
         notes.append(f"{OUTWEIGHED}: they need a number of inputs that 4 divides.")
     if not goals:

@@ -20,7 +20,9 @@ import keras
 import numpy as np
 
 from keras_sparse.quiet import quiet
+from keras_sparse.tflite.editing import File
 from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.halves import halve
 from keras_sparse.tflite.signatures import HALF, Input, output_names, signature
 
 __all__ = ["Conversion", "ExportError", "convert", "first_line", "modules"]
@@ -115,9 +117,12 @@ def _content(model, called, quantize, samples, inference_type, batch):
         size = batch if leaf.shape[0] is None else leaf.shape[0]
         specs.append(tf.TensorSpec([size, *leaf.shape[1:]], leaf.dtype, leaf.name))
 
+    names = []
+
     def serve(*flat):
         outputs = called.call(model, flat)
-        return dict(zip(output_names(outputs), keras.tree.flatten(outputs), strict=True))
+        names[:] = output_names(outputs)
+        return dict(zip(names, keras.tree.flatten(outputs), strict=True))
 
     with tempfile.TemporaryDirectory(prefix="keras_sparse-") as folder:
         archive = keras.export.ExportArchive()
@@ -125,10 +130,32 @@ def _content(model, called, quantize, samples, inference_type, batch):
         archive.add_endpoint("serve", serve, input_signature=specs)
         archive.write_out(folder, verbose=False)
         if quantize == "int8":
-            return _calibrate_elsewhere(model, called, pathlib.Path(folder), samples, inference_type)
-        if quantize == "dynamic":
-            _check_factors(model.name, _converter(folder, None).convert())
-        return _converter(folder, quantize).convert()
+            content = _calibrate_elsewhere(model, called, pathlib.Path(folder), samples, inference_type)
+        elif quantize == "float16":
+            content = halve(_converter(folder, None).convert())
+        else:
+            if quantize == "dynamic":
+                _check_factors(model.name, _converter(folder, None).convert())
+            content = _converter(folder, quantize).convert()
+    return _in_order(content, [leaf.name for leaf in called.inputs], names)
+
+
+def _in_order(content, inputs, outputs):
+    """The file with its inputs and outputs in the model's order: the converter has one of its own (by name)."""
+    file = File(content)
+    graph, signature = file.model.subgraphs[0], file.model.signatureDefs[0]
+    changed = False
+    for kind, names in ("inputs", inputs), ("outputs", outputs):
+        maps = sorted(getattr(signature, kind), key=lambda entry: names.index(entry.name.decode()))
+        old = [int(n) for n in getattr(graph, kind)]
+        new = [entry.tensorIndex for entry in maps]
+        if len(new) > len(old):  # one tensor has several names
+            new = list(dict.fromkeys(new))
+        if sorted(new) == sorted(old) and new != old:
+            setattr(graph, kind, new)
+            setattr(signature, kind, maps)
+            changed = True
+    return file.pack() if changed else content
 
 
 def _check_factors(name, content):
@@ -153,8 +180,6 @@ def _converter(folder, quantize):
     # Without this flag a model with state, such as a seed generator, needs operators that phones lack.
     converter.experimental_enable_resource_variables = True
     converter.optimizations = [tf.lite.Optimize.DEFAULT] if quantize else []
-    if quantize == "float16":
-        converter.target_spec.supported_types = [tf.float16]
     return converter
 
 

@@ -112,6 +112,22 @@ class File:
         graph.tensors.append(bias)
         return len(graph.tensors) - 1
 
+    def fill(self, graph, number):
+        """Make an operator that fills a stored tensor of floats with zeros, which is stored no longer."""
+        tensor = graph.tensors[number]
+        kinds = self.schema.TensorType
+        inputs = []
+        for name, kind, values in (
+            (b"/shape", kinds.INT32, np.array(tensor.shape, "int32")),
+            (b"/zero", kinds.FLOAT32, np.zeros((), "float32")),
+        ):
+            shape = np.array(values.shape, "int32")
+            graph.tensors.append(self.schema.TensorT(shape=shape, type=kind, name=tensor.name + name, hasRank=True))
+            self.store(graph.tensors[-1], values)
+            inputs.append(len(graph.tensors) - 1)
+        tensor.buffer = 0  # the empty one
+        return self.schema.OperatorT(opcodeIndex=self.code("FILL"), inputs=inputs, outputs=[number])
+
     def reshape(self, graph, source, target, sizes):
         """Make an operator that gives a tensor another shape."""
         shape = self.schema.TensorT(

@@ -10,7 +10,8 @@ and lets operators read weights that they misread. Here each weight is encoded b
   (dynamic range), restored int8 does not load or is garbage: a `DEQUANTIZE` follows, and floats are multiplied.
 * Where XNNPACK leaves an operator alone, as it does with convolutions in three dimensions and transposed ones of open
   batch size, but could unpack its weights, those that need both steps (float16, dynamic range) become garbage: these
-  stay dense.
+  are stored as floats of 32 bits without zeros, if that is smaller, else dense.
+* What only zeros stand in, and others read, is filled by a `FILL` when the model runs.
 * `FULLY_CONNECTED` with integer inputs does not load with restored weights. A convolution by 1x1 of images of one pixel
   multiplies the same integers, and does load: it takes the operator's place.
 
@@ -34,6 +35,7 @@ OUTWEIGHED = (
 )
 _ALONE = ("TRANSPOSE_CONV", "CONV_3D", "CONV_3D_TRANSPOSE")  # what XNNPACK does not take, always or often
 _READERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL", *_ALONE)  # they read weights as input 1
+_TABLES = ("GATHER", "BATCH_MATMUL")  # they read an embedding, or a constant matrix, as input 0
 _FULLY_CONNECTED_SPARSE = 8  # the version of the operator that reads sparse weights
 _DEQUANTIZE_CHANNELS = 5  # the version of the operator that knows scales for each channel
 _CONVOLUTION_CHANNELS = 5  # the version of CONV_2D that does
@@ -119,11 +121,18 @@ def _encode_graph(file, graph, encoded):
     for number, weight in weights.items():
         tensor, best = graph.tensors[number], weight.best
         if best is None:
+            if weight.obstacle and weight.is_filled:
+                tensor.type = file.schema.TensorType.FLOAT32
+                unpacking.append(file.fill(graph, number))
+                _pass_on(file, graph, number, readers[number], weight.final)
+                continue
             if weight.obstacle and weight.stored(1).bytes + weight.overhead < weight.values.nbytes:
                 encoded.kept[_name(tensor)] = weight.obstacle
             continue
         file.store(tensor, best.values)
         tensor.sparsity = best.parameters(file.schema, tensor.shape)
+        if weight.whole:
+            tensor.type, tensor.quantization = file.schema.TensorType.FLOAT32, None
         if weight.runs_sparse:
             file.code("FULLY_CONNECTED", _FULLY_CONNECTED_SPARSE)
             continue
@@ -136,13 +145,20 @@ def _encode_graph(file, graph, encoded):
             float32 = file.schema.TensorType.FLOAT32
             operator, output = file.unpack(graph, output, "DEQUANTIZE", _DEQUANTIZE_CHANNELS, float32, None)
             unpacking.append(operator)
-        for reader, position in readers[number]:
-            inputs = list(reader.inputs)
-            inputs[position] = output
-            reader.inputs = inputs
+        _pass_on(file, graph, output, readers[number] if weight.whole else [], weight.final)
         if weight.pixels:
             _as_convolutions(file, graph, [reader for reader, _ in readers[number]])
     graph.operators = unpacking + graph.operators
+
+
+def _pass_on(file, graph, number, readers, final):
+    """Let the operators of `final` read the tensor `number`, and drop those of `readers` that only unpacked it."""
+    passed = [reader for reader, _ in readers if file.name(reader) == "DEQUANTIZE"]
+    graph.operators = [operator for operator in graph.operators if all(operator is not one for one in passed)]
+    for operator, position in final:
+        inputs = list(operator.inputs)
+        inputs[position] = number
+        operator.inputs = inputs
 
 
 def _name(tensor):
@@ -174,6 +190,8 @@ class _Weight:
     direct: int | None = None  # the size of block that its readers multiply without unpacking
     hybrid: bool = False  # int8 weights for float inputs
     pixels: bool = False  # whether its readers must become convolutions to read it restored
+    whole: bool = False  # whether it is stored as float32, which it is not in the dense file
+    final: list = field(default_factory=list)  # pairs of an operator that reads it stored so, and the input's position
     obstacle: str = ""  # why it cannot be encoded in some way that may be smaller
 
     @classmethod
@@ -193,15 +211,17 @@ class _Weight:
             through = file.name(operator) == "DEQUANTIZE"
             final += readers.get(int(operator.outputs[0]), []) if through else [(operator, position)]
         names = {file.name(operator) for operator, _ in final}
+        table = dtype != "i1" and all(position == 0 for _, position in final) and names <= set(_TABLES)
         values = np.frombuffer(data.tobytes(), dtype).reshape(shape)
-        if not names <= set(_READERS) or any(position != 1 for _, position in final):
+        if not table and (not names <= set(_READERS) or any(position != 1 for _, position in final)):
             others = ", ".join(sorted(names - set(_READERS))) or "An operator that multiplies it with itself"
-            return cls(values, [], obstacle=f"{others} is not known to read restored weights right") if names else None
-        weight, fully = cls(values, [1]), names == {"FULLY_CONNECTED"}
+            reason = f"{others} is not known to read restored weights right"
+            return cls(values, [], final=final, obstacle=reason) if names else None
+        weight, fully = cls(values, [1], final=own), names == {"FULLY_CONNECTED"}
         if dtype == "i1":
             inputs = {int(o.inputs[2 if file.name(o) == "TRANSPOSE_CONV" else 0]) for o, _ in final}
             weight.hybrid = all(file.dtype(graph.tensors[n]) == "float32" for n in inputs)
-        alone = sorted(names & set(_ALONE))
+        alone = sorted(names & {*_ALONE, *_TABLES[:1]})
         if dtype == "<f4" and fully:
             weight.direct = 4
         elif dtype == "i1" and not weight.hybrid and "FULLY_CONNECTED" in names:
@@ -210,6 +230,9 @@ class _Weight:
             if not weight.pixels:
                 weight.blocks, weight.obstacle = [], "FULLY_CONNECTED in integers does not load with restored weights"
         elif alone and (weight.hybrid or dtype == "<f2"):
+            whole = cls(_real(values, quantization), [1], whole=True, final=final)
+            if whole.stored(1).bytes + _OVERHEAD < values.nbytes:
+                return whole
             weight.blocks, kind = [], "float16" if dtype == "<f2" else "int8"
             weight.obstacle = f"{alone[0]} computes garbage or NaN from restored {kind} weights under XNNPACK"
         blocks = {weight.direct, 4} if fully and not weight.obstacle and not weight.pixels else {weight.direct}
@@ -224,6 +247,12 @@ class _Weight:
         restored = _OVERHEAD + _OVERHEAD_CHANNEL * len(self.values)
         # Two reshapings, and maybe a bias of integers of four bytes.
         return restored + 2 * _OVERHEAD + (_OVERHEAD_CHANNEL + 4) * len(self.values) if self.pixels else restored
+
+    @property
+    def is_filled(self):
+        """Whether it is nothing but zeros, such as the list of outputs that a loop begins with, and large enough."""
+        floats = self.values.dtype in ("<f4", "<f2")
+        return floats and self.values.nbytes > 4 * _OVERHEAD and not self.values.any()
 
     def stored(self, block):
         return _Rows.of(self.values, block)
@@ -285,6 +314,16 @@ class _Rows:
             dims.append(schema.DimensionMetadataT(kinds.DENSE, self.block))
             blocked = [len(shape) - 1]
         return schema.SparsityParametersT(list(range(len(dims))), blocked, dims)
+
+
+def _real(values, quantization):
+    """Floats of 16 bits, or integers with scales, as floats of 32 bits."""
+    values = values.astype("<f4")
+    if quantization is None or quantization.scale is None:
+        return values
+    scales = np.asarray(quantization.scale, "<f4")
+    axis = quantization.quantizedDimension if len(scales) > 1 else 0
+    return values * scales.reshape([-1 if i == axis else 1 for i in range(values.ndim)])
 
 
 def _narrow(numbers):

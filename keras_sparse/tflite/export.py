@@ -2,15 +2,15 @@
 
 import os
 
-import keras
 import numpy as np
 
 from keras_sparse import files, selection
-from keras_sparse.layers import gated_layers
 from keras_sparse.reports import Report
+from keras_sparse.tflite.acceptance import accepted
 from keras_sparse.tflite.convert import ExportError, convert
 from keras_sparse.tflite.encoding import OUTWEIGHED, encode
 from keras_sparse.tflite.flatmodel import gzip_size, read
+from keras_sparse.tflite.halves import kept_whole
 from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches, representative_batches
 from keras_sparse.tflite.signatures import signature
 from keras_sparse.tflite.verification import TOLERANCE, Verification, sparse_runtimes
@@ -21,6 +21,7 @@ __all__ = ["ExportError", "ExportReport", "export"]
 _QUANTIZE = (None, "float16", "dynamic", "int8")
 _INTEGERS = ("dynamic", "int8")
 _SAMPLES = 16  # of representative data that an int8 file is compared on, one by one
+_ALIKE = 0.03  # share of an output's magnitude: one that differs less between samples hardly depends on them
 _WEIGHTS = ("float32", "float16", "bfloat16", "int8")  # types that weights are stored in
 
 
@@ -68,7 +69,16 @@ class ExportReport(Report):
             setattr(self, name, totals[name])
 
 
-def export(model, path, sparse=True, quantize=None, representative_data=None, verify="auto", inference_type=None):
+def export(
+    model,
+    path,
+    sparse=True,
+    quantize=None,
+    representative_data=None,
+    verify="auto",
+    inference_type=None,
+    batch_size=None,
+):
     """Write a model as a .tflite file that is proven to compute what the model computes.
 
     The model is converted, and weights with many zeros are encoded without them: weight by weight, where the encoding
@@ -92,6 +102,8 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
             known about the file, and raise if there is none.
         inference_type: With `"int8"`, the type of inputs and outputs that are floats in the model: `None` (float32),
             `"int8"` or `"uint8"`; what a stored integer means is in the file.
+        batch_size: The size of the batches that the file takes; `None`: any, if the model takes any. Networks with
+            squeeze-and-excite branches run sparse only in files of a fixed size.
 
     Returns:
         An `ExportReport`.
@@ -119,8 +131,8 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
     _check_quantize(quantize, representative_data, inference_type)
     runtimes = sparse_runtimes(verify)
     path = _check_path(path)
-    model = _model(model)
-    called = signature(model)
+    model = accepted(model)
+    called = _with_batch(signature(model), batch_size)
     samples = representative_batches(representative_data, called) if representative_data is not None else []
     if samples and not called.typed:
         called = called.with_dtypes([array.dtype for array in samples[0]])
@@ -133,11 +145,16 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
             "quantize='float16'. Received: quantize='int8'"
         )
     # int8 clips what is beyond the calibrated range: random inputs would be.
-    batches = samples[:_SAMPLES] if quantize == "int8" else random_batches(model, called) + samples
+    batches = samples[:_SAMPLES]
+    if quantize != "int8":
+        batches = random_batches(model, called, like=samples[0] if samples else None) + samples
     reference = Reference(model, called, in_batches_of(1, batches) if conversion.fixed_batch else batches)
     tolerance = max(TOLERANCE[name] for name in (_precision(model), quantize or "float32"))
 
     notes = []
+    whole = kept_whole(conversion.content) if quantize == "float16" else []
+    if whole:
+        notes.append(f"In float32, because half precision loses numbers of this size: {', '.join(whole)}.")
     if conversion.fixed_batch:
         notes.append(
             "The file takes one sample at a time: TFLite's built-in operators cannot run a recurrent layer, or another "
@@ -147,6 +164,13 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
         notes.append(
             "The file takes float32 inputs: a subclassed model does not record the types of its inputs. Pass integers "
             "as `representative_data` for a file that takes integers."
+        )
+    alike = reference.alike(min(tolerance, _ALIKE))
+    if alike:
+        notes.append(
+            f"The comparison says little of {', '.join(alike)}: between the inputs that were tried it differs by less "
+            f"than {min(tolerance, _ALIKE):.1%} of its magnitude, and may do so in a wrong file. Pass inputs as the "
+            "model will meet them, and several, as `representative_data`."
         )
     check = Verification(conversion.content, reference, tolerance, quantize in _INTEGERS, runtimes, verify == "strict")
     content, encoding, parity, size = _choose(conversion.content, check, sparse, notes)
@@ -168,6 +192,12 @@ def export(model, path, sparse=True, quantize=None, representative_data=None, ve
             f"{' '.join(check.notes) or 'none that answered in time'}"
         )
     notes += check.notes
+    if quantize == "dynamic" and _restores_integers(content):
+        notes.append(
+            "Slower than with dense weights: 8-bit weights that are stored without zeros are restored as floats when "
+            "the model loads, where dense ones are multiplied as integers (2 to 5 times the time on x86, up to 3 times "
+            "the memory). If time matters, use sparse=False, or quantize='float16'."
+        )
     report = _report(model, path, conversion.content, content, encoding, size, parity, check.verified_on, notes)
     _write(path, content)
     return report
@@ -189,6 +219,19 @@ def _check_quantize(quantize, representative_data, inference_type):
         )
 
 
+def _with_batch(called, size):
+    if size is None:
+        return called
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"`batch_size` must be None or a positive integer. Received: batch_size={size!r}")
+    fixed = {leaf.shape[0] for leaf in called.inputs} - {None}
+    if fixed - {size}:
+        raise ValueError(
+            f"The model takes batches of {fixed.pop()} samples: leave `batch_size` out. Received: batch_size={size}"
+        )
+    return called.with_batch(size)
+
+
 def _calibration(samples, called):
     """One sample at a time, where the batch size is open."""
     if all(np.ptp(np.concatenate(arrays, axis=None).astype("float64")) == 0 for arrays in zip(*samples, strict=True)):
@@ -204,6 +247,11 @@ def _holds_integers(content):
     return any(tensor.dtype == "int8" for graph in read(content).subgraphs for tensor in graph.tensors)
 
 
+def _restores_integers(content):
+    tensors = [tensor for graph in read(content).subgraphs for tensor in graph.tensors]
+    return any(tensor.dtype == "int8" and tensor.levels is not None for tensor in tensors)
+
+
 def _check_path(path):
     path = os.fspath(path)
     if not path.endswith(".tflite"):
@@ -216,46 +264,6 @@ def _check_path(path):
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"The folder {folder!r} is not writable. Received: path={path!r}")
     return path
-
-
-def _model(model):
-    if isinstance(model, (str, os.PathLike)):
-        file = os.fspath(model)
-        if not file.endswith(".keras"):
-            raise ValueError(f"`model` must be a Keras model or the path of a .keras file. Received: model={file!r}")
-        if not os.path.isfile(file):
-            raise FileNotFoundError(f"There is no such file. Received: model={file!r}")
-        try:
-            model = keras.saving.load_model(file, compile=False)
-        except Exception as error:
-            raise ValueError(
-                "The .keras file cannot be loaded. If the model has custom classes, import the module that registers "
-                f"them, load it yourself and pass the model. Received: model={file!r} "
-                f"({type(error).__name__}: {str(error).strip()[:300]})"
-            ) from error
-    selection.check_model(model)
-    if not isinstance(model, keras.Model):
-        raise TypeError(
-            "`model` must be a `keras.Model`: put the layer into a `keras.Sequential`. "
-            f"Received: {type(model).__name__}"
-        )
-    gated = [layer.name for layer in gated_layers(model)]
-    if gated:
-        raise ValueError(f"Fold the gates in first: `export(ks.bake(model), ...)`. Received: `ks.layers.L0` {gated}")
-    double = [weight.path for weight in model.weights if weight.dtype == "float64"]
-    if double:
-        raise ValueError(
-            "`model` must compute in float32 or half precision: TFLite does not in float64. Build it under the policy "
-            f"'float32' and copy the weights. Received: float64 in {', '.join(double)}"
-        )
-    broken = [weight.path for weight in model.weights if not np.isfinite(selection.as_array(weight)).all()]
-    if broken:
-        raise ValueError(
-            "The weights of `model` must be finite: its training diverged. Train it again with a smaller learning rate "
-            "or `clipnorm`, from a checkpoint before that (`keras.callbacks.TerminateOnNaN` stops in time). "
-            f"Received: NaN or infinity in {', '.join(broken)}"
-        )
-    return model
 
 
 def _precision(layer):

@@ -44,7 +44,10 @@ class Tensor:
             `segments` is `None` where all positions are stored. `None` for dense encoding.
         block: Sizes of the block, one for each dimension (all 1: no blocks).
         zero_point: The stored integer that means zero.
+        scales: What a stored integer of 1 means: one number, or one for each index along `scale_axis`; or `None`.
+        scale_axis: That axis.
         metadata_bytes: Bytes that the index of a sparse encoding takes.
+        opened: Axes whose size is open, such as that of the batch.
 
     Example:
 
@@ -59,7 +62,10 @@ class Tensor:
     levels: list | None = None
     block: tuple = ()
     zero_point: int = 0
+    scales: np.ndarray | None = None
+    scale_axis: int = 0
     metadata_bytes: int = 0
+    opened: tuple = ()
 
     @property
     def size(self):
@@ -105,6 +111,14 @@ class Tensor:
         dense = np.zeros(self.size, values.dtype)
         dense[self._positions(len(values))] = values
         return dense.reshape(self.shape)
+
+    def real_values(self):
+        """The tensor as floats of 32 bits: what stored integers mean."""
+        values = self.values().astype("<f4")
+        if self.scales is None:
+            return values
+        sizes = [-1 if axis == self.scale_axis else 1 for axis in range(values.ndim)]
+        return values * (self.scales.reshape(sizes) if self.scales.size > 1 else self.scales)
 
     def _stored_values(self, as_numbers=False):
         if self.stored is None:
@@ -358,11 +372,15 @@ def _tensor(schema, tensor, dtypes, buffers, content):
         shape=shape,
         dtype=dtypes[tensor.Type()],
         stored=_stored(buffers[tensor.Buffer()], content),
+        opened=tuple(axis for axis, n in enumerate(_ints(tensor.ShapeSignatureAsNumpy())) if n < 0),
     )
     quantization = tensor.Quantization()
     if quantization is not None and result.stored is not None:
         points = set(_ints(quantization.ZeroPointAsNumpy()))
         result.zero_point = points.pop() if len(points) == 1 else 0
+        scales = quantization.ScaleAsNumpy()
+        if not isinstance(scales, int) and len(scales):
+            result.scales, result.scale_axis = scales, quantization.QuantizedDimension()
     sparsity = tensor.Sparsity()
     if sparsity is not None and result.stored is not None:
         _read_sparsity(schema, sparsity, result)

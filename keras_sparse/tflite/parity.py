@@ -8,12 +8,12 @@ import numpy as np
 
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.convert import ExportError, first_line
+from keras_sparse.tflite.inputs import random_batches, spread
 from keras_sparse.tflite.runtimes import TIMEOUT, Worker
 from keras_sparse.tflite.signatures import HALF, output_names
 
 __all__ = ["Parity", "Reference", "in_batches_of", "random_batches", "representative_batches"]
 
-_ANY = 32  # size of a dimension that the model leaves open, other than the batch
 _MAX_SAMPLES = 128  # of representative data: a check, not an evaluation
 
 
@@ -23,7 +23,11 @@ class Parity:
 
     Attributes:
         absolute: Largest absolute difference over all outputs and inputs tried.
-        relative: Largest difference of an output divided by that output's largest magnitude.
+        relative: Largest difference of an output divided by that output's largest magnitude. An output of whole numbers
+            may be one of class numbers, of which the next is not nearer than another: if that is less, the share of
+            numbers that are others, of the share that would be by chance, to the power of three (where other outputs
+            may differ by 1e-3, one number in ten may be another; by 3e-2, three in ten). Beside outputs of other
+            numbers it counts a third of that: near-equal scores may come in any order.
         worst: Name of the output with the largest relative difference.
 
     Example:
@@ -78,6 +82,19 @@ class Reference:
                 f"{first_line(error)}"
             ) from error
 
+    def alike(self, tolerance):
+        """Names of the outputs that differ by less than `tolerance`, relative to their magnitude, between samples.
+
+        On these a comparison sees little: another network's may be about the same.
+        """
+        found = []
+        for name, first in self._outputs[0].items():
+            values = [outputs[name] for outputs in self._outputs]
+            samples = [[y] for value in values for y in (value if first.ndim else [value])]
+            samples = [[y] for [y] in samples if y.shape == samples[0][0].shape]
+            found += [name] if spread(samples)[0] < tolerance else []
+        return found
+
     def compare(self, content):
         """Run a file (bytes) with ai-edge-litert in this process and compare it. Returns a `Parity`."""
         from ai_edge_litert.interpreter import Interpreter
@@ -87,15 +104,17 @@ class Reference:
             run = interpreter.get_signature_runner("serving_default")
             # A model input that no output depends on is not in the file.
             wanted = set(run.get_input_details())
-            return self._parity(
+            results = (
                 run(**{name: value for name, value in inputs.items() if name in wanted}) for inputs in self._inputs
             )
+            return self._parity(self._outputs, results)
 
     def compare_on(self, runtime, content, timeout=TIMEOUT):
         """Run a file (bytes) in a process of its own and compare it.
 
         Args:
-            runtime: One of `runtimes.RUNTIMES`. All but `"native"` run the first batch only: they are slow.
+            runtime: One of `runtimes.RUNTIMES`. All but `"native"` are slow: they run the first batch and, where the
+                batch size is open, the third, of several samples.
             content: The file.
             timeout: Seconds that loading and each run may take.
 
@@ -111,21 +130,29 @@ class Reference:
             wanted = {leaf["name"]: leaf["dtype"] for leaf in worker.inputs}
             scales = worker.scales  # LiteRT.js does not tell, and takes no integers of 8 bits
             results = []
-            for inputs in self._inputs if runtime == "native" else self._inputs[:1]:
+            some = slice(None) if runtime == "native" else slice(0, 3, 2) if worker.resizes else slice(1)
+            for inputs in self._inputs[some]:
                 worker.feed({name: _quantized(inputs[name], wanted[name], scales.get(name)) for name in wanted})
                 outputs = worker.run()
                 results.append({name: _dequantized(value, scales.get(name)) for name, value in outputs.items()})
-        return self._parity(results)
+        return self._parity(self._outputs[some], results)
 
-    def _parity(self, results):
-        absolute, relative, worst = 0.0, 0.0, ""
-        for expected, found in zip(self._outputs, results, strict=False):
+    def _parity(self, outputs, results):
+        found = {name: [] for name in outputs[0]}
+        for expected, result in zip(outputs, results, strict=True):
             for name, value in expected.items():
-                difference, ratio = _difference(value, _numbers(found[name]))
-                absolute = max(absolute, difference)
-                if not worst or ratio > relative:
-                    relative, worst = ratio, name
-        return Parity(absolute, relative, worst)
+                found[name].append((value, _numbers(result[name])))
+        whole = {name for name, pairs in found.items() if all(_are_whole(y) for pair in pairs for y in pair)}
+        differences = {}
+        for name, pairs in found.items():
+            differences[name] = [_difference(*pair) for pair in pairs]
+            if name in whole:
+                labels = _labels_apart(pairs) / (1 if len(whole) == len(found) else 3)
+                differences[name] = [(largest, min(ratio, labels)) for largest, ratio in differences[name]]
+        ratios = {name: max(ratio for _, ratio in pairs) for name, pairs in differences.items()}
+        worst = max(ratios, key=ratios.get, default="")
+        absolute = max((largest for pairs in differences.values() for largest, _ in pairs), default=0.0)
+        return Parity(absolute, ratios.get(worst, 0.0), worst)
 
 
 def _quantized(values, dtype, scale):
@@ -145,6 +172,21 @@ def _numbers(array):
     return np.asarray(array).astype("float64")
 
 
+def _are_whole(values):
+    return np.isfinite(values).all() and np.array_equal(values, np.round(values))
+
+
+def _labels_apart(pairs):
+    """The share of whole numbers that are others, of the share that would be by chance, to the power of three."""
+    if any(expected.shape != found.shape for expected, found in pairs):
+        return np.inf
+    expected, found = (np.concatenate([pair[i].ravel() for pair in pairs]) for i in (0, 1))
+    _, counts = np.unique(expected, return_counts=True)
+    by_chance = 1 - np.square(counts / max(1, expected.size)).sum()
+    share = np.mean(expected != found) if expected.size else 0.0
+    return float(min(1.0, share / max(by_chance, 1e-20))) ** 3
+
+
 def _difference(expected, found):
     """Largest difference, absolute and relative to the largest magnitude; NaN equals NaN and nothing else."""
     if expected.shape != found.shape:
@@ -157,49 +199,6 @@ def _difference(expected, found):
     largest = float(apart.max(initial=0.0))
     # The floor keeps an output of zeros from turning rounding noise into an infinite ratio.
     return largest, largest / max(float(finite.max(initial=0.0)), 1e-20)
-
-
-def random_batches(model, signature, seed=0):
-    """Random inputs that a model can take, in batches of 1, 2 and 3 where the batch size is open.
-
-    Floats are normal; integers stay below the number of rows of the model's smallest embedding, or are 0 and 1 without
-    one (0 to 255 for images of uint8). Float inputs of a model with an embedding may be token numbers, so they are
-    drawn from the valid ones.
-
-    Args:
-        model: A built Keras model.
-        signature: Its `Signature`.
-        seed: Of the random numbers.
-
-    Returns:
-        List of flat lists of arrays.
-
-    Example:
-
-    >>> import keras
-    >>> from keras_sparse.tflite.signatures import signature
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    >>> [batch[0].shape for batch in random_batches(model, signature(model))]
-    [(1, 4), (2, 4), (3, 4)]
-    """
-    rng = np.random.default_rng(seed)
-    rows = min((int(w.shape[0]) for w in model.weights if w.name == "embeddings"), default=None)
-    batches = []
-    for size in (1, 2, 3):
-        batch = []
-        for leaf in signature.inputs:
-            shape = [(size if axis == 0 else _ANY) if n is None else n for axis, n in enumerate(leaf.shape)]
-            batch.append(_random(rng, shape, np.dtype(leaf.dtype), rows))
-        batches.append(batch)
-    return batches
-
-
-def _random(rng, shape, dtype, rows):
-    if dtype.kind == "f":
-        values = rng.normal(size=shape) if rows is None else rng.integers(0, min(rows, 100), shape)
-    else:
-        values = rng.integers(0, rows or (256 if dtype == np.uint8 else 2), shape)
-    return values.astype(dtype)
 
 
 def in_batches_of(size, batches):
@@ -297,11 +296,26 @@ def _leaves(element, signature):
             return [candidate[name] for name in names]
         leaves = keras.tree.flatten(candidate)
         if len(leaves) == len(names):
+            _check_keys(candidate, signature)
             return leaves
     count = len(keras.tree.flatten(element))
     raise ValueError(
         f"Each batch of `representative_data` must hold {len(names)} arrays, for the inputs {names}. Received: {count}"
     )
+
+
+def _check_keys(element, signature):
+    """What is not named as the inputs are is taken in their order, and a misspelled key would come at another place."""
+    known, found = (
+        [tuple(key for key in path if isinstance(key, str)) for path, _ in keras.tree.flatten_with_path(structure)]
+        for structure in (signature.structure, element)
+    )
+    if any(found) and found != known and len(known) > 1:
+        names = [leaf.name for leaf in signature.inputs]
+        keys = ["/".join(path) or "an array without a key" for path in found]
+        raise ValueError(
+            f"A dict in `representative_data` must have the inputs' names as keys: {names}. Received: {keys}"
+        )
 
 
 def _fitting(array, leaf):

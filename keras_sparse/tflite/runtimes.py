@@ -88,6 +88,7 @@ class Worker:
         outputs: Names of its outputs.
         scales: `{name: (scale, zero point)}` of the inputs and outputs that are quantised: a stored integer `q` means
             `scale * (q - zero point)`. Empty on `"wasm"`, which does not tell.
+        resizes: Whether it runs batches of any size, as files with an open batch size do but on `"wasm"`.
         load: Seconds that loading took, by the process's own clock; instructions where the runtime counts them.
 
     Raises:
@@ -122,6 +123,7 @@ class Worker:
             loaded = self._ask("load", path=os.path.abspath(file), threads=threads)
             self.inputs = [leaf | {"shape": [max(1, n) for n in leaf["shape"]]} for leaf in loaded["inputs"]]
             self._open = loaded.get("open", {})  # axes of any size; LiteRT.js cannot resize
+            self.resizes = any(0 in axes for axes in self._open.values())
             self._check_types(self.inputs)
             self.outputs = loaded["outputs"]
             self.scales = {name: tuple(scale) for name, scale in loaded.get("scales", {}).items()}

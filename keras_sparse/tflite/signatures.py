@@ -57,6 +57,14 @@ class Signature:
         inputs = keras.tree.pack_sequence_as(self.structure, list(flat))
         return model(**inputs, training=False) if self.keywords else model(inputs, training=False)
 
+    def with_batch(self, size):
+        """The same signature with a fixed batch size, where it is open."""
+
+        def fixed(shape):
+            return (size, *shape[1:]) if shape[:1] == (None,) else shape
+
+        return replace(self, inputs=[replace(leaf, shape=fixed(leaf.shape)) for leaf in self.inputs])
+
     def with_dtypes(self, dtypes):
         """The same signature with other input types; 64-bit numbers, NumPy's default, become 32-bit ones."""
         dtypes = [str(dtype).replace("64", "32") for dtype in dtypes]

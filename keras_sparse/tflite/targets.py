@@ -89,8 +89,9 @@ _RULES = (
     ),
     Statement(
         "Add, Multiply, ReLU, ReLU6, hard swish, swish, sigmoid, ELU, leaky ReLU, GELU, bilinear resizing; "
-        "squeeze-and-excite by sigmoid; no constants in Add and Multiply",
-        _CHECK + "; constants: measured, MobileNetV3's hard sigmoid does not run sparse",
+        "squeeze-and-excite by sigmoid, in a file of fixed batch size; no constants in Add and Multiply",
+        _CHECK + "; constants: measured, MobileNetV3's hard sigmoid does not run sparse; batch: measured, wrong "
+        "numbers",
     ),
     Statement(
         "It ends in global average pooling without keepdims=True, and none of its values before that is an output",

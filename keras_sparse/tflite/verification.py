@@ -178,8 +178,8 @@ def _same_weights(sparse, dense):
         return [n for n in tensor.shape if n > 1]
 
     def key(tensor):
-        values = tensor.values() + 0  # a sparse encoding keeps no -0.0
-        return *sizes(tensor), tensor.dtype, values.tobytes()
+        values = tensor.real_values() + 0  # a sparse encoding keeps no -0.0
+        return *sizes(tensor), values.tobytes()
 
     encoded = [t for graph in sparse.subgraphs for t in graph.tensors if t.levels is not None]
     shapes = [sizes(t) for t in encoded]

@@ -15,6 +15,8 @@ import numpy as np
 
 __all__ = ["serve"]
 
+_OPEN = (32, 128, 512, 2048, 8192, 32768)  # sizes that are tried where the file leaves one open
+
 
 def serve(requests, answers):
     """Answer each request, such as the line `{"do": "load", "path": "m.tflite", "threads": 1}`, with a line of JSON.
@@ -54,7 +56,7 @@ class _Session:
         _mark()
         start = time.perf_counter()
         self._interpreter = Interpreter(model_path=path, num_threads=threads)
-        self._interpreter.allocate_tensors()
+        self._allocate()
         seconds = time.perf_counter() - start
         _mark()
         self._base = before
@@ -75,6 +77,24 @@ class _Session:
         }
         outputs = list(self._outputs)
         return {"inputs": inputs, "outputs": outputs, "scales": scales, "open": opened, "seconds": seconds}
+
+    def _allocate(self):
+        """Get the memory for the file's own sizes; where it leaves some open, besides the batch, for larger ones."""
+        try:
+            return self._interpreter.allocate_tensors()
+        except RuntimeError as error:  # convolutions of one step, for instance, have none left
+            refusal = error
+        details = self._interpreter.get_input_details()
+        opened = [d for d in details if any(n < 0 for n in d["shape_signature"][1:])]
+        for size in _OPEN if opened else ():
+            for d in opened:
+                shape = [int(n) if n >= 0 else 1 if not axis else size for axis, n in enumerate(d["shape_signature"])]
+                self._interpreter.resize_tensor_input(d["index"], shape)
+            try:
+                return self._interpreter.allocate_tensors()
+            except RuntimeError:
+                continue
+        raise refusal
 
     def _by_name(self, get):
         """The inputs or outputs as the first signature calls them (one tensor may have several names), and the rest."""

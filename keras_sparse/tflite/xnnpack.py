@@ -42,8 +42,12 @@ class Use:
     where: str
 
 
-def uses(model):
+def uses(model, fixed_batch=False):
     """For each sparse-encoded tensor of a `FlatModel`, say what will run it and where its zeros are skipped.
+
+    Args:
+        model: A `FlatModel`.
+        fixed_batch: Whether to answer for the same file with a fixed batch size.
 
     Returns:
         List of `Use`.
@@ -57,7 +61,7 @@ def uses(model):
     """
     found = {}
     for subgraph in model.subgraphs:
-        graph = _Graph(subgraph)
+        graph = _Graph(subgraph, fixed_batch)
         cluster = graph.cluster() if graph.densifies() else _Cluster()
         for operator in subgraph.operators:
             if operator.name in _UNPACK:
@@ -77,7 +81,7 @@ def uses(model):
     return list(found.values())
 
 
-def hazard(model):
+def hazard(model, fixed_batch=False):
     """Why a sparse-encoded file cannot be trusted to compute right numbers on every CPU, or `None` if it can.
 
     A native run on x86 with AVX does not show these faults. The answer errs on the safe side: `None` means that no
@@ -85,6 +89,7 @@ def hazard(model):
 
     Args:
         model: A `FlatModel` of a sparse-encoded file.
+        fixed_batch: Whether to answer for the same file with a fixed batch size.
 
     Returns:
         A sentence, or `None`.
@@ -97,7 +102,7 @@ def hazard(model):
     True
     """
     for subgraph in model.subgraphs:
-        graph = _Graph(subgraph)
+        graph = _Graph(subgraph, fixed_batch)
         for operator in subgraph.operators:
             if operator.name in ("DENSIFY", "FULLY_CONNECTED"):
                 continue
@@ -109,7 +114,7 @@ def hazard(model):
         if graph.densifies():
             reason = graph.cluster().broken
             if reason:
-                return f"XNNPACK's sparse kernels would take a part of the graph and compute wrong numbers: {reason}"
+                return f"XNNPACK's sparse kernels would {reason}"
     return None
 
 
@@ -156,14 +161,19 @@ class _Cluster:
 
     pointwise: list = ()
     engages: bool = False
-    broken: str | None = None
+    broken: str | None = None  # goes on after "would"
+
+
+def _partial(reason):
+    return _Cluster(broken=f"take a part of the graph and compute wrong numbers: {reason}")
 
 
 class _Graph:
     """A subgraph with the questions that the rules ask of it."""
 
-    def __init__(self, subgraph):
+    def __init__(self, subgraph, fixed_batch=False):
         self.tensors, self.operators = subgraph.tensors, subgraph.operators
+        self._open_batch = not fixed_batch and any(0 in self.tensors[n].opened for n in subgraph.inputs)
         self.outputs = set(subgraph.outputs)
         self._producers = {n: operator for operator in self.operators for n in operator.outputs}
         self._consumers = {}
@@ -213,25 +223,32 @@ class _Graph:
             inside.append(operator)
             if operator not in exits:
                 if any(n in self.outputs for n in operator.outputs):
-                    return _Cluster(broken=f"the output of {self._label(operator)} is an output of the model")
+                    return _partial(f"the output of {self._label(operator)} is an output of the model")
                 pending.extend(c for n in operator.outputs for c in self._following(n))
         produced = {n for operator in inside if operator not in exits for n in operator.outputs}
         for operator in inside:
             if operator in exits:
                 if not self._is_exit(operator):
-                    return _Cluster(broken=f"{self._label(operator)} is not a global average pooling")
+                    return _partial(f"{self._label(operator)} is not a global average pooling")
                 # What reads a shape of four axes, such as a Dense layer's reshaping, reads it channel-first.
                 if operator.name == "MEAN" and self._rank(operator.outputs[0]) == 4:
-                    return _Cluster(broken=f"{self._label(operator)} keeps the axes that it pools (`keepdims=True`)")
+                    return _partial(f"{self._label(operator)} keeps the axes that it pools (`keepdims=True`)")
             elif operator not in entries:
                 if not self._is_compatible(operator):
-                    return _Cluster(broken=f"{self._label(operator)} has no channel-first form")
+                    return _partial(f"{self._label(operator)} has no channel-first form")
                 if any(self.constant(n) is None and n not in produced for n in self._data_inputs(operator)):
-                    return _Cluster(broken=f"{self._label(operator)} joins a branch from outside the sparse part")
+                    return _partial(f"{self._label(operator)} joins a branch from outside the sparse part")
         own = [operator for operator in pointwise if operator in inside]
         # XNNPACK counts who reads a tensor; an operator that reads one twice makes it give up (seen, for x + x).
         twice = any(self._reads_twice(operator) for operator in inside)
-        return _Cluster(pointwise=own, engages=not twice and self._mostly_zero(own))
+        engages = not twice and self._mostly_zero(own)
+        excited = next((operator for operator in inside if self._pools_inside(operator)), None)
+        if engages and excited is not None and self._open_batch:
+            return _Cluster(
+                broken=f"be right for one sample only: {self._label(excited)} begins a squeeze-and-excite branch, and "
+                "the batch size is open; `export(..., batch_size=1)` makes a file that runs sparse"
+            )
+        return _Cluster(pointwise=own, engages=engages)
 
     def _reads_twice(self, operator):
         return operator.name in _BINARY and operator.inputs[0] == operator.inputs[1]
