@@ -317,7 +317,6 @@ def test_a_fit_that_empties_a_kernel_says_so():
     ],
     ids=["lottery", "proximal"],
 )
-@pytest.mark.xfail(strict=True, reason="`ScheduledCallback.warn_of_emptied` is called by `Pruning` alone")
 def test_other_callbacks_that_empty_a_kernel_say_so(make):
     model = with_a_small_branch()
     with pytest.warns(UserWarning, match="small.*has no weight left"):
@@ -373,17 +372,7 @@ class Distiller(keras.Model):
 @pytest.mark.skipif(BACKEND == "jax", reason="there a step has gradients of everything")
 @pytest.mark.parametrize(
     "build",
-    [
-        True,
-        pytest.param(
-            False,
-            marks=pytest.mark.xfail(
-                BACKEND == "tensorflow",
-                strict=True,
-                reason="the step builds the optimizer with the student's weights, and the plan names the teacher's",
-            ),
-        ),
-    ],
+    [True, False],
     ids=["built", "not built"],
 )
 def test_a_teacher_that_no_step_changes_is_left_alone(build):

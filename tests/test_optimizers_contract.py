@@ -99,14 +99,7 @@ OURS = {*public(ks.optimizers.SparseOptimizer("sgd")), "sparse_state", "plain_cl
 )
 
 
-SHADOWED = pytest.mark.xfail(
-    strict=True, reason="in a fit, `load_own_variables` and `save_own_variables` of the outer one are called `method`"
-)
-
-
-@pytest.mark.parametrize(
-    "name", [*NAMES, pytest.param("LossScaleOptimizer", marks=SHADOWED), "MultiOptimizer"], ids=str
-)
+@pytest.mark.parametrize("name", [*NAMES, "LossScaleOptimizer", "MultiOptimizer"], ids=str)
 def test_every_public_attribute_is_what_plain_keras_shows(name):
     plain, pruned, optimizer = Look(), Look(), make(name)
     fit(dense_model(make(name)), plain)

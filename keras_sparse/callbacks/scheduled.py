@@ -6,6 +6,7 @@ from keras_sparse import optimizers, reports, selection
 from keras_sparse.callbacks.clock import Clock
 from keras_sparse.callbacks.fit import count_zeros
 from keras_sparse.callbacks.sparse_callback import SparseCallback
+from keras_sparse.pruning.plan import UNTRAINED
 
 __all__ = ["ScheduledCallback"]
 
@@ -52,25 +53,27 @@ class ScheduledCallback(SparseCallback):
 
     def attach(self, run):
         """Give the weights of the plan their masks, and let reports know why the others are left dense."""
-        run.plan = self.make_plan(run, run.untrained())
+        untrained = run.untrained()
+        run.plan = self.make_plan(run, untrained)
         run.plan.attach(run.parts)
         reports.remember(run.model, run.plan.skipped)
+        names = [v.path for v in untrained if run.plan.skipped.get(id(v)) == UNTRAINED]
+        if names:
+            warnings.warn(
+                f"No optimizer step changes {names[:5]}{' and others' if len(names) > 5 else ''} (a teacher, a frozen "
+                "copy, weights that get no gradient): left as they are. Name them in `filters` to prune them all the "
+                "same.",
+                stacklevel=2,
+            )
 
     def leave_out_untrained(self, run):
         """Take weights out of the plan that turned out to be trained by no one, once a step has been seen."""
-        untrained = run.untrained()
         chosen = {id(goal.weight.variable) for goal in run.plan.goals}
-        if self.filters is not None or not any(id(variable) in chosen for variable in untrained):
-            return
-        run.parts.masks.remove([variable for variable in untrained if id(variable) in chosen])
-        self.attach(run)
-        optimizers.refresh(run.model, run.parts, in_fit=True)
-        names = [variable.path for variable in untrained if id(variable) in chosen]
-        warnings.warn(
-            f"No optimizer step changes {names[:5]}{' and others' if len(names) > 5 else ''} (a teacher, a frozen "
-            "copy, weights that get no gradient): left as they are. Name them in `filters` to prune them all the same.",
-            stacklevel=2,
-        )
+        untrained = [variable for variable in run.untrained() if id(variable) in chosen]
+        if self.filters is None and untrained:
+            run.parts.masks.remove(untrained)
+            self.attach(run)
+            optimizers.refresh(run.model, run.parts, in_fit=True)
 
     def warn_of_emptied(self, run):
         """Say which kernels have lost all of their weights."""

@@ -9,7 +9,9 @@ from keras_sparse.pruning import allocation as allocations
 from keras_sparse.pruning.allocation import Goal
 from keras_sparse.pruning.budget import check_target, per_weight
 
-__all__ = ["Plan"]
+__all__ = ["UNTRAINED", "Plan"]
+
+UNTRAINED = "no step of the optimizer changes it: name it in `filters` to prune it all the same"
 
 
 class Plan:
@@ -199,8 +201,9 @@ class Plan:
 
 def _without(weights, untrained):
     gone = {id(variable) for variable in untrained}
-    reason = "no step of the optimizer changes it: name it in `filters` to prune it all the same"
-    return [replace(w, skipped=reason) if id(w.variable) in gone and w.kernel and not w.skipped else w for w in weights]
+    return [
+        replace(w, skipped=UNTRAINED) if id(w.variable) in gone and w.kernel and not w.skipped else w for w in weights
+    ]
 
 
 def _nonzero(weight):
