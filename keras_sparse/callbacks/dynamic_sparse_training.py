@@ -166,6 +166,8 @@ class DynamicSparseTraining(ScheduledCallback):
                 untrained=untrained,
             )
         chosen = {id(w.variable) for w in selection.select(model, self.filters) if not w.skipped and _sparse(w)}
+        if self.filters is None:
+            chosen -= {id(variable) for variable in untrained}
         if not chosen:
             raise ValueError(
                 f"`sparsity=None` keeps the sparsity that {model.name!r} has, and it has no zeros. Prune it first, for "
