@@ -110,7 +110,7 @@ def restart(optimizer, variables, step=0):
         if kind == "average":
             state.assign(ops.copy(variables[index]))
         elif kind == "gradient_accumulator":
-            state.assign(ops.zeros_like(state))
+            state.assign(ops.zeros(state.shape, state.dtype))
 
 
 def _own_variables(optimizer):
