@@ -193,6 +193,7 @@ def test_a_second_fit_begins_anew_from_the_zeros_of_the_first(algorithm):
     model = dense_model(gated=algorithm.gated)
     train(model, algorithm, 0.5)
     train(model, algorithm, 0.8)
+    assert ks.optimizers.find(model) is None
 
 
 @each_algorithm
@@ -202,6 +203,7 @@ def test_new_weights_know_nothing_of_old_masks(algorithm):
     interrupt(model, algorithm, 0.8, step=11)
     model.set_weights(first)
     train(model, algorithm, 0.5)
+    assert ks.optimizers.find(model) is None
 
 
 @each_algorithm
@@ -542,7 +544,9 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
 
 @pytest.mark.parametrize("name", ["pruning", "lottery", "proximal"])
 def test_a_learning_rate_schedule_needs_no_config(name):
-    train(dense_model(keras.optimizers.Adam(WarmUp()), **EAGER), ALGORITHMS[name], 0.5)
+    model = dense_model(keras.optimizers.Adam(WarmUp()), **EAGER)
+    train(model, ALGORITHMS[name], 0.5)
+    assert ks.optimizers.find(model) is None
 
 
 class Recompile(keras.callbacks.Callback):

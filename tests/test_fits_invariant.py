@@ -226,7 +226,9 @@ class Life:
     "seed", [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 12 else []) for seed in range(200)]
 )
 def test_whatever_is_done_to_a_model_its_zeros_and_its_optimizer_are_in_order(seed, tmp_path):
-    Life(seed, tmp_path).live(length=5)
+    life = Life(seed, tmp_path)
+    life.live(length=5)
+    assert ks.optimizers.find(life.model) is None
 
 
 def test_after_all_of_it_a_file_loads_without_us(tmp_path):
