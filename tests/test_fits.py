@@ -1,5 +1,6 @@
 """Fits one after another: broken off, from files, with new weights, compiled anew, in a loop; with each callback."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -231,7 +232,50 @@ def test_each_fit_of_a_loop_ends_at_the_target(algorithm):
 # What was found at fault once, and what is next to it
 
 
-def test_a_notebook_that_keeps_the_last_traceback_keeps_no_fit(tmp_path):
+@each_algorithm
+def test_an_interrupted_fit_ends_at_once(algorithm):
+    model = dense_model(gated=algorithm.gated, **EAGER)
+    gc.disable()
+    try:
+        interrupt(model, algorithm, 0.5)
+    finally:
+        gc.enable()
+
+
+def test_an_interrupted_fit_says_what_it_leaves():
+    with pytest.warns(UserWarning, match=r"broken off at sparsity 0\.[1-9]\d*\. .*own optimizer"):
+        interrupt(dense_model(**EAGER), ALGORITHMS["pruning"], 0.8)
+
+
+CELL = """
+import keras, numpy as np, keras_sparse as ks
+class Interrupt(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        raise KeyboardInterrupt
+model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(10), keras.layers.Dense(3)])
+model.compile("adam", "mse")
+pruning = ks.callbacks.Pruning(0.5, schedule="one_shot")
+model.fit(np.ones((8, 12)), np.ones((8, 3)), verbose=0, callbacks=[pruning, Interrupt()])
+"""
+
+
+def test_an_interrupted_fit_ends_with_its_cell_of_a_notebook(tmp_path):
+    pytest.importorskip("IPython")
+    (tmp_path / "cell.py").write_text(CELL)
+    program = (
+        "from IPython.core.interactiveshell import InteractiveShell\n"
+        "import sys\n"
+        "shell = InteractiveShell.instance()\n"
+        "shell.run_cell(open(sys.argv[1]).read())\n"
+        "assert sys.last_traceback is not None\n"
+        "shell.run_cell('print(ks.optimizers.find(model), np.count_nonzero(model.get_weights()[0]))')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path / "cell.py")], capture_output=True, text=True)
+    assert run.stdout.endswith("None 60\n"), run.stdout + run.stderr
+    assert "broken off at sparsity 0.500" in run.stderr
+
+
+def test_a_program_that_keeps_the_last_traceback_keeps_no_fit(tmp_path):
     model = dense_model(**EAGER)
     try:
         fit(model, ks.callbacks.Pruning(0.5), Masked(interrupt_at=7))

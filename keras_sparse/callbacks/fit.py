@@ -4,8 +4,11 @@ State of a fit ends with the fit, however it ends. A fit that ends normally says
 the list of its callbacks, an object that lives as long as the call.
 """
 
+import contextlib
 import inspect
 import json
+import sys
+import threading
 import warnings
 import weakref
 
@@ -76,6 +79,7 @@ class Fit:
     Args:
         model: The model, compiled.
         callback_list: The `keras.callbacks.CallbackList` of the fit, or `None` in a loop that calls hooks by hand.
+        in_call: Whether it is one call of a method of the model, so that no fit goes on when the caller is left.
 
     Attributes:
         callbacks: The sparse callbacks that have joined, in order.
@@ -98,7 +102,7 @@ class Fit:
     True
     """
 
-    def __init__(self, model, callback_list):
+    def __init__(self, model, callback_list, in_call=False):
         self.model = model
         self.callbacks, self._runs = [], []
         self.by_hand = callback_list is None
@@ -110,12 +114,16 @@ class Fit:
         self._checkpoints = {}
         if callback_list is not None:
             # An interrupt leaves no hook: what goes with the call is its list of callbacks.
-            weakref.finalize(callback_list, self.end).atexit = False
+            finalizer = weakref.finalize(callback_list, self._break_off)
+            finalizer.atexit = False
+            if in_call:
+                _call_after_cell(finalizer)
 
     @classmethod
     def of(cls, model):
         """The fit that is about to begin, for which a callback's `set_model` is being called."""
-        lists = _callback_lists()
+        callers = _callers()
+        lists = [caller for caller in callers if isinstance(caller, keras.callbacks.CallbackList)]
         sparse = optimizers.find(model)
         before = None if sparse is None else sparse.sparse_parts.owner
         if before is not None:
@@ -124,7 +132,7 @@ class Fit:
                 if not (before.by_hand and before.begun):
                     return before
             before.end()  # It was broken off.
-        return cls(model, lists[0] if lists else None)
+        return cls(model, lists[0] if lists else None, any(isinstance(caller, keras.Model) for caller in callers))
 
     @property
     def parts(self):
@@ -243,10 +251,9 @@ class Fit:
 
     def end(self):
         """Leave the model with its plain optimizer, unless another fit has begun."""
-        if self.optimizer is None or vars(self.optimizer).get("sparse_state") is None or self.parts.owner is not self:
-            self.ended = True
-            return
         self.ended = True
+        if not self._has_optimizer:
+            return
         for variable, mask in self.parts.masks.pairs:
             if variable.name not in selection.NO_KERNELS:
                 zeros.remember(variable, selection.as_array(mask))
@@ -264,6 +271,29 @@ class Fit:
             self.parts.end_fit()
             self.parts.drop_unclaimed()
             optimizers.refresh(self.model, self.parts)
+
+    @property
+    def _has_optimizer(self):
+        """Whether the optimizer is sparse, and no other fit's."""
+        return (
+            self.optimizer is not None
+            and vars(self.optimizer).get("sparse_state") is not None
+            and self.parts.owner is self
+        )
+
+    def _break_off(self):
+        """End a fit that nobody has ended, and say so."""
+        zero, size = count_zeros(self.parts) if self._settled and self._has_optimizer else (0, 0)
+        self.end()
+        if not zero:
+            return
+        with contextlib.suppress(UserWarning):  # Nobody could catch what is raised here.
+            warnings.warn(
+                f"A fit with sparse callbacks was broken off at sparsity {zero / size:.3f}. The model has its own "
+                "optimizer again and keeps the zeros that it has; a next fit trains them, too, unless it has "
+                "`ks.callbacks.KeepSparsity()` or another sparse callback.",
+                stacklevel=2,
+            )
 
     def _mask_revived(self):
         """Apply the masks again if another callback has put back weights that have none of the zeros."""
@@ -303,18 +333,32 @@ class _Ending(keras.callbacks.Callback):
         self._fit.finish()
 
 
-def _callback_lists():
-    """Each `CallbackList` on whose behalf a callback's `set_model` is being called, the innermost first.
+def _callers():
+    """The objects on whose behalf a callback's `set_model` is being called, the innermost first.
 
-    It is the `self` of a caller. There are several if a callback evaluates a model in the middle of a fit.
+    They are the `self` of its callers. Each `CallbackList` among them is there only once; there are several of them if
+    a callback evaluates a model in the middle of a fit.
     """
-    frame, found = inspect.currentframe(), []
+    # Not this frame: its locals would hold themselves, and the lists with them.
+    frame, found = inspect.currentframe().f_back, {}
     while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, keras.callbacks.CallbackList) and owner not in found:
-            found.append(owner)
+        caller = frame.f_locals.get("self")
+        found[id(caller)] = caller
         frame = frame.f_back
-    return found
+    return list(found.values())
+
+
+def _call_after_cell(finalizer):
+    """Call a finalizer when the running cell of a notebook is over: the notebook keeps what an interrupt left."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is None or threading.current_thread() is not threading.main_thread():
+        return
+
+    def after_cell(result=None):
+        shell.events.unregister("post_run_cell", after_cell)
+        finalizer()
+
+    shell.events.register("post_run_cell", after_cell)
 
 
 def _config(callback):
