@@ -80,9 +80,6 @@ class HardConcrete(Configurable):
         shift = self.temperature * math.log((1 - low) / (high - 1))
         return ops.sigmoid(ops.convert_to_tensor(log_alpha) - shift)
 
-    def get_config(self):
-        return {"temperature": self.temperature, "limits": list(self.limits)}
-
     def _stretch(self, value):
         low, high = self.limits
         return ops.clip(value * (high - low) + low, 0.0, 1.0)

@@ -8,13 +8,13 @@ import numpy as np
 from keras import ops
 
 from keras_sparse import patterns, selection
-from keras_sparse.registry import check_penalty, serializable
+from keras_sparse.registry import Configurable, check_penalty, serializable
 from keras_sparse.reports import Report
 
 __all__ = ["L1", "GroupLasso", "regularize"]
 
 
-class MovableStrength(keras.regularizers.Regularizer):
+class MovableStrength(Configurable, keras.regularizers.Regularizer):
     """A regularizer with a strength that `ks.callbacks.StrengthSchedule` moves. Subclasses implement `cost(x)`."""
 
     def __init__(self, strength):
@@ -35,10 +35,6 @@ class MovableStrength(keras.regularizers.Regularizer):
         self._moved.assign(self.strength * fraction)
         # A compiled step of JAX holds the value of a variable that is not among the model's.
         return first or keras.backend.backend() == "jax"
-
-    def get_config(self):
-        """The constructor's arguments as plain data."""
-        return {"strength": self.strength}
 
 
 @serializable
@@ -116,13 +112,6 @@ class GroupLasso(MovableStrength):
                 f"output_axes={self.output_axes}, group={type(self.group).__name__}({self.group.get_config()})"
             )
         return int(sizes[0]), np.argsort(groups, kind="stable").astype("int32")
-
-    def get_config(self):
-        """The constructor's arguments as plain data."""
-        return super().get_config() | {
-            "group": keras.saving.serialize_keras_object(self.group),
-            "output_axes": list(self.output_axes),
-        }
 
 
 def regularize(model, regularizer, filters=None):

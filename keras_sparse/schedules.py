@@ -65,9 +65,6 @@ class Polynomial(Schedule):
     def fraction(self, progress):
         return 1.0 - (1.0 - progress) ** self.power
 
-    def get_config(self):
-        return {"power": self.power}
-
 
 @_REGISTRY.register("linear")
 class Linear(Schedule):
@@ -119,9 +116,6 @@ class Exponential(Schedule):
 
     def fraction(self, progress):
         return math.expm1(-self.rate * progress) / math.expm1(-self.rate)
-
-    def get_config(self):
-        return {"rate": self.rate}
 
 
 @_REGISTRY.register("one_shot")

@@ -83,12 +83,12 @@ class Part:
     def after(self):
         """Act after the optimizer's step, in graph."""
 
-    def get_config(self):
+    def contents(self):
         """What `restore` needs to make the same variables, as plain data; `None` if there are none."""
         return sorted(self.claimed) or None
 
     def restore(self, config):
-        """Claim what `get_config` told of."""
+        """Claim what `contents` told of."""
         raise TypeError(f"`{type(self).__name__}` must implement `restore(self, config)`.")
 
     def saved_variables(self):
@@ -121,7 +121,7 @@ class Parts:
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
     >>> model.compile(ks.optimizers.SparseOptimizer("adam"), "mse")
     >>> report = ks.update_masks(model, 0.5)
-    >>> model.optimizer.sparse_parts.get_config()
+    >>> model.optimizer.sparse_parts.contents()
     {'masks': [0]}
     """
 
@@ -234,9 +234,9 @@ class Parts:
         for part in self._parts:
             part.drop_unclaimed()
 
-    def get_config(self):
+    def contents(self):
         """The parts that hold something, as plain data."""
-        configs = {part.name: part.get_config() for part in self._parts}
+        configs = {part.name: part.contents() for part in self._parts}
         return {name: config for name, config in configs.items() if config is not None}
 
     def take_over(self, permanent=False):
@@ -250,7 +250,7 @@ class Parts:
         """
         config, values = self.loaded
         wanted = {name: c for name, c in config["parts"].items() if getattr(self, name).permanent or not permanent}
-        present = self.get_config()
+        present = self.contents()
         if present and wanted != present:
             raise ValueError(
                 "The saved state does not fit this training: the masks belong to another selection of weights, or to "
@@ -317,7 +317,7 @@ class SparseState(keras.layers.Layer):
         if parts.optimizer is None:
             config, values = parts.loaded or (None, {})
         else:
-            config = {"parts": parts.get_config(), "fit": parts.fit}
+            config = {"parts": parts.contents(), "fit": parts.fit}
             values = {part.name: [as_numpy(variable) for variable in part.saved_variables()] for part in parts}
         if config is None or not config["parts"]:
             return

@@ -182,7 +182,7 @@ class Proximal(Part):
             self._groups[position] = self._group.groups(tuple(shape), tuple(self._config["output_axes"][position]))
         return self._groups[position]
 
-    def get_config(self):
+    def contents(self):
         return self._config if self.claimed else None
 
     def restore(self, config):

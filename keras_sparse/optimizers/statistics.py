@@ -118,7 +118,7 @@ class Statistics(Part):
         if restarts:
             latest.assign(ops.cast(step, latest.dtype))
 
-    def get_config(self):
+    def contents(self):
         return [list(key) for key in sorted(self.claimed)] or None
 
     def restore(self, config):

@@ -319,9 +319,6 @@ class Block(Pattern):
     def expand(self, groups, shape):
         return groups.repeat(self.rows, axis=0)[: shape[0]].repeat(self.cols, axis=1)[:, : shape[1]]
 
-    def get_config(self):
-        return {"rows": self.rows, "cols": self.cols}
-
 
 @serializable
 class NM(Pattern):
@@ -393,9 +390,6 @@ class NM(Pattern):
 
     def expand(self, groups, shape):
         return groups
-
-    def get_config(self):
-        return {"n": self.n, "m": self.m}
 
 
 def get(identifier):

@@ -171,9 +171,6 @@ class Global(Allocation):
         best = patterns.keep_highest(groups, groups.size - least) & (groups != -np.inf)
         return np.where(best, np.nan, groups)
 
-    def get_config(self):
-        return {"floor": self.floor}
-
 
 @_REGISTRY.register("erk")
 class ERK(Uniform):

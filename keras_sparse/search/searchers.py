@@ -43,9 +43,6 @@ class Searcher(Configurable):
         check_whole("batch", batch)
         self.batch = batch
 
-    def get_config(self):
-        return {"batch": self.batch}
-
     def start(self, space, seed=0, initial=()):
         """Begin a search.
 
@@ -141,9 +138,6 @@ class Evolution(Searcher):
                 f"`sample` must not exceed `population`. Received: sample={sample}, population={population}"
             )
 
-    def get_config(self):
-        return {"population": self.population, "sample": self.sample, "batch": self.batch}
-
     def start(self, space, seed=0, initial=()):
         super().start(space, seed, initial)
         self._members = []  # (point, costs, violation): the oldest first, or, with several objectives, the best
@@ -227,14 +221,6 @@ class Reinforce(Searcher):
                 f"Received: learning_rate={learning_rate!r}, entropy={entropy!r}, decay={decay!r}"
             )
         self.learning_rate, self.entropy, self.decay = learning_rate, entropy, decay
-
-    def get_config(self):
-        return {
-            "learning_rate": self.learning_rate,
-            "entropy": self.entropy,
-            "decay": self.decay,
-            "batch": self.batch,
-        }
 
     def start(self, space, seed=0, initial=()):
         super().start(space, seed, initial)
