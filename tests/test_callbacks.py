@@ -1,5 +1,6 @@
 """The callbacks, in real `fit` calls."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from functools import partial
 
 import keras
 import numpy as np
@@ -545,6 +547,19 @@ def test_a_schedule_over_several_fits():
         ks.callbacks.Pruning(0.9, over="fits")
     with pytest.raises(ValueError, match="`over` must be 'fit' or 'fits'"):
         ks.callbacks.Pruning(0.9, over="loop")
+
+
+def test_statistics_and_steps_of_broken_off_fits_go_on_in_a_schedule_over_several_fits():
+    whole, parts = dense_model(), dense_model()
+    make = partial(ks.callbacks.Pruning, 0.9, "taylor", begin=2, end=20, frequency=4)
+    fit(whole, make(), x=X[:16], y=Y[:16], epochs=24)
+    callback = make(over="fits")
+    for steps, broken in ((3, False), (3, False), (5, True), (13, False)):
+        others = [interrupt_at(steps)] if broken else []
+        with contextlib.suppress(KeyboardInterrupt):
+            fit(parts, callback, *others, x=X[:16], y=Y[:16], epochs=9 if broken else steps)
+    for a, b in zip(whole.get_weights(), parts.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def test_at_target_sparsity(tmp_path):

@@ -51,6 +51,13 @@ def test_equals_rounds_by_hand(rewind_to):
     assert int(model.optimizer.iterations) == 12
 
 
+def test_a_target_sparsity_stands_for_the_rate_that_leads_to_it():
+    ours = ks.callbacks.LotteryTicket(3, target_sparsity=0.64)
+    histories = [fit(make(), callback, epochs=6).history for callback in (ours, ks.callbacks.LotteryTicket(3, 0.4))]
+    assert histories[0]["sparsity"] == pytest.approx(histories[1]["sparsity"]) and ours.get_config()["rate"] is None
+    np.testing.assert_allclose(histories[0]["loss"], histories[1]["loss"], rtol=1e-5)
+
+
 def test_rewind_to_a_fraction_is_a_step_of_the_fit():
     models = []
     for rewind_to in (6, 1 / 6):
@@ -205,6 +212,9 @@ def test_stopped_early_says_so_and_verbose_tells_each_round(capsys):
         ({"rounds": 1}, ValueError, "at least 2"),
         ({"rounds": 2.0}, ValueError, "whole number"),
         ({"rate": 1.0}, ValueError, "below 1"),
+        ({"rate": None}, ValueError, "Give either `rate`.* or `target_sparsity`"),
+        ({"target_sparsity": 0.5}, ValueError, "Give either `rate`.* or `target_sparsity`"),
+        ({"rate": None, "target_sparsity": 1.0}, ValueError, "`target_sparsity` must be above 0 and below 1"),
         ({"rate": "half"}, ValueError, "Received: rate='half'"),
         ({"rewind_to": -1}, ValueError, "`rewind_to` in steps must not be negative"),
         ({"rewind_to": "x"}, TypeError, "`rewind_to` is a float"),

@@ -167,7 +167,7 @@ SIGNATURES = {
     ),
     "LotteryTicket": (
         ks.callbacks.LotteryTicket,
-        "(rounds, rate, rewind_to=0, allocation='global', filters=None, verbose=0)",
+        "(rounds, rate=None, rewind_to=0, allocation='global', filters=None, verbose=0, target_sparsity=None)",
     ),
     "prune": (
         ks.prune,

@@ -620,6 +620,21 @@ def test_a_model_that_is_compiled_anew_in_the_middle_of_a_fit_goes_on(frozen, fi
     assert has_class(old, keras.optimizers.Adam) and "sparse_state" not in vars(old)
 
 
+@pytest.mark.skipif(BACKEND == "jax", reason="Keras's JAX trainer keeps the optimizer that a fit began with")
+def test_a_lottery_rewinds_though_its_model_was_compiled_anew():
+    class Weights(keras.callbacks.Callback):
+        seen = ()
+
+        def on_train_batch_begin(self, batch, logs=None):
+            self.seen += (kernels(self.model),)
+
+    model, weights = dense_model(), Weights()
+    fit(model, ks.callbacks.LotteryTicket(2, 0.5), Recompile(), weights, epochs=8)
+    for first, again in zip(weights.seen[0], weights.seen[12], strict=True):
+        np.testing.assert_array_equal(again, np.where(again == 0, 0, first))
+    assert sum(zeros(model)) == 75 and is_plain(model, keras.optimizers.SGD)
+
+
 @pytest.mark.parametrize("stop", [False, True], ids=["alone", "beside EarlyStopping"])
 def test_a_best_file_of_a_denser_epoch_is_told_of(stop, tmp_path):
     path = tmp_path / "best.keras"

@@ -57,7 +57,7 @@ class Clock:
         ):
             raise ValueError(f"`frequency` must be a whole number of steps, at least 1. Received: {frequency!r}")
         self.frequency = frequency
-        self.offset = 0
+        self.offset, self._updated_before = 0, -1
 
     def restart(self, time, position):
         """Begin a fit.
@@ -69,6 +69,11 @@ class Clock:
         self._time, self._position = time, position
         self._first_epoch = None
         self._warned, self.planned = False, 0
+
+    def carry_on(self):
+        """Let the next fit go on at the step at which this one is."""
+        self._updated_before = self._updated()
+        self.offset = self.elapsed(self.now)
 
     def move(self, time):
         """Go on with the clock of another optimizer, which counts the same steps."""
@@ -202,11 +207,15 @@ class Clock:
             return 0
         return round(value * self.length) if self.length else None
 
+    def _updated(self):
+        """The step, counted from the start, of the last update; -1 if there was none."""
+        return self.updated - self._start if self.updated >= 0 else self._updated_before
+
     def _next_due(self):
         """The step, counted from the start, at which the next update is due."""
         if self.first is None:
             return float("inf")
-        updated = self.updated - self._start if self.updated >= 0 else -1
+        updated = self._updated()
         if updated < self.first:
             return self.first
         if self.last is None:

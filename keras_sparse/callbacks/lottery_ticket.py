@@ -21,7 +21,7 @@ class LotteryTicket(ScheduledCallback):
     every round but the last, the share `rate` of them with the smallest magnitude is pruned, the others go back to the
     values that they had at `rewind_to` in the first round, and the optimizer starts anew: its slots, its iterations and
     with them a learning-rate schedule. The last round trains the ticket. Its sparsity is
-    `1 - (1 - rate) ** (rounds - 1)`: for a sparsity s give `rate=1 - (1 - s) ** (1 / (rounds - 1))`.
+    `1 - (1 - rate) ** (rounds - 1)`; give `target_sparsity` to have the rate computed from it.
 
     `rewind_to=0` is Frankle & Carbin, "The lottery ticket hypothesis" (2019), strategy 1 of appendix B; a few hundred
     steps or more are the late rewinding of Frankle et al., "Linear mode connectivity and the lottery ticket hypothesis"
@@ -44,10 +44,11 @@ class LotteryTicket(ScheduledCallback):
             `ks.pruning.erk_counts`.
         filters: Which weights: a regex, a list of them, or a callable on the variable; see `ks.selection.select`.
         verbose: 1 prints a line at each rewinding.
+        target_sparsity: Instead of `rate`: the sparsity of the last round, in (0, 1).
 
     Raises:
-        ValueError: If a number is out of range, `rounds` does not divide the epochs, `rewind_to` is not in the first
-            round, or a filter matches nothing.
+        ValueError: If not exactly one of `rate` and `target_sparsity` is given, a number is out of range, `rounds`
+            does not divide the epochs, `rewind_to` is not in the first round, or a filter matches nothing.
         TypeError: If an argument is of the wrong type.
 
     Example:
@@ -62,7 +63,9 @@ class LotteryTicket(ScheduledCallback):
     [0.0, 0.0, 0.5, 0.5, 0.75, 0.75]
     """
 
-    def __init__(self, rounds, rate, rewind_to=0, allocation="global", filters=None, verbose=0):
+    def __init__(
+        self, rounds, rate=None, rewind_to=0, allocation="global", filters=None, verbose=0, target_sparsity=None
+    ):
         # The clock's only task is to say when `rewind_to` is.
         super().__init__(rewind_to, sys.maxsize, sys.maxsize, filters, verbose, name="rewind_to")
         if isinstance(rounds, bool) or not isinstance(rounds, numbers.Integral) or rounds < 2:
@@ -70,13 +73,23 @@ class LotteryTicket(ScheduledCallback):
                 "`rounds` must be a whole number of at least 2: the first trains the dense network, the last the "
                 f"ticket. Received: rounds={rounds!r}"
             )
-        if not is_real(rate) or not 0 < rate < 1:
+        if (rate is None) == (target_sparsity is None):
+            raise ValueError(
+                "Give either `rate`, the share of the remaining weights that a round prunes, or `target_sparsity`, the "
+                f"sparsity of the last round. Received: rate={rate!r}, target_sparsity={target_sparsity!r}"
+            )
+        if target_sparsity is not None:
+            if not is_real(target_sparsity) or not 0 < target_sparsity < 1:
+                raise ValueError(
+                    f"`target_sparsity` must be above 0 and below 1. Received: target_sparsity={target_sparsity!r}"
+                )
+        elif not is_real(rate) or not 0 < rate < 1:
             raise ValueError(
                 "`rate` must be above 0 and below 1, the share of the remaining weights that a round prunes. "
                 f"Received: rate={rate!r}"
             )
         self.rounds = int(rounds)
-        self.rate = float(rate)
+        self.rate, self.target_sparsity = rate, target_sparsity
         self.rewind_to = rewind_to
         pruning.check_target(self._sparsity(1), allocation)
         self.allocation = pruning.allocation.get(allocation)
@@ -88,7 +101,11 @@ class LotteryTicket(ScheduledCallback):
         return self._round == self.rounds - 1
 
     def _sparsity(self, prunings):
-        return 1.0 - (1.0 - self.rate) ** prunings
+        """The sparsity after a number of prunings."""
+        last = self.rounds - 1
+        if self.target_sparsity is None:
+            return 1.0 - (1.0 - self.rate) ** prunings
+        return self.target_sparsity if prunings == last else 1.0 - (1.0 - self.target_sparsity) ** (prunings / last)
 
     def make_plan(self, run, untrained=()):
         if any(isinstance(callback, LotteryTicket) and callback is not self for callback in run.fit.callbacks):
