@@ -25,7 +25,7 @@ import keras_sparse as ks
 
 METHODS = ("uniform", "erk", "global", "evolution", "reinforce")
 SEARCHERS = {
-    "random": ks.search.Random,
+    "random": ks.search.RandomSearch,
     "evolution": lambda: ks.search.Evolution(population=16, sample=6),
     "reinforce": ks.search.Reinforce,
 }

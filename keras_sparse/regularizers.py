@@ -39,13 +39,15 @@ class MovableStrength(Configurable, keras.regularizers.Regularizer):
 
 @serializable
 class L1(MovableStrength):
-    """The lasso: `strength * sum(abs(w))`, Tibshirani, "Regression shrinkage and selection via the lasso" (1996).
+    """The lasso: `l1 * sum(abs(w))`, Tibshirani, "Regression shrinkage and selection via the lasso" (1996).
+
+    It has the arguments of `keras.regularizers.L1`, and a derivative of 0 at 0 on every backend.
 
     Args:
-        strength: At least 0. `ks.callbacks.StrengthSchedule` raises it to this value in training.
+        l1: At least 0. `ks.callbacks.StrengthSchedule` raises it to this value in training.
 
     Raises:
-        ValueError: If the strength is negative, infinite or NaN.
+        ValueError: If `l1` is negative, infinite or NaN.
         TypeError: If it is no number.
 
     Example:
@@ -54,6 +56,11 @@ class L1(MovableStrength):
     >>> float(ks.regularizers.L1(0.5)(np.array([[1.0, -3.0]], "float32")))
     2.0
     """
+
+    def __init__(self, l1=0.01):
+        check_penalty("l1", l1)
+        super().__init__(l1)
+        self.l1 = self.strength
 
     def cost(self, x):
         """The sum of the absolute values of a tensor of any shape."""

@@ -70,6 +70,9 @@ OBJECTS = {
     ),
     "L0Penalty": ks.callbacks.L0Penalty(ks.schedules.Cosine(), begin=3, end=0.7, frequency=5),
     "SparseOptimizer": ks.optimizers.SparseOptimizer(keras.optimizers.SGD(0.1, momentum=0.5)),
+    "RandomSearch": ks.search.RandomSearch(batch=3),
+    "Evolution": ks.search.Evolution(population=9, sample=3, batch=4),
+    "Reinforce": ks.search.Reinforce(0.1, batch=4),
 }
 # What cannot be written down says so, instead of coming back as something else.
 NO_CONFIG = {

@@ -284,7 +284,7 @@ def test_numbers_may_be_of_numpy(tmp_path):
     assert facts(search(tmp_path, **options | numpy)) == facts(found)
 
 
-class Interrupted(ks.search.Random):
+class Interrupted(ks.search.RandomSearch):
     def tell(self, points, costs, violations=None):
         raise KeyboardInterrupt
 

@@ -51,7 +51,7 @@ def test_beats_random_search(learner, objective):
     wins = losses = 0
     for seed in range(20):
         found = best_of(LEARNERS[learner](), space, objective, seed)
-        chance = best_of(ks.search.Random(), space, objective, seed)
+        chance = best_of(ks.search.RandomSearch(), space, objective, seed)
         wins, losses = wins + (found < chance), losses + (found > chance)
     n = wins + losses
     p = sum(math.comb(n, k) for k in range(wins, n + 1)) / 2**n  # one-sided sign test; ties say nothing
@@ -64,7 +64,7 @@ def test_finds_a_known_optimum(learner):
     assert sum(cost == 0 for cost in found) >= 4, found
 
 
-@pytest.mark.parametrize("searcher", [ks.search.Random, *LEARNERS.values()])
+@pytest.mark.parametrize("searcher", [ks.search.RandomSearch, *LEARNERS.values()])
 def test_a_seed_is_a_search(searcher):
     def trail(seed):
         one = searcher(batch=4)
@@ -217,7 +217,7 @@ def test_names_tell_directions(name, direction):
     ("make", "message"),
     [
         (lambda: ks.search.Evolution(sample=30), "must not exceed"),
-        (lambda: ks.search.Random(batch=0), "whole number"),
+        (lambda: ks.search.RandomSearch(batch=0), "whole number"),
         (lambda: ks.search.Reinforce(decay=1.0), "decay"),
         (lambda: ks.search.Reinforce(learning_rate="a"), "number above 0"),
         (lambda: ks.search.Reinforce(learning_rate=math.inf), "number above 0"),

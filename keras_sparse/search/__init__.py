@@ -3,13 +3,13 @@
 from keras_sparse.search import pareto, searchers, space
 from keras_sparse.search.results import Candidate, SearchResults
 from keras_sparse.search.run import search
-from keras_sparse.search.searchers import Evolution, Random, Reinforce, Searcher
+from keras_sparse.search.searchers import Evolution, RandomSearch, Reinforce, Searcher
 from keras_sparse.search.space import Space
 
 __all__ = [
     "Candidate",
     "Evolution",
-    "Random",
+    "RandomSearch",
     "Reinforce",
     "SearchResults",
     "Searcher",

@@ -13,7 +13,9 @@ import numpy as np
 from keras_sparse.registry import Configurable, Registry, check_whole, is_real
 from keras_sparse.search.pareto import crowding, fronts
 
-__all__ = ["Evolution", "Random", "Reinforce", "Searcher", "get"]
+__all__ = ["Evolution", "RandomSearch", "Reinforce", "Searcher", "get"]
+
+_REGISTRY = Registry("searcher")
 
 
 class Searcher(Configurable):
@@ -31,7 +33,7 @@ class Searcher(Configurable):
 
     >>> import keras, keras_sparse as ks
     >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8), keras.layers.Dense(8)])
-    >>> searcher = ks.search.Random(batch=3)
+    >>> searcher = ks.search.RandomSearch(batch=3)
     >>> searcher.start(ks.search.Space(model), seed=0)
     >>> points = searcher.ask()
     >>> searcher.tell(points, [[sum(point)] for point in points])
@@ -87,13 +89,14 @@ class Searcher(Configurable):
         return point
 
 
-class Random(Searcher):
+@_REGISTRY.register("random")
+class RandomSearch(Searcher):
     """Draws points at random: what other searchers must beat.
 
     Example:
 
     >>> import keras_sparse as ks
-    >>> ks.search.Random(batch=16).get_config()
+    >>> ks.search.RandomSearch(batch=16).get_config()
     {'batch': 16}
     """
 
@@ -104,6 +107,7 @@ class Random(Searcher):
         """Random search learns nothing."""
 
 
+@_REGISTRY.register("evolution")
 class Evolution(Searcher):
     """Evolves a population of points by mutation and selection.
 
@@ -178,6 +182,7 @@ def _ranking(members):
 _FEATURES = 7  # of a state
 
 
+@_REGISTRY.register("reinforce")
 class Reinforce(Searcher):
     """Learns a policy over the choices from rewards: REINFORCE with a moving-average baseline and an entropy bonus.
 
@@ -314,11 +319,6 @@ class Reinforce(Searcher):
             second += 0.001 * (gradient**2 - second)
             scale = np.sqrt(second / (1 - 0.999**self._steps)) + 1e-8
             parameter += self.learning_rate * first / (1 - 0.9**self._steps) / scale
-
-
-# Not by the decorator, which makes classes known to Keras by their names: there is a criterion `Random`.
-_REGISTRY = Registry("searcher")
-_REGISTRY.classes.update(random=Random, evolution=Evolution, reinforce=Reinforce)
 
 
 def get(identifier):
