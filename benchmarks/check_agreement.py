@@ -16,6 +16,7 @@ from mobilenet import normalize
 import keras_sparse as ks
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
+from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.parity import Reference
 from keras_sparse.tflite.runtimes import run
 from keras_sparse.tflite.signatures import signature
@@ -45,7 +46,7 @@ def agreement(model, x):
     goal = goal or {r"kernel$": (0.9, "unstructured")}
     ks.prune(model, goal, filters=lambda v: len(v.shape) == 4 and tuple(v.shape[:2]) == (1, 1))
     called = signature(model).with_batch(1)
-    dense = convert(model, called).content
+    dense = convert(Job(model, called)).content
     sparse = encode(dense, engage=not any("keeps the file out" in note for note in report.notes)).content
     feed = {called.inputs[0].name: x[:1]}
     first, second = (run(content, feed, "x86-no-avx", timeout=600) for content in (dense, sparse))

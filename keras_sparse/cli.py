@@ -16,6 +16,8 @@ from keras_sparse import comparison, files, pruning, quickstart, reports, search
 from keras_sparse.quiet import quiet
 from keras_sparse.registry import check_whole
 from keras_sparse.search.goals import CONSTRAINTS
+from keras_sparse.tflite.commands import MEASURING
+from keras_sparse.tflite.job import QUANTIZE
 
 __all__ = ["main"]
 
@@ -142,11 +144,13 @@ def _parser():
     sub.add_argument("--dense", action="store_true", help="do not use a sparse encoding, however small")
     sub.add_argument(
         "--quantize",
-        choices=["float16", "dynamic", "int8"],
-        help="how to store the weights (default: float32); int8 needs --representative-data",
+        choices=[name for name in QUANTIZE if name],
+        help="how to store the weights (default: float32); int8 and int16x8 need --representative-data",
     )
     sub.add_argument(
-        "--inference-type", choices=["int8", "uint8"], help="of inputs and outputs, with int8 (default: float32)"
+        "--inference-type",
+        choices=["int8", "uint8", "int16"],
+        help="of inputs and outputs, as integers (default: float32)",
     )
     sub.add_argument("--batch-size", type=int, metavar="N", help="of the file (default: open, if the model's is)")
     sub.add_argument(
@@ -166,7 +170,7 @@ def _parser():
     sub.add_argument("--baseline", metavar="FILE.tflite", help="another file to compare with, run in turns")
     sub.add_argument(
         "--runtime",
-        choices=["native", "wasm", "arm64"],
+        choices=list(MEASURING),
         default="native",
         help="this CPU (default), LiteRT.js in Node, or an emulated ARM64 CPU that counts instructions",
     )

@@ -423,6 +423,7 @@ def test_wrong_arguments(options, error, message):
     ("options", "error", "message"),
     [
         ({"runtime": "phone"}, ValueError, "`runtime` must be one of"),
+        ({"runtime": "arm64"}, ValueError, "`runtime` must be one of 'native', 'wasm'"),
         ({"executor": "threads"}, TypeError, "concurrent.futures.Executor"),
         ({"directory": 5}, TypeError, "path of a folder"),
         ({"data": {"train": data(), "validation": data()}}, ValueError, r"\['train', 'validation'\]"),

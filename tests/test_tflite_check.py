@@ -11,6 +11,7 @@ import keras_sparse as ks
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.runtimes import available, run
 from keras_sparse.tflite.signatures import signature
 
@@ -126,7 +127,7 @@ def test_bad_arguments():
 def engages(model, runtime):
     """Whether the runtime computes other bits from the sparse file than from the dense one."""
     called = signature(model)
-    dense = convert(model, called).content
+    dense = convert(Job(model, called)).content
     leaf = called.inputs[0]
     x = {leaf.name: np.random.default_rng(0).normal(size=[1, *leaf.shape[1:]]).astype("float32")}
     first, second = (run(content, x, runtime) for content in (dense, encode(dense, hazardless(model)).content))
@@ -187,7 +188,7 @@ def reversed_names():
 )
 def test_rows_name_the_weight_that_a_tensor_holds(build):
     model = build()
-    file = read(convert(model, signature(model)).content)
+    file = read(convert(Job(model)).content)
     tensors = [t for graph in file.subgraphs for t in graph.tensors if t.stored is not None and len(t.shape) >= 2]
     kernels = {weight.path: weight for weight in ks.selection.weights(model) if weight.kernel}
     rows = ks.tflite.check(model).rows

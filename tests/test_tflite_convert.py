@@ -11,13 +11,13 @@ from tflite_models import mlp
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.flatmodel import read
-from keras_sparse.tflite.signatures import signature
+from keras_sparse.tflite.job import Job
 
 
 @pytest.mark.parametrize("quantize", [None, "float16", "dynamic"])
 def test_a_conversion_is_a_model(quantize):
     model = mlp()
-    conversion = convert(model, signature(model), quantize)
+    conversion = convert(Job(model, quantize=quantize))
     assert conversion.content[4:8] == b"TFL3" and not conversion.fixed_batch
 
 
@@ -28,7 +28,7 @@ def test_inputs_and_outputs_are_in_the_models_order(quantize):
     x = layers.Concatenate()([inputs[0], *inputs[2:]])
     outputs = [layers.Dense(units)(x) for units in range(1, 13)]
     model = keras.Model(inputs, [*outputs, outputs[3]])
-    graph = read(convert(model, signature(model), quantize).content).subgraphs[0]
+    graph = read(convert(Job(model, quantize=quantize)).content).subgraphs[0]
     names = [graph.tensors[n].name for n in graph.inputs]
     assert [name.split("default_")[1].split(":")[0] for name in names] == ["query", "unused", "image", "age"]
     units = [graph.tensors[n].shape[1] for n in graph.outputs]

@@ -8,6 +8,7 @@ from tflite_models import MODELS
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.editing import File
 from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.parity import Reference, random_batches
 from keras_sparse.tflite.signatures import signature
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="
 def test_a_file_that_is_packed_again(kind):
     model = MODELS[kind]()
     called = signature(model)
-    conversion = convert(model, called)
+    conversion = convert(Job(model, called))
     file = File(conversion.content)
     weights = [t for graph in file.model.subgraphs for t in graph.tensors if file.data(t) is not None]
     assert {file.dtype(tensor) for tensor in weights} >= {"float32"}

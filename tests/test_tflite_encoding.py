@@ -13,6 +13,7 @@ from keras_sparse.quiet import quiet
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.parity import Reference, random_batches
 from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="
 
 
 def dense(model, quantize=None):
-    return convert(model, signature(model), quantize).content
+    return convert(Job(model, quantize=quantize)).content
 
 
 def stored(content):

@@ -304,10 +304,44 @@ def test_integers_in_and_out(inference_type, tmp_path):
     np.testing.assert_allclose(scales[1] * (output.astype(float) - points[1]), expected, atol=0.2 * expected.max())
 
 
-@pytest.mark.parametrize(("inference_type", "quantize"), [("int16", "int8"), ("int8", None), ("uint8", "dynamic")])
+def filters():
+    """A network from sound to sound."""
+    inputs = keras.Input((64, 1), name="wave")
+    x = layers.Conv1D(32, 5, padding="same", activation="relu")(inputs)
+    return keras.Model(inputs, layers.Conv1D(1, 5, padding="same")(layers.Conv1D(32, 5, padding="same")(x)))
+
+
+@tensorflow_only
+@pytest.mark.parametrize(("build", "encoding"), [(filters, "sparse"), (mlp, "dense")])
+@pytest.mark.parametrize("inference_type", [None, pytest.param("int16", marks=pytest.mark.slow)])
+def test_integers_of_16_bits(build, encoding, inference_type, tmp_path):
+    """Activations of 16 bits leave the rounding of the weights; Dense layers do not read restored weights there."""
+    keras.utils.set_random_seed(1)
+    model = sparsify(build(), 0.9)
+    data = np.random.default_rng(0).normal(size=(20, *model.inputs[0].shape[1:]))
+    options = {"quantize": "int16x8", "representative_data": data, "inference_type": inference_type}
+    report = ks.tflite.export(model, tmp_path / "m.tflite", **options)
+    assert report.encoding == encoding and report.parity_relative < 0.03
+    assert {row["dtype"] for row in report.rows} == {"int8"}
+    assert (report.bytes_file < 0.8 * report.bytes_dense) == (encoding == "sparse")
+    with Worker(report.path) as worker:
+        assert {leaf["dtype"] for leaf in worker.inputs} == {inference_type or "float32"}
+
+
+@tensorflow_only
+def test_integers_of_16_bits_need_data(tmp_path):
+    with pytest.raises(ValueError, match="quantize='int16x8' needs `representative_data`"):
+        ks.tflite.export(mlp(), tmp_path / "m.tflite", quantize="int16x8")
+
+
+@pytest.mark.parametrize(
+    ("inference_type", "quantize"), [("int16", "int8"), ("int8", None), ("uint8", "dynamic"), ("int8", "int16x8")]
+)
 def test_bad_inference_types(inference_type, quantize, tmp_path):
     data = np.ones((2, 64))
-    with pytest.raises(ValueError, match=r"`inference_type` must be None, or 'int8' or 'uint8' with.*Received: infer"):
+    with pytest.raises(
+        ValueError, match=r"`inference_type` must be None, or 'int8' or 'uint8' with.*or 'int16' with.*Received: infer"
+    ):
         ks.tflite.export(
             mlp(), tmp_path / "m.tflite", quantize=quantize, representative_data=data, inference_type=inference_type
         )
@@ -471,7 +505,7 @@ def test_nan_and_infinity_are_compared(tmp_path):
 
 @pytest.mark.parametrize("quantize", ["float8", "", 16, True])
 def test_unknown_quantization(quantize, tmp_path):
-    with pytest.raises(ValueError, match=r"must be one of None, 'float16', 'dynamic', 'int8'\. Received"):
+    with pytest.raises(ValueError, match=r"must be one of None, 'float16', 'dynamic', 'int8', 'int16x8'\. Received"):
         ks.tflite.export(mlp(), tmp_path / "m.tflite", quantize=quantize)
 
 

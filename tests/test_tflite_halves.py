@@ -12,6 +12,7 @@ from keras_sparse.quiet import quiet
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.halves import halve, kept_whole
+from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.parity import Reference
 from keras_sparse.tflite.signatures import signature
 
@@ -51,7 +52,7 @@ def test_weights_are_halved():
     """As TensorFlow's converter does, but for small vectors."""
     model = mlp()
     model.layers[1].bias.assign(np.linspace(-1, 1, 96))
-    content = convert(model, signature(model)).content
+    content = convert(Job(model)).content
     halved = halve(content)
     assert sorted(t.dtype for t in read(halved).subgraphs[0].tensors if t.stored is not None) == ["float16"] * 3
     assert kept_whole(halved) == [] and len(halved) < 0.55 * len(content)
@@ -73,4 +74,4 @@ def test_weights_are_halved():
 def test_what_is_lost(change, whole):
     model = mlp()
     model.layers[1].kernel.assign(change(keras.ops.convert_to_numpy(model.layers[1].kernel)))
-    assert bool(kept_whole(convert(model, signature(model), "float16").content)) == whole
+    assert bool(kept_whole(convert(Job(model, quantize="float16")).content)) == whole

@@ -13,7 +13,7 @@ from tflite_models import attention, cnn, conv1d, conv3d, encodings, lstm, mlp, 
 import keras_sparse as ks
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
-from keras_sparse.tflite.signatures import signature
+from keras_sparse.tflite.job import Job
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_patterns_are_those_of_the_model(build, pattern, quantize, tmp_path):
     report = ks.prune(model, None if pattern == "2:4" else 0.6, pattern=pattern, filters=".")
     pruned = [row for row in report.rows if row["status"] == "pruned"]
     assert {row["pattern"] for row in pruned} == {pattern}
-    dense = convert(model, signature(model), quantize).content
+    dense = convert(Job(model, quantize=quantize)).content
     for encoding, content in {"dense": dense, "sparse": encode(dense).content}.items():
         (tmp_path / "m.tflite").write_bytes(content)
         found = [row for row in ks.tflite.inspect(tmp_path / "m.tflite").rows if row["pattern"]]
@@ -59,7 +59,7 @@ def test_patterns_are_those_of_the_model(build, pattern, quantize, tmp_path):
 
 def test_dense_kernels_have_no_pattern(tmp_path):
     model = mlp()
-    (tmp_path / "m.tflite").write_bytes(convert(model, signature(model)).content)
+    (tmp_path / "m.tflite").write_bytes(convert(Job(model)).content)
     assert not any(row["pattern"] for row in ks.tflite.inspect(tmp_path / "m.tflite").rows)
 
 
@@ -160,7 +160,7 @@ def test_a_hostile_file_cannot_ask_for_a_large_array(tmp_path):
     kernel = np.zeros((64, 4096), "float32")
     kernel[:4, 0] = 1.0
     model.layers[0].kernel.assign(kernel)
-    content = encode(convert(model, signature(model)).content).content
+    content = encode(convert(Job(model)).content).content
     # The same few values in a tensor that claims to be 2 GB.
     large = content.replace(np.int32([4096, 64]).tobytes(), np.int32([4096, 1 << 17]).tobytes())
     (tmp_path / "m.tflite").write_bytes(large)

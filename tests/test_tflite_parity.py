@@ -6,7 +6,9 @@ import pytest
 from keras import layers
 from tflite_models import attention, dict_of_inputs, mlp, nested, several, token_floats
 
-from keras_sparse.tflite.convert import ExportError, convert
+from keras_sparse.tflite.convert import convert
+from keras_sparse.tflite.errors import ExportError
+from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches, representative_batches
 from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
@@ -153,7 +155,7 @@ def test_class_numbers_are_compared_by_how_many_are_others():
     model = keras.Model(image, Labels()(scores))
     called = signature(model)
     reference = Reference(model, called, random_batches(model, called))
-    content = convert(model, called, "dynamic").content
+    content = convert(Job(model, called, "dynamic")).content
     found = reference.compare(content)
     assert found.absolute > 1 and 0 < found.relative < 1e-3
     for weight in model.weights:
@@ -167,7 +169,7 @@ def test_a_difference_is_found():
     inputs = keras.Input((4,))
     first, second = (keras.Model(inputs, layers.Dense(3, name="d")(inputs)) for _ in range(2))
     called = signature(first)
-    content = convert(first, called).content
+    content = convert(Job(first, called)).content
     batches = random_batches(first, called)
     assert Reference(first, called, batches).compare(content).relative < 1e-5
     found = Reference(second, called, batches).compare(content)
@@ -199,7 +201,7 @@ def test_other_runtimes(runtime):
     model = mlp()
     called = signature(model)
     reference = Reference(model, called, random_batches(model, called))
-    content = convert(model, called).content
+    content = convert(Job(model, called)).content
     assert reference.compare_on(runtime, content).relative < 1e-5
     with pytest.raises(TimeoutError):
         reference.compare_on(runtime, content, timeout=0.01)

@@ -14,7 +14,7 @@ import keras_sparse as ks
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite import runtimes
 from keras_sparse.tflite.convert import convert
-from keras_sparse.tflite.signatures import signature
+from keras_sparse.tflite.job import Job
 
 # Two correct programs differ by the order of their sums and by their polynomials for exp and tanh.
 TOLERANCE = 1e-4
@@ -167,7 +167,7 @@ def test_inputs_without_names(files):
     [
         ({"runtime": "gpu"}, "`runtime` must be one of 'native', 'x86-no-avx', 'wasm', 'arm64'. Received.*'gpu'"),
         ({"threads": 0}, "`threads` must be a positive integer. Received: threads=0"),
-        ({"runtime": "arm64", "threads": 2}, "`threads` must be 1 where instructions are counted"),
+        ({"runtime": "arm64", "threads": 2}, "`threads` must be at most 1 on the runtime 'arm64'. Received: threads=2"),
     ],
 )
 def test_wrong_options(options, message, files):
@@ -191,7 +191,7 @@ def test_memory_is_bounded():
     inputs = keras.Input((40_000,), batch_size=1)
     x = layers.Dot(axes=2)([layers.Reshape((40_000, 1))(inputs), layers.Reshape((40_000, 1))(inputs)])
     model = keras.Model(inputs, layers.GlobalMaxPooling1D()(x))
-    content = convert(model, signature(model)).content
+    content = convert(Job(model)).content
     assert len(content) < 100_000
     with pytest.raises(ValueError, match=r"cannot be run on the runtime 'native'. Received: content of \d+ bytes \("):
         runtimes.run(content, None)
@@ -224,7 +224,7 @@ def test_images_of_any_size(runtime):
         pytest.skip(runtimes.available()[runtime])
     inputs = keras.Input((None, None, 3), name="image")
     model = keras.Model(inputs, keras.layers.Conv2D(4, 3, padding="same")(inputs))
-    content = convert(model, signature(model)).content
+    content = convert(Job(model)).content
     for shape in ((1, 5, 7, 3), (2, 9, 4, 3)):
         x = np.random.default_rng(0).normal(size=shape).astype("float32")
         found = runtimes.run(content, {"image": x}, runtime)["output_0"]

@@ -7,7 +7,7 @@ import keras
 import pytest
 
 import keras_sparse as ks
-from keras_sparse.tflite.targets import TARGETS, get
+from keras_sparse.tflite.targets import TARGETS, get, pays_from
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
@@ -27,6 +27,61 @@ def test_unknown_targets():
     for call in (get, lambda name: ks.tflite.check(keras.Sequential([keras.Input((3,))]), name)):
         with pytest.raises(ValueError, match=r"must be one of 'xnnpack', .*'micro'\. Received: target='phone'"):
             call("phone")
+
+
+def test_numbers_go_with_the_rules():
+    for target in TARGETS:
+        convolutions = any(kind.operator == "CONV_2D" for kind in target.sparse)
+        assert convolutions == bool(target.rules) == (target.form is not None), target.name
+
+
+@pytest.mark.parametrize(
+    ("operator", "pattern", "sparsity"),
+    [
+        ("CONV_2D", "unstructured", 2 / 3),
+        ("FULLY_CONNECTED", "block_1x4", 0.85),
+        ("FULLY_CONNECTED", "block_1x16", 0.95),
+    ],
+)
+def test_the_least_sparsity_that_pays(operator, pattern, sparsity):
+    assert pays_from(operator, pattern) == sparsity
+    with pytest.raises(ValueError, match="No target has a sparse kernel for .* Received: pattern='2:4'"):
+        pays_from(operator, "2:4")
+
+
+@pytest.mark.parametrize(
+    ("change", "entry"),
+    [
+        ({}, True),
+        ({"kernel": (3, 3, 1)}, False),
+        ({"kernel": (5, 5, 3)}, False),
+        ({"kernel": (3, 1, 3)}, False),
+        ({"strides": (1, 1)}, False),
+        ({"strides": (2, 1)}, False),
+        ({"dilation": (2, 2)}, False),
+        ({"groups": 3}, False),
+    ],
+)
+def test_the_convolution_that_a_network_begins_with(change, entry):
+    assert get("xnnpack").form.is_entry(**{"kernel": (3, 3, 3), "strides": (2, 2)} | change) == entry
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True),
+        ({"kernel": (5, 5)}, True),
+        ({"strides": (1, 1)}, True),
+        ({"kernel": (7, 7)}, False),
+        ({"kernel": (3, 5)}, False),
+        ({"strides": (3, 3)}, False),
+        ({"strides": (2, 1)}, False),
+        ({"dilation": (2, 2)}, False),
+        ({"multiplier": 2}, False),
+    ],
+)
+def test_depthwise_convolutions_of_a_network(change, taken):
+    assert get("xnnpack").form.takes_depthwise(**{"kernel": (3, 3), "strides": (2, 2)} | change) == taken
 
 
 def test_the_table():

@@ -10,12 +10,12 @@ import keras_sparse as ks
 from keras_sparse.tflite import verification
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
+from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.parity import Reference, random_batches
-from keras_sparse.tflite.runtimes import RUNTIMES, available
+from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")
-NONE = dict.fromkeys(RUNTIMES, "Install it.") | {"native": None}
 
 
 @pytest.fixture(params=["x86-no-avx", "wasm"])
@@ -27,24 +27,26 @@ def runtime(request):
 
 def reference_of(model):
     called = signature(model)
-    return convert(model, called).content, Reference(model, called, random_batches(model, called))
+    return convert(Job(model, called)).content, Reference(model, called, random_batches(model, called))
 
 
 def test_strict_needs_a_runtime(tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, "available", lambda: NONE)
+    (tmp_path / "empty").mkdir()
+    for name in ("PATH", "KERAS_SPARSE_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / "empty"))
+    monkeypatch.chdir(tmp_path / "empty")
     assert verification.sparse_runtimes() == []
-    with pytest.raises(ks.tflite.runtimes.RuntimeMissing, match="one is enough. Install it."):
+    with pytest.raises(ks.tflite.runtimes.RuntimeMissing, match="one is enough. .*Node.js"):
         ks.tflite.export(mlp(), tmp_path / "m.tflite", verify="strict")
     with pytest.raises(ValueError, match="'auto' or 'strict'"):
         ks.tflite.export(mlp(), tmp_path / "m.tflite", verify=True)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-def test_strict_verification(sparse, runtime, tmp_path, monkeypatch):
-    monkeypatch.setattr(verification, "available", lambda: NONE | {runtime: None})
+def test_strict_verification(sparse, runtime, tmp_path):
     report = ks.tflite.export(sparsify(mlp(), 0.9), tmp_path / "m.tflite", sparse, verify="strict")
-    assert len(report.verified_on) == 2
+    assert verification.SPARSE_RUNTIMES[runtime] in report.verified_on[1:]
 
 
 @pytest.mark.slow
@@ -61,7 +63,7 @@ def test_the_rules_are_not_needed(runtime, monkeypatch):
 
 def test_other_weights_are_a_fault():
     dense, reference = reference_of(sparsify(mlp(), 0.9))
-    other = convert(*(lambda m: (m, signature(m)))(sparsify(mlp(), 0.9))).content
+    other = convert(Job(sparsify(mlp(), 0.9))).content
     assert verification.Verification(dense, reference, 1e-4).fault(encode(other).content) == (
         "a decoded weight is not the dense file's",
         None,
@@ -99,3 +101,13 @@ def test_a_runtime_that_cannot_run_the_dense_file_either(runtime, monkeypatch):
     assert (
         len(check.verified_on) == 1 and "from the dense file as well, the file cannot be run (no such" in check.notes[0]
     )
+
+
+@pytest.mark.skipif(available()["wasm"] is not None, reason=str(available()["wasm"]))
+@pytest.mark.parametrize("batch_size", [None, 1])
+def test_what_browsers_do_with_an_open_batch_is_said(batch_size, tmp_path):
+    model = image_model(WHOLE["mobilenet"])
+    report = ks.tflite.export(model, tmp_path / "m.tflite", batch_size=batch_size)
+    assert verification.SPARSE_RUNTIMES["wasm"] in report.verified_on
+    said = [note for note in report.notes if "LiteRT.js refuses" in note and "batch_size=1" in note]
+    assert len(said) == (batch_size is None)

@@ -13,6 +13,7 @@ import keras_sparse as ks
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.parity import Reference, random_batches
 from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
@@ -99,7 +100,7 @@ DOUBTFUL = {  # right today, but not covered by the rules
 
 def verdict(body, batch_size=None):
     model = image_model(body, batch_size=batch_size)
-    content = encode(convert(model, signature(model)).content).content
+    content = encode(convert(Job(model)).content).content
     flat = read(content)
     return model, content, hazard(flat), [use.operator for use in uses(flat) if use.sparse]
 
@@ -177,13 +178,13 @@ def test_threshold_of_two_thirds(sparsity, engages):
             values = np.ones(weight.shape, "float32").ravel()
             values[: int(sparsity * values.size)] = 0
             weight.assign(values.reshape(weight.shape))
-    flat = read(encode(convert(model, signature(model)).content).content)
+    flat = read(encode(convert(Job(model)).content).content)
     assert bool([use for use in uses(flat) if use.sparse]) == engages
 
 
 def test_dense_layers_in_blocks():
     model = sparsify(mlp(), 0.9, blocks=True)
-    flat = read(encode(convert(model, signature(model)).content).content)
+    flat = read(encode(convert(Job(model)).content).content)
     assert [(use.operator, use.sparse) for use in uses(flat)] == [("FULLY_CONNECTED", True)] * 2
     assert hazard(flat) is None
 

@@ -6,7 +6,7 @@ from keras import layers
 
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
-from keras_sparse.tflite.signatures import signature
+from keras_sparse.tflite.job import Job
 
 
 def sparsify(model, sparsity, blocks=False):
@@ -193,7 +193,7 @@ def encodings():
         (mlp, True, "float16"), (cnn, False, "float16"),
     ]:  # fmt: skip
         model = sparsify(build(), 0.9, blocks)
-        dense = convert(model, signature(model), quantize).content
+        dense = convert(Job(model, quantize=quantize)).content
         made[build.__name__, blocks, quantize] = {"dense": dense, "sparse": encode(dense).content}
     return made
 

@@ -28,9 +28,9 @@ from keras_sparse.search import custom
 from keras_sparse.search.goals import MEASURES
 from keras_sparse.search.macs import uses
 from keras_sparse.tflite.benchmark import benchmark
-from keras_sparse.tflite.convert import convert, modules
+from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
-from keras_sparse.tflite.signatures import signature
+from keras_sparse.tflite.job import Job, modules
 
 __all__ = ["Evaluation", "Forked", "arrays"]
 
@@ -416,7 +416,7 @@ def _one_thread():
 
 
 def _file(model):
-    dense = convert(model, signature(model)).content
+    dense = convert(Job(model)).content
     return min(encode(dense).content, dense, key=len)
 
 

@@ -25,7 +25,7 @@ from keras_sparse.search.goals import Goals
 from keras_sparse.search.journal import Journal
 from keras_sparse.search.results import Candidate, SearchResults
 from keras_sparse.search.space import Space
-from keras_sparse.tflite.runtimes import RUNTIMES
+from keras_sparse.tflite import commands
 
 __all__ = ["search"]
 
@@ -125,8 +125,7 @@ def search(
         if value is not None and (not is_real(value) or not value > 0):
             raise ValueError(f"`{name}` must be a number of seconds above 0, or None. Received: {name}={value!r}")
     budget, batch_size, seed, epochs = int(budget), int(batch_size), int(seed), int(epochs)
-    if runtime not in RUNTIMES:
-        raise ValueError(f"`runtime` must be one of {list(RUNTIMES)}. Received: runtime={runtime!r}")
+    commands.get(runtime, {name: one for name, one in commands.MEASURING.items() if one.counts == "seconds"})
     if executor is not None and not isinstance(executor, concurrent.futures.Executor):
         raise TypeError(
             "`executor` must be a `concurrent.futures.Executor`, such as `ThreadPoolExecutor(2)`, or None. "

@@ -77,15 +77,16 @@ def adapt(model, target="xnnpack", verbose=1, return_report=False):
     >>> report.totals["exact"], report.totals["difference"] < 1e-4
     (True, True)
     """
-    if not get(target).rules:
-        names = ", ".join(repr(one.name) for one in TARGETS if one.rules)
+    form = get(target).form
+    if form is None:
+        names = ", ".join(repr(one.name) for one in TARGETS if one.form is not None)
         raise ValueError(f"`target` must be one with rules for the graph: {names}. Received: target={target!r}")
     selection.check_model(model)
     _check(model)
     trials = []
     for flipped in (False, True):
         try:
-            trials.append(_Rebuilding(model, flipped))
+            trials.append(_Rebuilding(model, form, flipped))
         except ValueError as error:
             refusal = error
     if not trials:
@@ -124,8 +125,9 @@ def _check(model):
 class _Rebuilding:
     """A model is built anew, layer by layer, with the image upside down or not; tensors carry what is known of them."""
 
-    def __init__(self, model, flipped):
+    def __init__(self, model, form, flipped):
         self.flipped, self.rows, self.notes = flipped, [], []
+        self._form = form
         self._copies, self._names = {}, set()
         self._upside_down = set()  # ids of tensors
         self._padded = {}  # id of a padded tensor -> (tensor before, padding of rows, padding of columns)
@@ -287,7 +289,7 @@ class _Rebuilding:
     def _convolve(self, layer, x):
         if id(x) in self._vectors and _is_pointwise(layer):
             return self._connect(layer, x)
-        wanted = wanted_padding(layer, x)
+        wanted = wanted_padding(layer, x, self._form)
         source, rows, columns = self._padded.get(id(x), (x, (0, 0), (0, 0)))
         if wanted is not None and None in source.shape[1:3]:
             self.notes.append(

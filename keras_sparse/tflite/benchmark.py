@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import pathlib
-import platform
 import re
 import shlex
 import time
@@ -13,17 +12,13 @@ from collections import Counter
 import numpy as np
 
 from keras_sparse.reports import Report
+from keras_sparse.tflite.commands import MEASURING, get
 from keras_sparse.tflite.flatmodel import damaged, read
 from keras_sparse.tflite.runtimes import TIMEOUT, Worker
 from keras_sparse.tflite.xnnpack import uses
 
 __all__ = ["BenchmarkReport", "benchmark", "in_turns"]
 
-_RUNTIMES = {
-    "native": "ai-edge-litert on this machine's CPU",
-    "wasm": "LiteRT.js in Node on this machine's CPU",
-    "arm64": "ai-edge-litert on an emulated Cortex-A76; instructions executed, not time",
-}
 _ROUNDS = (20, 1000)  # at least, at most
 _PATIENCE = 10  # times the seconds asked for: when a slow file stops although it had fewer rounds
 _TURN = 5e-3  # seconds: a turn repeats a small model until it is long beside the change to the other process
@@ -123,8 +118,7 @@ def benchmark(path, baseline=None, runtime="native", threads=1, seconds=1.0, tim
     >>> report.rows[0]["p25"] <= report.rows[0]["median"] <= report.rows[0]["p75"]
     True
     """
-    if runtime not in _RUNTIMES:
-        raise ValueError(f"`runtime` must be one of {', '.join(map(repr, _RUNTIMES))}. Received: runtime={runtime!r}")
+    runtime = get(runtime, MEASURING)
     for name, value in ("seconds", seconds), ("timeout", timeout):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
@@ -132,10 +126,10 @@ def benchmark(path, baseline=None, runtime="native", threads=1, seconds=1.0, tim
     models = [read(file) for file in files]
     operators = [row for file, model in zip(files, models, strict=True) for row in _operators(file, model, runtime)]
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(Worker(file, runtime, threads, timeout)) for file in files]
+        workers = [stack.enter_context(Worker(file, runtime.name, threads, timeout)) for file in files]
         for worker in workers:
             worker.feed()
-        measured = _instructions(workers) if runtime == "arm64" else _times(workers, runtime, seconds)
+        measured = _MEASURES[runtime.counts](workers, runtime, seconds)
     rows = []
     for file, model, numbers in zip(files, models, measured, strict=True):
         value, base = (run.get("median", run.get("instructions")) for run in (numbers, measured[0]))
@@ -143,9 +137,8 @@ def benchmark(path, baseline=None, runtime="native", threads=1, seconds=1.0, tim
         rows.append({"file": os.path.basename(file), "bytes": model.bytes, **numbers, "ratio": ratio})
     formats = dict.fromkeys(("p25", "median", "p75"), ".4f") | {"ratio": ".3f"}
     formats |= dict.fromkeys(("bytes", "memory", "instructions"), ",d")
-    formats["load"] = ",d" if runtime == "arm64" else ".2f"
-    totals = {"runtime": _RUNTIMES[runtime], "threads": threads}
-    totals["unit"] = "instructions" if runtime == "arm64" else "ms"
+    unit, formats["load"] = _UNITS[runtime.counts]
+    totals = {"runtime": runtime.title, "threads": threads, "unit": unit}
     commands = _commands([pathlib.Path(file) for file in files], threads)
     return BenchmarkReport("Benchmark", rows, totals, formats, Report("Operators", operators, {}), commands)
 
@@ -185,15 +178,18 @@ def _times(workers, runtime, seconds):
     rows = []
     for worker, own in zip(workers, in_turns([worker.time for worker in workers], seconds), strict=True):
         p25, median, p75 = (1e3 * float(q) for q in np.quantile(own, (0.25, 0.5, 0.75)))
-        # In Node the compiler of WebAssembly takes more memory, at its own times, than a file does.
-        memory = {} if runtime == "wasm" else {"memory": worker.memory()}
+        memory = {"memory": worker.memory()} if runtime.tells_memory else {}
         row = {"load": 1e3 * worker.load} | memory | {"p25": p25, "median": median, "p75": p75}
         rows.append(row | {"rounds": len(own)})
     return rows
 
 
-def _instructions(workers):
+def _instructions(workers, runtime, seconds):
     return [{"load": worker.load, "instructions": worker.count()} for worker in workers]
+
+
+_MEASURES = {"seconds": _times, "instructions": _instructions}
+_UNITS = {"seconds": ("ms", ".2f"), "instructions": ("instructions", ",d")}  # and how loading is shown
 
 
 def _operators(file, model, runtime):
@@ -208,17 +204,8 @@ def _operators(file, model, runtime):
 
 
 def _skips_zeros(use, runtime):
-    # XNNPACK's sparse convolutions are off where it has AVX kernels; TFLite's sparse FullyConnected is always on.
-    return use.sparse and (use.operator == "FULLY_CONNECTED" or runtime != "native" or not _has_avx())
-
-
-def _has_avx():
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    try:
-        return re.search(r"^flags\s*:.*\bavx\b", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE) is not None
-    except OSError:  # not Linux; CPUs without AVX are from before 2013
-        return True
+    # TFLite's sparse FullyConnected is on everywhere.
+    return use.sparse and (use.operator == "FULLY_CONNECTED" or runtime.sparse_convolutions)
 
 
 def _commands(files, threads):

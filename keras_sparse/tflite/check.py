@@ -11,18 +11,12 @@ from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.editing import File
 from keras_sparse.tflite.encoding import OUTWEIGHED, encode
 from keras_sparse.tflite.flatmodel import read
-from keras_sparse.tflite.signatures import output_names, signature
+from keras_sparse.tflite.job import Job
+from keras_sparse.tflite.matching import LayerNames, match, readers
 from keras_sparse.tflite.targets import get
 from keras_sparse.tflite.xnnpack import hazard, uses, violations
 
 __all__ = ["CheckReport", "check"]
-
-# The layer whose convolution, pooling, ... an operator is, among others that are part of it.
-_KINDS = {
-    "CONV_2D": "Conv2D", "DEPTHWISE_CONV_2D": "DepthwiseConv2D", "MEAN": "GlobalAveragePooling2D", "ADD": "Add",
-    "MAX_POOL_2D": "MaxPooling2D", "AVERAGE_POOL_2D": "AveragePooling2D", "MUL": "Multiply", "PRELU": "PReLU",
-}  # fmt: skip
-_UNITS = 16  # output units in which a tensor is compared with a weight
 
 
 class CheckReport(Report):
@@ -112,19 +106,21 @@ def check(model, target="xnnpack", sparsity=0.9):
     selection.check_model(model)
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a `keras.Model`. Received: {type(model).__name__}")
-    dense = convert(model, signature(model)).content
+    dense = convert(Job(model)).content
     kinds = {kind.operator: kind for kind in wanted.sparse if "float32" in kind.dtypes}
     encoded = encode(_pruned(dense, kinds, sparsity))
     flat = read(encoded.content)
     whole = {tensor.name: tensor for graph in read(dense).subgraphs for tensor in graph.tensors}
     how = {use.tensor.name: use for use in uses(flat, fixed_batch=True)}
-    names = _Layers(model)
+    names = LayerNames(model)
+    kernels = _kernels(flat)
+    weights = [weight for weight in selection.weights(model) if weight.kernel]
+    held = match(model, [(operator, whole[tensor.name]) for operator, tensor in kernels], weights)
     rows, goals, able = [], {}, set()
-    for operator, tensor in _kernels(flat):
+    for (operator, tensor), weight in zip(kernels, held, strict=True):
         use, kind = how.get(tensor.name), kinds.get(operator)
         runs = kind is not None and use is not None and use.sparse
         able |= {tensor.name} if runs else set()
-        weight = names.weight(operator, whole[tensor.name])
         rows.append(
             {
                 "weight": weight.path if weight else tensor.name,
@@ -139,8 +135,8 @@ def check(model, target="xnnpack", sparsity=0.9):
         if runs and weight is not None:
             goals[f"^{re.escape(weight.path)}$"] = (sparsity, kind.pattern)
     found = []
-    if "CONV_2D" in kinds:
-        for operator, name, text, mend in violations(flat):
+    if wanted.form is not None:
+        for operator, name, text, mend in violations(flat, wanted.form):
             violation = f"{operator}: {text}" if operator else text
             row = {"layer": names.layer(operator, name), "violation": violation, "mend": mend}
             found += [] if row in found else [row]
@@ -189,75 +185,11 @@ def _pruned(content, kinds, sparsity, only=None):
 
 def _kernels(flat):
     """Pairs of an operator's name and the stored tensor that it multiplies with, each tensor once."""
-    seen, found = set(), []
+    found = []
     for graph in flat.subgraphs:
-        made = {n: operator for operator in graph.operators for n in operator.outputs}
-        for operator in graph.operators:
-            for number in operator.inputs[1:2]:
-                while number in made and made[number].name in ("DENSIFY", "DEQUANTIZE"):
-                    number = made[number].inputs[0]
-                tensor = graph.tensors[number] if number >= 0 else None
-                stored = tensor is not None and tensor.stored is not None and tensor.dtype.startswith("float")
-                if stored and len(tensor.shape) >= 2 and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    found.append((operator.name, tensor))
+        for number, (operator, position) in readers(graph).items():
+            tensor = graph.tensors[number] if number >= 0 and position == 1 else None
+            stored = tensor is not None and tensor.stored is not None and tensor.dtype.startswith("float")
+            if stored and len(tensor.shape) >= 2:
+                found.append((operator, tensor))
     return found
-
-
-class _Layers:
-    """Finds the layers and weights of a model in a file: by what a weight holds, and by the names of tensors."""
-
-    def __init__(self, model):
-        self._kinds = {layer.name: type(layer).__name__ for layer in selection.layers(model) if layer is not model}
-        self._weights = [weight for weight in selection.weights(model) if weight.kernel]
-        self._outputs = _output_layers(model)
-
-    def layer(self, operator, name):
-        """The layer that a tensor comes from, of those that the converter melted into one; or the tensor's name."""
-        found = self._candidates(name)
-        if not found and name in self._outputs:
-            return self._outputs[name]
-        return next((one for one in found if self._kinds[one] == _KINDS.get(operator)), found[0] if found else name)
-
-    def weight(self, operator, tensor):
-        """The weight that a tensor holds, each once, or `None`: the one of the same values, else of the same name."""
-        fits = [weight for weight in self._weights if weight.size == tensor.size]
-        named = self._candidates(tensor.name)
-        found = [weight for weight in fits if _holds(operator, tensor, weight)]
-        found = found or [weight for weight in fits if weight.layer.name in named]
-        if not found:
-            return None
-        best = min(found, key=lambda weight: weight.layer.name not in named)
-        self._weights.remove(best)
-        return best
-
-    def _candidates(self, name):
-        found = []
-        for part in re.split("[/;]", name):
-            for one in (part, re.sub(r"_\d+$", "", part)):
-                if one in self._kinds and one not in found:
-                    found.append(one)
-        return found
-
-
-def _output_layers(model):
-    """What computes each output of a model that knows its layers: `{name that the converter gives it: layer}`."""
-    if isinstance(model, keras.Sequential):
-        names, layers = output_names(model.outputs[0]), [model.layers[-1].name]
-    elif getattr(model, "outputs", None) and hasattr(model, "output_names"):
-        names, layers = output_names(model.output), model.output_names
-    else:
-        return {}
-    order = sorted(range(len(names)), key=names.__getitem__)  # a SavedModel sorts its outputs by name
-    return {f"StatefulPartitionedCall_1:{number}": layers[i] for number, i in enumerate(order)}
-
-
-def _holds(operator, tensor, weight):
-    """Whether a tensor holds a weight, but for a factor for each output unit: of a normalization that was folded in."""
-    ours = patterns.to_matrix(weight.numpy(), weight.output_axes)
-    theirs = patterns.to_matrix(tensor.values(), (3,) if operator == "DEPTHWISE_CONV_2D" else (0,))
-    if ours.shape != theirs.shape:
-        return False
-    ours, theirs = ours[:_UNITS].astype("float64"), theirs[:_UNITS].astype("float64")
-    cosines = np.abs((ours * theirs).sum(axis=1))
-    return bool((cosines >= (1 - 1e-5) * np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)).all())

@@ -1,18 +1,29 @@
-"""A command starts the worker of a runtime: the programs that it needs are found, or an error says how to get them."""
+"""A runtime is a program that runs .tflite files: how it is started here, or what is missing, and what it can tell.
+
+Whoever asks something of a runtime reads it from its `Runtime`. To add one, write a worker that answers the requests of
+`worker.py`, a function that starts it, and an entry in `RUNTIMES`.
+"""
 
 import importlib.util
 import os
 import pathlib
 import platform
+import re
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
-__all__ = ["LITERTJS", "RUNTIMES", "RuntimeMissing", "arm64_python", "available", "cache_folder", "command", "program"]
+__all__ = [
+    "LITERTJS", "MEASURING", "RUNTIMES", "Runtime", "RuntimeMissing", "arm64_python", "available", "cache_folder",
+    "get", "program",
+]  # fmt: skip
 
-RUNTIMES = ("native", "x86-no-avx", "wasm", "arm64")
 LITERTJS = "@litertjs/core@2.5.3"  # what we know of WebAssembly was measured with this version
 
 _HERE = pathlib.Path(__file__).parent
+_WORKER = str(_HERE / "worker.py")
+_QEMU = "QEMU's user mode emulation: `apt-get install qemu-user`"
 
 
 class RuntimeMissing(OSError):
@@ -24,6 +35,54 @@ class RuntimeMissing(OSError):
     >>> issubclass(RuntimeMissing, OSError)
     True
     """
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A program that runs .tflite files, and what can be asked of it.
+
+    Attributes:
+        name: What functions call it.
+        title: What people call it.
+        start: Function of a folder, in which the worker may leave files. It returns the command line that starts the
+            worker and what must be set in its environment, `(list of strings, dict)`; `RuntimeMissing` if it is not
+            installed.
+        sparse_convolutions: Whether XNNPACK's sparse kernels for convolutions are on there.
+        verifies: Whether `ks.tflite.export` compares files there if sparse kernels could touch them.
+        thorough: Whether it is compared on all inputs; if not, on a few, because it is slow.
+        counts: What `ks.tflite.benchmark` measures there: `"seconds"`, `"instructions"`, or `None` where neither would
+            mean anything.
+        resizes: Whether it runs batches of other sizes than the one that the file is made for.
+        open_batch: What users must know of files with an open batch size there, in a sentence.
+        tells_memory: Whether the memory of its process says something of the file's.
+        max_threads: How many threads it takes; `None`: any number.
+
+    Example:
+
+    >>> from keras_sparse.tflite.commands import RUNTIMES
+    >>> [name for name, runtime in RUNTIMES.items() if runtime.counts == "instructions"]
+    ['arm64']
+    """
+
+    name: str
+    title: str
+    start: Callable
+    sparse_convolutions: bool
+    verifies: bool = False
+    thorough: bool = False
+    counts: str | None = None
+    resizes: bool = True
+    open_batch: str = ""
+    tells_memory: bool = True
+    max_threads: int | None = None
+
+    def missing(self):
+        """The sentence that says what is missing here, or `None` if the runtime can be used."""
+        try:
+            self.start(".")
+        except RuntimeMissing as error:
+            return str(error)
+        return None
 
 
 def available():
@@ -38,50 +97,55 @@ def available():
     >>> list(ks.tflite.runtimes.available())
     ['native', 'x86-no-avx', 'wasm', 'arm64']
     """
-    found = {}
-    for runtime in RUNTIMES:
-        try:
-            command(runtime)
-            found[runtime] = None
-        except RuntimeMissing as error:
-            found[runtime] = str(error)
-    return found
+    return {name: runtime.missing() for name, runtime in RUNTIMES.items()}
 
 
-def command(runtime, folder="."):
-    """The command line, and what must be set in its environment, that start the worker of a runtime.
+def get(name, among=None):
+    """Return the `Runtime` of a name.
 
     Args:
-        runtime: One of `RUNTIMES`.
-        folder: Where the worker may leave files: `"arm64"` writes the number of executed instructions to `counts`.
-
-    Returns:
-        `(list of strings, dict)`.
+        name: A string.
+        among: Dict of the runtimes that may be chosen; `None`: all, `RUNTIMES`.
 
     Raises:
-        RuntimeMissing: If it is not installed.
+        ValueError: If there is no such runtime.
 
     Example:
 
-    >>> from keras_sparse.tflite.commands import command
-    >>> command("native")[0][1:2]
-    ['-P']
+    >>> from keras_sparse.tflite.commands import get
+    >>> get("wasm").title
+    'LiteRT.js, WebAssembly in Node'
     """
-    script = str(_HERE / "worker.py")
-    if runtime == "wasm":
-        node = program("node", "Node.js 20 or newer, from https://nodejs.org or your system's package `nodejs`")
-        return [node, str(_HERE / "worker.mjs"), str(_litertjs()), str(folder)], {}
-    environment = {"PYTHONPATH": _packages()}
-    if runtime == "native":
-        return [sys.executable, "-P", script], environment
+    among = RUNTIMES if among is None else among
+    if not isinstance(name, str) or name not in among:
+        raise ValueError(f"`runtime` must be one of {', '.join(map(repr, among))}. Received: runtime={name!r}")
+    return among[name]
+
+
+def _start_native(folder):
+    return [sys.executable, "-P", _WORKER], {"PYTHONPATH": _packages()}
+
+
+def _start_without_avx(folder):
     if sys.platform != "linux":
-        raise RuntimeMissing(f"The runtime {runtime!r} needs QEMU's user mode emulation, which exists on Linux only.")
-    if runtime == "x86-no-avx":
-        if platform.machine() != "x86_64":
-            raise RuntimeMissing(f"The runtime {runtime!r} needs an x86_64 CPU. Received: {platform.machine()}")
-        # OpenBLAS asks the real CPU, finds AVX, and dies of an illegal instruction.
-        environment["OPENBLAS_CORETYPE"] = "Nehalem"
-        return [program("qemu-x86_64", _QEMU), "-cpu", "Nehalem", sys.executable, "-P", script], environment
+        raise RuntimeMissing("The runtime 'x86-no-avx' needs QEMU's user mode emulation, which exists on Linux only.")
+    if platform.machine() != "x86_64":
+        raise RuntimeMissing(f"The runtime 'x86-no-avx' needs an x86_64 CPU. Received: {platform.machine()}")
+    line, environment = _start_native(folder)
+    # OpenBLAS asks the real CPU, finds AVX, and dies of an illegal instruction.
+    environment["OPENBLAS_CORETYPE"] = "Nehalem"
+    return [program("qemu-x86_64", _QEMU), "-cpu", "Nehalem", *line], environment
+
+
+def _start_node(folder):
+    node = program("node", "Node.js 20 or newer, from https://nodejs.org or your system's package `nodejs`")
+    return [node, str(_HERE / "worker.mjs"), str(_litertjs()), str(folder)], {}
+
+
+def _start_arm64(folder):
+    """The worker writes the number of executed instructions to `counts` in the folder."""
+    if sys.platform != "linux":
+        raise RuntimeMissing("The runtime 'arm64' needs QEMU's user mode emulation, which exists on Linux only.")
     root = cache_folder() / "arm64"
     if not (root / "instructions.so").exists():
         raise RuntimeMissing(
@@ -89,7 +153,7 @@ def command(runtime, folder="."):
             f"KERAS_SPARSE_CACHE to the folder in which it was set up. Looked for: {root}"
         )
     line = arm64_python(root, root / "instructions.so", os.path.join(folder, "counts"))
-    return [*line, "-P", script], {}
+    return [*line, "-P", _WORKER], {}
 
 
 def arm64_python(root, plugin, counts):
@@ -156,9 +220,6 @@ def cache_folder():
     return pathlib.Path(folder).expanduser().absolute()
 
 
-_QEMU = "QEMU's user mode emulation: `apt-get install qemu-user`"
-
-
 def _litertjs():
     """Where npm has put LiteRT.js: as Node looks for it, from the current folder upward, then in the cache folder."""
     current = pathlib.Path.cwd()
@@ -177,3 +238,55 @@ def _packages():
     """Folders of the packages that the worker imports: this Python may know them from `sys.path` alone."""
     specs = [importlib.util.find_spec(name) for name in ("ai_edge_litert", "numpy")]
     return os.pathsep.join(dict.fromkeys(os.path.dirname(os.path.dirname(spec.origin)) for spec in specs))
+
+
+def _has_avx():
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        return re.search(r"^flags\s*:.*\bavx\b", pathlib.Path("/proc/cpuinfo").read_text(), re.MULTILINE) is not None
+    except OSError:  # not Linux; CPUs without AVX are from before 2013
+        return True
+
+
+RUNTIMES = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime(
+            "native",
+            f"ai-edge-litert on this {platform.machine()} CPU",
+            _start_native,
+            sparse_convolutions=not _has_avx(),  # XNNPACK has no sparse kernels for AVX, and takes its dense ones
+            thorough=True,
+            counts="seconds",
+        ),
+        Runtime(
+            "x86-no-avx",
+            "ai-edge-litert on an emulated x86_64 CPU without AVX",
+            _start_without_avx,
+            sparse_convolutions=True,
+            verifies=True,
+        ),
+        Runtime(
+            "wasm",
+            "LiteRT.js, WebAssembly in Node",
+            _start_node,
+            sparse_convolutions=True,
+            verifies=True,
+            counts="seconds",
+            resizes=False,
+            open_batch="LiteRT.js refuses files with an open batch size (`ks.tflite.runtimes` gets around that, with "
+            "one sample at a time): for browsers, use batch_size=1",
+            tells_memory=False,  # the compiler of WebAssembly takes more, at its own times, than a file does
+        ),
+        Runtime(
+            "arm64",
+            "ai-edge-litert on an emulated Cortex-A76",
+            _start_arm64,
+            sparse_convolutions=True,
+            counts="instructions",
+            max_threads=1,  # the instructions of one are counted
+        ),
+    )
+}
+MEASURING = {name: runtime for name, runtime in RUNTIMES.items() if runtime.counts is not None}

@@ -24,9 +24,8 @@ class File:
     >>> import keras
     >>> from keras_sparse.tflite.convert import convert
     >>> from keras_sparse.tflite.editing import File
-    >>> from keras_sparse.tflite.signatures import signature
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    >>> file = File(convert(model, signature(model)).content)
+    >>> file = File(convert(Job(model)).content)
     >>> [file.name(operator) for operator in file.model.subgraphs[0].operators]
     ['FULLY_CONNECTED']
     """

@@ -13,7 +13,8 @@ and lets operators read weights that they misread. Here each weight is encoded b
   are stored as floats of 32 bits without zeros, if that is smaller, else dense.
 * What only zeros stand in, and others read, is filled by a `FILL` when the model runs.
 * `FULLY_CONNECTED` with integer inputs does not load with restored weights. A convolution by 1x1 of images of one pixel
-  multiplies the same integers, and does load: it takes the operator's place.
+  multiplies the same integers, and does load: it takes the operator's place. Not where inputs have 16 bits: these
+  convolutions compute garbage there, and no sparse kernel takes such inputs.
 
 The storage is that of TFLite's converter: compressed sparse rows of single values or blocks, where rows are all axes
 but the last (schema.fbs, `SparsityParameters`).
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from keras_sparse.tflite.editing import File
+from keras_sparse.tflite.targets import XNNPACK, pays_from
 
 __all__ = ["OUTWEIGHED", "Encoded", "encode"]
 
@@ -39,9 +41,8 @@ _TABLES = ("GATHER", "BATCH_MATMUL")  # they read an embedding, or a constant ma
 _FULLY_CONNECTED_SPARSE = 8  # the version of the operator that reads sparse weights
 _DEQUANTIZE_CHANNELS = 5  # the version of the operator that knows scales for each channel
 _CONVOLUTION_CHANNELS = 5  # the version of CONV_2D that does
-# Share of zero blocks from where on a sparse kernel is faster than XNNPACK's dense one (measured at 0.80 and 0.90 for
-# blocks of 1x4, 0.90 and 0.95 for 1x16).
-_WORTH = {4: 0.85, 16: 0.95}
+# Share of zero blocks from where on a sparse kernel is faster than XNNPACK's dense one, on some target.
+_WORTH = {block: pays_from("FULLY_CONNECTED", f"block_1x{block}") for block in (4, 16)}
 # What other Dense layers lose if sparse kernels take them out of XNNPACK, too, in times of their time there: 0.5 (x86),
 # 1.8 (ARM64) and 2.4 (WebAssembly) for floats; 3, 5 and 75 for integers.
 _LOSS = {"float32": 2.0, "int8": 10.0}
@@ -89,10 +90,9 @@ def encode(content, engage=True):
     >>> import keras, keras_sparse as ks
     >>> from keras_sparse.tflite.convert import convert
     >>> from keras_sparse.tflite.encoding import encode
-    >>> from keras_sparse.tflite.signatures import signature
     >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
     >>> _ = ks.prune(model, 0.9)
-    >>> dense = convert(model, signature(model)).content
+    >>> dense = convert(Job(model)).content
     >>> len(encode(dense).content) < len(dense) / 3
     True
     """
@@ -225,8 +225,9 @@ class _Weight:
         if dtype == "<f4" and fully:
             weight.direct = 4
         elif dtype == "i1" and not weight.hybrid and "FULLY_CONNECTED" in names:
-            weight.pixels = fully and all(_may_be_convolution(file, graph, reader) for reader, _ in own)
-            weight.direct = 16 if fully else None
+            narrow = fully and all(file.dtype(graph.tensors[n]) == "int8" for n in inputs)  # not of 16 bits
+            weight.pixels = narrow and all(_may_be_convolution(file, graph, reader) for reader, _ in own)
+            weight.direct = 16 if narrow else None
             if not weight.pixels:
                 weight.blocks, weight.obstacle = [], "FULLY_CONNECTED in integers does not load with restored weights"
         elif alone and (weight.hybrid or dtype == "<f2"):
@@ -413,10 +414,7 @@ def _move_entries(file, graph):
 def _is_entry(file, graph, operator):
     if file.name(operator) != "CONV_2D":
         return False
-    options, kernel = operator.builtinOptions, graph.tensors[int(operator.inputs[1])].shape
-    return (
-        list(kernel[1:]) == [3, 3, 3]
-        and (options.strideH, options.strideW) == (2, 2)
-        and (options.dilationHFactor, options.dilationWFactor) == (1, 1)
-        and options.padding == file.schema.Padding.VALID
-    )
+    options, (image, kernel) = operator.builtinOptions, (graph.tensors[int(n)].shape for n in operator.inputs[:2])
+    strides, dilation = (options.strideH, options.strideW), (options.dilationHFactor, options.dilationWFactor)
+    fits = XNNPACK.is_entry(kernel[1:], strides, dilation, groups=image[-1] // kernel[-1])
+    return fits and options.padding == file.schema.Padding.VALID

@@ -13,8 +13,9 @@ from functools import cached_property
 
 import numpy as np
 
-__all__ = ["FlatModel", "Operator", "Subgraph", "Tensor", "damaged", "described", "gzip_size", "read"]
+__all__ = ["UNPACK", "FlatModel", "Operator", "Subgraph", "Tensor", "damaged", "described", "gzip_size", "read"]
 
+UNPACK = ("DENSIFY", "DEQUANTIZE")  # operators that restore what a file stores in less room
 # float16 and bfloat16 are counted as bit patterns: NumPy has no bfloat16, and both are zero when all but the sign is.
 _DTYPES = {
     "float32": "<f4", "float64": "<f8", "float16": "<u2", "bfloat16": "<u2", "int8": "i1", "uint8": "u1", "bool": "u1",

@@ -29,10 +29,10 @@ def halve(content):
 
     >>> import keras
     >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.job import Job
     >>> from keras_sparse.tflite.halves import halve
-    >>> from keras_sparse.tflite.signatures import signature
     >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
-    >>> content = convert(model, signature(model)).content
+    >>> content = convert(Job(model)).content
     >>> len(halve(content)) < 0.6 * len(content)
     True
     """
@@ -74,9 +74,9 @@ def kept_whole(content):
     >>> from keras_sparse.tflite.halves import kept_whole
     >>> import keras
     >>> from keras_sparse.tflite.convert import convert
-    >>> from keras_sparse.tflite.signatures import signature
+    >>> from keras_sparse.tflite.job import Job
     >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Rescaling(2**-31), keras.layers.Dense(64)])
-    >>> len(kept_whole(convert(model, signature(model), "float16").content))
+    >>> len(kept_whole(convert(Job(model, quantize="float16")).content))
     1
     """
     tensors = [tensor for graph in read(content).subgraphs for tensor in graph.tensors]

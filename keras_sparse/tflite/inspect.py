@@ -5,7 +5,7 @@ import os
 
 from keras_sparse import patterns
 from keras_sparse.reports import Report
-from keras_sparse.tflite.flatmodel import damaged, read
+from keras_sparse.tflite.flatmodel import UNPACK, damaged, read
 
 __all__ = ["inspect"]
 
@@ -17,7 +17,6 @@ _OUTPUT_AXES = {
     "UNIDIRECTIONAL_SEQUENCE_LSTM": (0,), "LSTM": (0,),
 }  # fmt: skip
 _COUNTING = ("int32", "int64", "uint32", "uint64", "bool")  # shapes, axes, indices; and the biases of int8 kernels
-_UNPACK = ("DENSIFY", "DEQUANTIZE")
 _FEW = 0.02  # single zeros up to this share are no pattern: quantisation to int8 rounds some weights to zero
 _MOST = 1024  # elements for each stored byte: a hostile file may describe an array that fills the memory
 
@@ -87,11 +86,11 @@ def inspect(path):
 
 def _kernels(subgraph):
     """Which tensors hold kernels: `{number: axes that count output units}`."""
-    packed = {o.outputs[0]: o.inputs[0] for o in subgraph.operators if o.name in _UNPACK and o.inputs and o.outputs}
+    packed = {o.outputs[0]: o.inputs[0] for o in subgraph.operators if o.name in UNPACK and o.inputs and o.outputs}
     found = {}
     for operator in subgraph.operators:
         for number in operator.inputs if operator.name in _OUTPUT_AXES else ():
-            for _ in _UNPACK:  # float16 kernels that are sparse-encoded take both
+            for _ in UNPACK:  # float16 kernels that are sparse-encoded take both
                 number = packed.get(number, number)
             if number >= 0 and len(subgraph.tensors[number].shape) >= 2:
                 found.setdefault(number, _OUTPUT_AXES[operator.name])

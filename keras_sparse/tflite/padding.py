@@ -5,26 +5,36 @@ from keras import layers
 __all__ = ["same", "wanted_padding", "windows"]
 
 
-def wanted_padding(layer, x):
-    """The padding on each side with which XNNPACK's sparse kernels take a convolution; `None` if it is none of theirs.
+def wanted_padding(layer, x, form):
+    """The padding on each side with which a target's sparse kernels take a convolution of stride 2.
 
     Args:
         layer: A `Conv2D` or `DepthwiseConv2D`.
         x: Its input.
+        form: The `Form` that the target wants.
+
+    Returns:
+        An int; `None` if it is no convolution of theirs, or none whose padding must be changed.
 
     Example:
 
     >>> import keras
     >>> from keras_sparse.tflite.padding import wanted_padding
-    >>> wanted_padding(keras.layers.DepthwiseConv2D(5, 2), keras.KerasTensor((None, 32, 32, 8)))
+    >>> from keras_sparse.tflite.targets import get
+    >>> layer = keras.layers.DepthwiseConv2D(5, 2)
+    >>> wanted_padding(layer, keras.KerasTensor((None, 32, 32, 8)), get("xnnpack").form)
     2
     """
-    size = layer.kernel_size[0]
-    if layer.dilation_rate not in (1, (1, 1)) or layer.kernel_size != (size, size) or layer.strides != (2, 2):
+    if layer.strides == (1, 1):
         return None
+    rate = layer.dilation_rate
+    what = layer.kernel_size, layer.strides, (rate, rate) if isinstance(rate, int) else rate
     if type(layer) is layers.Conv2D:
-        return 1 if size == 3 and x.shape[-1] == 3 and layer.groups == 1 else None
-    return size // 2 if size in (3, 5) and layer.depth_multiplier == 1 else None
+        kernel, *others = what
+        taken = form.is_entry((*kernel, x.shape[-1]), *others, layer.groups)
+    else:
+        taken = form.takes_depthwise(*what, layer.depth_multiplier)
+    return form.padding(layer.kernel_size[0]) if taken else None
 
 
 def same(size, layer, axis):

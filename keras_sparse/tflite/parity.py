@@ -7,7 +7,8 @@ import keras
 import numpy as np
 
 from keras_sparse.quiet import quiet
-from keras_sparse.tflite.convert import ExportError, first_line
+from keras_sparse.tflite.commands import get
+from keras_sparse.tflite.errors import ExportError, first_line
 from keras_sparse.tflite.inputs import random_batches, spread
 from keras_sparse.tflite.runtimes import TIMEOUT, Worker
 from keras_sparse.tflite.signatures import HALF, output_names
@@ -49,6 +50,9 @@ class Reference:
         signature: Its `Signature`.
         batches: List of flat lists of arrays, one for each input.
 
+    Attributes:
+        name: The model's.
+
     Raises:
         ExportError: If the model itself fails on these inputs.
 
@@ -56,16 +60,17 @@ class Reference:
 
     >>> import keras
     >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.job import Job
     >>> from keras_sparse.tflite.parity import Reference, random_batches
-    >>> from keras_sparse.tflite.signatures import signature
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    >>> called = signature(model)
-    >>> reference = Reference(model, called, random_batches(model, called))
-    >>> reference.compare(convert(model, called).content).absolute < 1e-5
+    >>> job = Job(model)
+    >>> reference = Reference(model, job.signature, random_batches(model, job.signature))
+    >>> reference.compare(convert(job).content).absolute < 1e-5
     True
     """
 
     def __init__(self, model, signature, batches):
+        self.name = model.name
         batches = [[a.astype(i.dtype) for a, i in zip(batch, signature.inputs, strict=True)] for batch in batches]
         self._inputs = [dict(zip([i.name for i in signature.inputs], batch, strict=True)) for batch in batches]
         self._outputs = []
@@ -113,8 +118,8 @@ class Reference:
         """Run a file (bytes) in a process of its own and compare it.
 
         Args:
-            runtime: One of `runtimes.RUNTIMES`. All but `"native"` are slow: they run the first batch and, where the
-                batch size is open, the third, of several samples.
+            runtime: One of `runtimes.RUNTIMES`. Slow ones (all but `"native"`) run the first batch and, where the batch
+                size is open, the third, of several samples.
             content: The file.
             timeout: Seconds that loading and each run may take.
 
@@ -130,7 +135,7 @@ class Reference:
             wanted = {leaf["name"]: leaf["dtype"] for leaf in worker.inputs}
             scales = worker.scales  # LiteRT.js does not tell, and takes no integers of 8 bits
             results = []
-            some = slice(None) if runtime == "native" else slice(0, 3, 2) if worker.resizes else slice(1)
+            some = slice(None) if get(runtime).thorough else slice(0, 3, 2) if worker.resizes else slice(1)
             for inputs in self._inputs[some]:
                 worker.feed({name: _quantized(inputs[name], wanted[name], scales.get(name)) for name in wanted})
                 outputs = worker.run()

@@ -16,7 +16,7 @@ import threading
 
 import numpy as np
 
-from keras_sparse.tflite.commands import RUNTIMES, RuntimeMissing, available, command
+from keras_sparse.tflite.commands import RUNTIMES, RuntimeMissing, available, get
 from keras_sparse.tflite.flatmodel import damaged, described, read
 
 __all__ = ["RUNTIMES", "TIMEOUT", "RuntimeMissing", "Worker", "available", "run"]
@@ -104,13 +104,13 @@ class Worker:
     """
 
     def __init__(self, file, runtime="native", threads=1, timeout=TIMEOUT):
-        _check(runtime, threads)
+        self._runtime = _checked(runtime, threads)
         self._what = described(file)
         # A damaged file should raise here, before native code meets it: that follows a sparse index wherever it leads.
         subgraphs = read(file).subgraphs
         with damaged(file):
             _ = [tensor.zeros for subgraph in subgraphs for tensor in subgraph.tensors]
-        self._runtime, self._timeout, self._process = runtime, timeout, None
+        self._timeout, self._process = timeout, None
         self._late = False
         with contextlib.ExitStack() as stack:
             self._folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="keras_sparse-")))
@@ -127,7 +127,7 @@ class Worker:
             self._check_types(self.inputs)
             self.outputs = loaded["outputs"]
             self.scales = {name: tuple(scale) for name, scale in loaded.get("scales", {}).items()}
-            self.load = self._counts(-2) if runtime == "arm64" else loaded["seconds"]
+            self.load = self._counts(-2) if self._runtime.counts == "instructions" else loaded["seconds"]
             self._stack = stack.pop_all()
 
     def __enter__(self):
@@ -181,7 +181,7 @@ class Worker:
             for name, values in inputs.items():
                 leaf = known[name]
                 values = np.ascontiguousarray(np.asarray(values).astype(leaf["dtype"]))
-                free = [] if self._runtime == "wasm" else [0, *self._open.get(name, [])]
+                free = [0, *self._open.get(name, [])] if self._runtime.resizes else []
                 wanted = [None if axis in free else n for axis, n in enumerate(leaf["shape"])]
                 fits = len(wanted) == values.ndim and all(
                     n in (None, m) for n, m in zip(wanted, values.shape, strict=True)
@@ -189,7 +189,7 @@ class Worker:
                 if not fits:
                     shape = str(tuple(wanted)).replace("None", "any")
                     raise ValueError(
-                        f"The input {name!r} takes arrays of shape {shape} on the runtime {self._runtime!r}. "
+                        f"The input {name!r} takes arrays of shape {shape} on the runtime {self._runtime.name!r}. "
                         f"Received: an array of shape {values.shape}"
                     )
                 file.write(values.tobytes())
@@ -211,7 +211,7 @@ class Worker:
         return self._ask("time", repeats=repeats)["seconds"]
 
     def count(self):
-        """Instructions of one run, exactly. Only on `"arm64"`."""
+        """Instructions of one run, exactly, where the runtime counts them."""
         self._ask("count")
         return self._counts(-2) - self._counts(-3)
 
@@ -244,7 +244,7 @@ class Worker:
         return inputs
 
     def _start(self):
-        line, environment = command(self._runtime, self._folder)
+        line, environment = self._runtime.start(self._folder)
         self._process = subprocess.Popen(
             line,
             env=os.environ | environment,
@@ -280,7 +280,7 @@ class Worker:
         if "error" in answer:
             reason = " ".join(answer["error"].split())[:300]
             raise ValueError(
-                f"The file cannot be run on the runtime {self._runtime!r}. Received: {self._what} ({reason})"
+                f"The file cannot be run on the runtime {self._runtime.name!r}. Received: {self._what} ({reason})"
             )
         return answer
 
@@ -303,10 +303,13 @@ def _fill(values, missing):
     return np.concatenate([values, np.repeat(values[-1:], missing, axis=0)]) if missing else values
 
 
-def _check(runtime, threads):
-    if runtime not in RUNTIMES:
-        raise ValueError(f"`runtime` must be one of {', '.join(map(repr, RUNTIMES))}. Received: runtime={runtime!r}")
+def _checked(runtime, threads):
+    runtime = get(runtime)
     if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
         raise ValueError(f"`threads` must be a positive integer. Received: threads={threads!r}")
-    if threads > 1 and runtime == "arm64":
-        raise ValueError(f"`threads` must be 1 where instructions are counted. Received: threads={threads!r}")
+    if runtime.max_threads is not None and threads > runtime.max_threads:
+        raise ValueError(
+            f"`threads` must be at most {runtime.max_threads} on the runtime {runtime.name!r}. Received: "
+            f"threads={threads!r}"
+        )
+    return runtime

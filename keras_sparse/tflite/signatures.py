@@ -42,8 +42,8 @@ class Signature:
     >>> import keras
     >>> from keras_sparse.tflite.signatures import signature
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    >>> called = signature(model)
-    >>> called.typed, called.call(model, [keras.ops.ones((2, 4))]).shape == (2, 3)
+    >>> taken = signature(model)
+    >>> taken.typed, taken.call(model, [keras.ops.ones((2, 4))]).shape == (2, 3)
     (True, True)
     """
 

@@ -1,11 +1,14 @@
-"""A target is a runtime that a file ships to, as data: what it multiplies sparse, and where that is known from."""
+"""A target is a runtime that a file ships to, as data: what it multiplies sparse, and where that is known from.
+
+The numbers here are those that decide: the encoder, the rules of XNNPACK, `check` and `adapt` read them.
+"""
 
 import dataclasses
 from dataclasses import dataclass
 
 from keras_sparse.reports import Report
 
-__all__ = ["TARGETS", "Sparse", "Statement", "Target", "get", "targets"]
+__all__ = ["TARGETS", "XNNPACK", "Form", "Sparse", "Statement", "Target", "get", "pays_from", "targets"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,57 @@ class Sparse:
 
 
 @dataclass(frozen=True)
+class Form:
+    """The form that a network must have to run its 1x1 convolutions sparse, in numbers.
+
+    All that is said of convolutions is independent of how they are written down: as Keras layers or in a file. Paddings
+    are half the kernel on each side.
+
+    Attributes:
+        entry: Rows, columns and channels of the kernel of the convolution that the network begins with.
+        entry_stride: Its stride.
+        depthwise: Sizes that the kernels of depthwise convolutions may have.
+        depthwise_strides: Strides that these may have.
+
+    Example:
+
+    >>> from keras_sparse.tflite.targets import get
+    >>> form = get("xnnpack").form
+    >>> form.is_entry((3, 3, 3), strides=(2, 2)), form.is_entry((3, 3, 1), strides=(2, 2))
+    (True, False)
+    >>> form.takes_depthwise((5, 5), strides=(1, 1)), form.padding(5)
+    (True, 2)
+    """
+
+    entry: tuple
+    entry_stride: int
+    depthwise: tuple
+    depthwise_strides: tuple
+
+    def is_entry(self, kernel, strides, dilation=(1, 1), groups=1):
+        """Whether a convolution may be the one that the network begins with, if its padding is right.
+
+        Args:
+            kernel: `(rows, columns, channels)`.
+            strides: Of rows and columns.
+            dilation: Likewise.
+            groups: Of channels.
+        """
+        wanted = self.entry, (self.entry_stride,) * 2, (1, 1)
+        return (tuple(kernel), tuple(strides), tuple(dilation)) == wanted and groups == 1
+
+    def takes_depthwise(self, kernel, strides, dilation=(1, 1), multiplier=1):
+        """Whether a depthwise convolution may be in the network, if its padding is right."""
+        size, stride = kernel[0], strides[0]
+        square = (tuple(kernel), tuple(strides), tuple(dilation)) == ((size, size), (stride, stride), (1, 1))
+        return square and size in self.depthwise and stride in self.depthwise_strides and multiplier == 1
+
+    def padding(self, size):
+        """Rows or columns of padding on each side of an image, for a kernel of that size."""
+        return size // 2
+
+
+@dataclass(frozen=True)
 class Target:
     """A runtime.
 
@@ -58,6 +112,7 @@ class Target:
         sparse: Tuple of `Sparse`: what it multiplies sparse.
         rules: Tuple of `Statement`: what the graph must be like for 1x1 convolutions to run sparse.
         otherwise: `Statement`: what becomes of other weights with zeros.
+        form: The same rules in numbers, a `Form`; `None` where no convolution runs sparse.
 
     Example:
 
@@ -71,12 +126,14 @@ class Target:
     sparse: tuple
     rules: tuple
     otherwise: Statement
+    form: Form | None = None
 
 
 _SUBGRAPH = "XNNPACK src/subgraph.c, xnn_subgraph_rewrite_for_nchw"
 _CHECK = "XNNPACK src/subgraph.c, xnn_check_nchw_compatibility"
 _FULLY_CONNECTED = "tensorflow/lite/kernels/fully_connected.cc"
-_RULES = (
+XNNPACK = Form(entry=(3, 3, 3), entry_stride=2, depthwise=(3, 5), depthwise_strides=(1, 2))
+_RULES = (  # what `XNNPACK` says in numbers, and what keras_sparse.tflite.xnnpack looks for in a graph
     Statement(
         "The network begins with a 3x3 convolution of three channels, stride 2, padding 1 on each side, without groups "
         "or dilation, on images of even size",
@@ -111,7 +168,7 @@ def _xnnpack(name, title, convolutions, dense_source, dense_from=0.85):
     sparse = (Sparse("FULLY_CONNECTED", "block_1x4", dense_from, ("float32",), dense_source),)
     if convolutions:
         first = Sparse("CONV_2D", "unstructured", 2 / 3, ("float32", "float16"), convolutions)
-        return Target(name, title, (first, *sparse), _RULES, _RESTORED)
+        return Target(name, title, (first, *sparse), _RULES, _RESTORED, XNNPACK)
     return Target(name, title, sparse, (), _RESTORED)
 
 
@@ -226,6 +283,29 @@ def get(name):
         names = ", ".join(repr(target.name) for target in TARGETS)
         raise ValueError(f"`target` must be one of {names}. Received: target={name!r}")
     return found[0]
+
+
+def pays_from(operator, pattern):
+    """From which sparsity on a sparse kernel is used, or is faster than the dense one, on some target.
+
+    Args:
+        operator: The operator in the file, as in `Sparse`.
+        pattern: The pattern of its zeros.
+
+    Raises:
+        ValueError: If no target has such a kernel.
+
+    Example:
+
+    >>> from keras_sparse.tflite.targets import pays_from
+    >>> pays_from("FULLY_CONNECTED", "block_1x4")
+    0.85
+    """
+    kernels = [kind for target in TARGETS for kind in target.sparse]
+    found = [kind.sparsity for kind in kernels if (kind.operator, kind.pattern) == (operator, pattern)]
+    if not found:
+        raise ValueError(f"No target has a sparse kernel for {operator}. Received: pattern={pattern!r}")
+    return min(found)
 
 
 def targets():

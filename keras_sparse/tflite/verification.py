@@ -4,11 +4,11 @@ XNNPACK's sparse kernels for convolutions are off on x86 CPUs with AVX: a compar
 faults. Others that have them on are emulated.
 """
 
-import platform
-
-from keras_sparse.tflite.convert import ExportError, first_line
+from keras_sparse.tflite.commands import RUNTIMES, RuntimeMissing, available
+from keras_sparse.tflite.errors import ExportError, first_line
 from keras_sparse.tflite.flatmodel import read
-from keras_sparse.tflite.runtimes import RuntimeMissing, available
+from keras_sparse.tflite.job import CALIBRATED, INTEGERS
+from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches
 from keras_sparse.tflite.xnnpack import hazard, touched
 
 __all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "Verification", "sparse_runtimes"]
@@ -19,14 +19,14 @@ __all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "Verification", "sparse_runtimes"]
 # that was not trained on can make 1e-4 of that (MobileNetV3, random weights). A wrong layout or weight costs 1e-1 and
 # more. Half precision rounds each weight or product to 2**-11 (float16) or 2**-8 (bfloat16), and layers add that up.
 # int8 rounds each weight to 1/254 of its channel's range, and "int8" each activation to 1/256 of its own; random
-# networks of fifty layers add that up to 0.1 and 0.3. Faults of sparse encodings are 0.4 and more, and
-# `Verification.fault` compares with the dense file, too.
-TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1, "dynamic": 2e-1, "int8": 4e-1}
+# networks of fifty layers add that up to 0.1 and 0.3. "int16x8" rounds like "dynamic". Faults of sparse encodings are
+# 0.4 and more, and `Verification.fault` compares with the dense file, too.
+TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1, "dynamic": 2e-1, "int8": 4e-1, "int16x8": 2e-1}
 # Where XNNPACK's sparse kernels for convolutions are on: what is said about a file that was compared there.
-SPARSE_RUNTIMES = {
-    "x86-no-avx": "ai-edge-litert on an emulated x86_64 CPU without AVX",
-    "wasm": "LiteRT.js, WebAssembly in Node",
-}
+SPARSE_RUNTIMES = {name: runtime.title for name, runtime in RUNTIMES.items() if runtime.verifies}
+_NATIVE = RUNTIMES["native"]
+_SAMPLES = 16  # of representative data that a file is compared on, one by one, if it was calibrated with them
+_ALIKE = 0.03  # share of an output's magnitude: one that differs less between samples hardly depends on them
 
 
 def sparse_runtimes(verify="auto"):
@@ -76,13 +76,13 @@ class Verification:
 
     >>> import keras
     >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.job import Job
     >>> from keras_sparse.tflite.parity import Reference, random_batches
-    >>> from keras_sparse.tflite.signatures import signature
     >>> from keras_sparse.tflite.verification import Verification
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    >>> called = signature(model)
-    >>> reference = Reference(model, called, random_batches(model, called))
-    >>> verification = Verification(convert(model, called).content, reference, tolerance=1e-4)
+    >>> job = Job(model)
+    >>> reference = Reference(model, job.signature, random_batches(model, job.signature))
+    >>> verification = Verification(convert(job).content, reference, tolerance=1e-4)
     >>> right, parity = verification.dense()
     >>> right, len(verification.verified_on)
     (True, 1)
@@ -93,13 +93,44 @@ class Verification:
         self._integers, self._runtimes, self._strict = integers, runtimes, strict
         self.verified_on, self.notes = [], []
 
+    @classmethod
+    def of(cls, job, conversion, runtimes=(), strict=False):
+        """The verification of what a job made, on the inputs that suit it.
+
+        Args:
+            job: A `Job`.
+            conversion: Its `Conversion`.
+            runtimes: As above.
+            strict: As above.
+
+        Raises:
+            ExportError: If the model itself fails on these inputs.
+        """
+        # What is calibrated clips what is beyond the range of its samples: random inputs would be.
+        batches = job.samples[:_SAMPLES]
+        if job.quantize not in CALIBRATED:
+            like = job.samples[0] if job.samples else None
+            batches = random_batches(job.model, job.signature, like=like) + list(job.samples)
+        batches = in_batches_of(1, batches) if conversion.fixed_batch else batches
+        reference = Reference(job.model, job.signature, batches)
+        tolerance = max(TOLERANCE[name] for name in (_precision(job.model), job.quantize or "float32"))
+        made = cls(conversion.content, reference, tolerance, job.quantize in INTEGERS, runtimes, strict)
+        alike = reference.alike(min(tolerance, _ALIKE))
+        if alike:
+            made.notes.append(
+                f"The comparison says little of {', '.join(alike)}: between the inputs that were tried it differs by "
+                f"less than {min(tolerance, _ALIKE):.1%} of its magnitude, and may do so in a wrong file. Pass inputs "
+                "as the model will meet them, and several, as `representative_data`."
+            )
+        return made
+
     def dense(self):
         """Whether the dense file is right, and its parity on this machine.
 
         Raises:
             ExportError: If ai-edge-litert cannot run it.
         """
-        self.verified_on = [_here()]
+        self.verified_on = [_NATIVE.title]
         try:
             parity = self._native(self._dense)
         except (RuntimeError, ValueError) as error:
@@ -113,7 +144,7 @@ class Verification:
 
     def fault(self, content):
         """Why a sparse-encoded file must not be handed out, or `None`; and its parity on this machine."""
-        self.verified_on = [_here()]
+        self.verified_on = [_NATIVE.title]
         model = read(content)
         fault = hazard(model)
         if fault is not None:
@@ -137,9 +168,32 @@ class Verification:
                     return fault, None
         return None, parity
 
+    def why_wrong(self, parity):
+        """The sentences that say that the dense file, of this `Parity`, does not compute what the model computes."""
+        return (
+            f"The .tflite file of model {self._reference.name!r} does not compute what the model computes, so it was "
+            "not kept. "
+            + (
+                "Eight bits are too few for it, or the representative data do not cover what it meets: try "
+                "quantize='float16'. "
+                if self._integers
+                else "Report this model to keras_sparse if it has no random layer that is active in inference. "
+            )
+            + f"Received: output {parity.worst!r} differs by {parity.absolute:.3g}, {parity.relative:.3g} of its "
+            f"magnitude (allowed: {self._tolerance:.0e})"
+        )
+
+    def check_strict(self):
+        """Raise an `ExportError` if the verification is strict and the last file was compared on this machine alone."""
+        if self._strict and len(self.verified_on) == 1:
+            raise ExportError(
+                "verify='strict' needs a runtime on which sparse kernels are on and the file is right. Received: "
+                f"{' '.join(self.notes) or 'none that answered in time'}"
+            )
+
     def _native(self, content):
         # Kernels for integers may end the process.
-        return self._reference.compare_on("native", content) if self._integers else self._reference.compare(content)
+        return self._reference.compare_on(_NATIVE.name, content) if self._integers else self._reference.compare(content)
 
     def _fault_on(self, runtime, content, allowed):
         name = SPARSE_RUNTIMES[runtime]
@@ -147,15 +201,20 @@ class Verification:
             problem = self._problem_on(runtime, content, allowed)
             if problem is None:
                 self.verified_on.append(name)
+                if RUNTIMES[runtime].open_batch and _has_open_batch(content):
+                    self._note(f"{RUNTIMES[runtime].open_batch}.")
                 return None
             unfit = self._problem_on(runtime, self._dense, self._tolerance)
         except TimeoutError:  # emulators are slow: nothing is known
             return None
         if unfit is None:
             return f"on {name}, {problem}"
-        note = f"Not for {name}: from the dense file as well, {unfit}."
-        self.notes += [] if note in self.notes else [note]
+        self._note(f"Not for {name}: from the dense file as well, {unfit}.")
         return None
+
+    def _note(self, note):
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _problem_on(self, runtime, content, allowed):
         try:
@@ -167,8 +226,8 @@ class Verification:
         return f"output {parity.worst!r} differs by {parity.relative:.3g} of its magnitude"
 
 
-def _here():
-    return f"ai-edge-litert on this {platform.machine()} CPU"
+def _has_open_batch(content):
+    return any(0 in graph.tensors[n].opened for graph in read(content).subgraphs[:1] for n in graph.inputs)
 
 
 def _same_weights(sparse, dense):
@@ -185,3 +244,10 @@ def _same_weights(sparse, dense):
     shapes = [sizes(t) for t in encoded]
     known = {key(t) for graph in dense.subgraphs for t in graph.tensors if t.stored is not None and sizes(t) in shapes}
     return all(key(tensor) in known for tensor in encoded)
+
+
+def _precision(layer):
+    """The coarsest number format that a model computes in."""
+    names = [_precision(inner) for inner in getattr(layer, "layers", ())]
+    names.append(layer.compute_dtype if layer.compute_dtype in TOLERANCE else "float32")
+    return max(names, key=TOLERANCE.get)

@@ -7,6 +7,9 @@ operators to channel-first sparse kernels on CPUs without AVX (ARM, WebAssembly,
 
 from dataclasses import dataclass
 
+from keras_sparse.tflite.flatmodel import UNPACK
+from keras_sparse.tflite.targets import XNNPACK, pays_from
+
 __all__ = ["Use", "hazard", "touched", "uses", "violations"]
 
 _SAME, _VALID = 0, 1  # schema.fbs, enum Padding
@@ -14,10 +17,9 @@ _SAME, _VALID = 0, 1  # schema.fbs, enum Padding
 _UNARY = {"RELU", "RELU6", "HARD_SWISH", "LOGISTIC", "ELU", "LEAKY_RELU", "GELU", "RESIZE_BILINEAR"}
 _BINARY = {"ADD", "MUL"}
 _REDUCTIONS = {"MEAN", "SUM", "DEPTH_TO_SPACE"}  # where XNNPACK may return to channels-last
-_UNPACK = {"DENSIFY", "DEQUANTIZE"}
 _ADAPT = "ks.tflite.adapt: it brings the model into the form that is needed"
 _POOL = "end in GlobalAveragePooling2D()"
-_THRESHOLD = (2, 3)  # the rewrite needs more than 2/3 zeros, summed over the cluster's 1x1 convolutions
+_THRESHOLD = pays_from("CONV_2D", "unstructured")  # above it, summed over the cluster's 1x1 convolutions
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def uses(model, fixed_batch=False):
         graph = _Graph(subgraph, fixed_batch)
         cluster = graph.cluster() if graph.densifies() else _Cluster()
         for operator in subgraph.operators:
-            if operator.name in _UNPACK:
+            if operator.name in UNPACK:
                 continue
             for number in operator.inputs:
                 constant = graph.constant(number)
@@ -139,8 +141,12 @@ def touched(model):
     return any(use.sparse for use in uses(model)) or any(entries)
 
 
-def violations(model):
+def violations(model, form=XNNPACK):
     """List what keeps the 1x1 convolutions of a `FlatModel` from running sparse under XNNPACK, but for their zeros.
+
+    Args:
+        model: A `FlatModel`.
+        form: The `Form` that the target wants.
 
     Returns:
         List of `(operator, name of the tensor that it computes, what is wrong, how to mend it)`.
@@ -152,7 +158,7 @@ def violations(model):
     >>> violations(FlatModel(subgraphs=[], content=b""))
     []
     """
-    return [violation for subgraph in model.subgraphs[:1] for violation in _Graph(subgraph).violations()]
+    return [violation for subgraph in model.subgraphs[:1] for violation in _Graph(subgraph, form=form).violations()]
 
 
 @dataclass
@@ -171,7 +177,8 @@ def _partial(reason):
 class _Graph:
     """A subgraph with the questions that the rules ask of it."""
 
-    def __init__(self, subgraph, fixed_batch=False):
+    def __init__(self, subgraph, fixed_batch=False, form=XNNPACK):
+        self._form = form
         self.tensors, self.operators = subgraph.tensors, subgraph.operators
         self._open_batch = not fixed_batch and any(0 in self.tensors[n].opened for n in subgraph.inputs)
         self.outputs = set(subgraph.outputs)
@@ -190,7 +197,7 @@ class _Graph:
 
     def constant(self, number):
         """The stored tensor behind an input, through the operators that unpack it; `None` if it is computed."""
-        while number in self._producers and self._producers[number].name in _UNPACK:
+        while number in self._producers and self._producers[number].name in UNPACK:
             number = self._producers[number].inputs[0]
         if number < 0 or self.tensors[number].stored is None:
             return None
@@ -361,12 +368,13 @@ class _Graph:
 
     def may_be_entry(self, operator):
         """Whether an operator is an entry, but for its padding."""
-        if operator.name != "CONV_2D" or self._strides(operator) != (2, 2):
-            return False
-        return self._kernel(operator)[1:] == (3, 3, 3)
+        return operator.name == "CONV_2D" and self._form.is_entry(self._kernel(operator)[1:], self._strides(operator))
 
     def _is_entry(self, operator):
-        return self.may_be_entry(operator) and self._padding(operator) == (1, 1, 1, 1)
+        return self.may_be_entry(operator) and self._pads_half(operator)
+
+    def _pads_half(self, operator):
+        return self._padding(operator) == (self._form.padding(self._kernel(operator)[1]),) * 4
 
     def _is_pointwise(self, operator):
         if operator.name != "CONV_2D" or self._kernel(operator)[1:3] != (1, 1):
@@ -375,15 +383,12 @@ class _Graph:
         return self._strides(operator) == (1, 1) and unpadded
 
     def _is_depthwise(self, operator):
-        if operator.name != "DEPTHWISE_CONV_2D" or operator.options["DepthMultiplier"] != 1:
+        if operator.name != "DEPTHWISE_CONV_2D":
             return False
-        _, height, width, _ = self._kernel(operator)
-        strides = self._strides(operator)
-        if height != width or height not in (3, 5) or strides not in ((1, 1), (2, 2)):
+        kernel, strides = self._kernel(operator)[1:3], self._strides(operator)
+        if not self._form.takes_depthwise(kernel, strides, multiplier=operator.options["DepthMultiplier"]):
             return False
-        if operator.options["Padding"] == _SAME:
-            return strides == (1, 1)
-        return self._padding(operator) == (height // 2,) * 4
+        return strides == (1, 1) if operator.options["Padding"] == _SAME else self._pads_half(operator)
 
     def _is_compatible(self, operator):
         """Whether XNNPACK has the operator in channel-first form and no rule speaks against it."""
@@ -404,7 +409,7 @@ class _Graph:
     def _mostly_zero(self, operators):
         weights = [self.constant(operator.inputs[1]) for operator in operators]
         zeros, size = sum(w.zeros for w in weights), sum(w.size for w in weights)
-        return zeros * _THRESHOLD[1] > size * _THRESHOLD[0]
+        return size > 0 and zeros / size > _THRESHOLD
 
     def _rank(self, number):
         return len(self.tensors[number].shape)
