@@ -28,8 +28,9 @@ MODULES = {
 ROWS = (
     {"registry", "quiet", "files", "zeros"},
     {"schedules", "patterns", "criteria"},
-    {"selection", "optimizers", "gates"},
-    {"reports", "batches", "graph"},
+    {"graph", "optimizers", "gates"},
+    {"selection"},
+    {"reports", "batches"},
     {"neurons", "pruning", "channels", "regularizers", "layers"},
     {"baking"},
     {"callbacks", "tflite", "compat"},

@@ -19,8 +19,8 @@ import search_models
 from search_models import data, facts, search
 
 import keras_sparse as ks
+from keras_sparse.graph import uses
 from keras_sparse.search.journal import Journal
-from keras_sparse.search.macs import uses
 
 OTHERS = ("random", "reinforce")
 SPAWN = multiprocessing.get_context("spawn")

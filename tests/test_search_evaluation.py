@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import keras_sparse as ks
+from keras_sparse.graph import uses
 from keras_sparse.search.evaluation import Evaluation, arrays
-from keras_sparse.search.macs import uses
 
 layers = keras.layers
 

@@ -6,7 +6,8 @@ import keras
 import numpy as np
 
 from keras_sparse import batches, patterns, reports, selection
-from keras_sparse.neurons.activity import Trace, substituted
+from keras_sparse.graph import substituted
+from keras_sparse.neurons.activity import Trace
 
 __all__ = ["Probe", "neuron_sparsity"]
 

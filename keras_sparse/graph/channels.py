@@ -2,14 +2,15 @@
 
 import contextlib
 import re
-import warnings
 
 import keras
 import numpy as np
 
-from keras_sparse import selection
+from keras_sparse.graph.weights import layers as all_layers
+from keras_sparse.graph.weights import weights as all_weights
+from keras_sparse.graph.wiring import consumers, filled, references, wiring
 
-__all__ = ["CHANNELWISE", "consumers", "elementwise", "filled", "histories", "references", "unit_variables", "wiring"]
+__all__ = ["CHANNELWISE", "elementwise", "unit_variables"]
 
 
 def _keras_layers(regex):
@@ -60,7 +61,7 @@ def unit_variables(model, weights):
 
     Args:
         model: The built Keras model that the weights are in.
-        weights: List of `selection.Weight`, kernels.
+        weights: List of `ks.graph.Weight`, kernels.
 
     Returns:
         List with, for each weight, a tuple of variables with as many elements as there are units, in the order of the
@@ -71,12 +72,12 @@ def unit_variables(model, weights):
     >>> import keras, keras_sparse as ks
     >>> layers = [keras.layers.Dense(5, name="a"), keras.layers.BatchNormalization(), keras.layers.ReLU()]
     >>> model = keras.Sequential([keras.Input((4,)), *layers])
-    >>> kernel = ks.selection.weights(model)[0]
+    >>> kernel = ks.graph.weights(model)[0]
     >>> [[variable.name for variable in found] for found in ks.graph.unit_variables(model, [kernel])]
     [['bias', 'gamma', 'beta']]
     """
-    every = selection.layers(model)
-    attention = {id(inner) for x in every if isinstance(x, _ATTENTION) for inner in selection.layers(x)}
+    every = all_layers(model)
+    attention = {id(inner) for x in every if isinstance(x, _ATTENTION) for inner in all_layers(x)}
     graphs = _Graphs(model, every)
 
     def find(weight):
@@ -235,14 +236,14 @@ def _of_keras(operation, names):
 
 def _hides_normalization(operation):
     return isinstance(operation, keras.layers.Layer) and any(
-        isinstance(x, keras.layers.BatchNormalization) for x in selection.layers(operation)
+        isinstance(x, keras.layers.BatchNormalization) for x in all_layers(operation)
     )
 
 
 def _mixes(operation):
     """Whether a layer has kernels of its own, or normalizes over units."""
     return isinstance(operation, (*_KERAS_KERNELS, *_NORMALIZATIONS)) or (
-        isinstance(operation, keras.layers.Layer) and any(weight.kernel for weight in selection.weights(operation))
+        isinstance(operation, keras.layers.Layer) and any(weight.kernel for weight in all_weights(operation))
     )
 
 
@@ -295,30 +296,6 @@ def _half(value, axis):
     return value if axis is None else np.moveaxis(value, axis, 0)[::2]
 
 
-def filled(value, make):
-    """Part of a call as a config or a layer tells it, with `make(config)` in place of each symbolic tensor.
-
-    Args:
-        value: Arguments of a call: `inbound_nodes` of a config, or a structure with symbolic tensors.
-        make: Function of the tensor's config, which has its `shape` and, in a config, its `keras_history`.
-
-    Example:
-
-    >>> import keras, keras_sparse as ks
-    >>> ks.graph.filled([keras.KerasTensor((None, 4)), 2.0], lambda config: config["shape"])
-    [(None, 4), 2.0]
-    """
-    if isinstance(value, keras.KerasTensor):
-        return make({"shape": value.shape})
-    if isinstance(value, dict) and value.get("class_name") == "__keras_tensor__":
-        return make(value["config"])
-    if isinstance(value, dict) and "class_name" in value:
-        return keras.saving.deserialize_keras_object(value)
-    if isinstance(value, dict):
-        return {key: filled(item, make) for key, item in value.items()}
-    return type(value)(filled(item, make) for item in value) if isinstance(value, (list, tuple)) else value
-
-
 def elementwise(layer):
     """Whether the layer's activation, if it has one, is one of Keras's that keep channels apart.
 
@@ -331,76 +308,3 @@ def elementwise(layer):
     activation = getattr(layer, "activation", None)
     name = getattr(activation, "__name__", "")
     return activation is None or (getattr(keras.activations, name, None) is activation and name not in _MIXING)
-
-
-def consumers(model):
-    """The names of the layers that each layer's output goes to, `{name: [name or None]}`; `None` stands for others.
-
-    Layers that are called more than once are others, and so is the outside of the model.
-
-    Example:
-
-    >>> import keras, keras_sparse as ks
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(2, name="b")])
-    >>> ks.graph.consumers(model)
-    {'a': ['b'], 'b': [None]}
-    """
-    if isinstance(model, keras.Sequential):
-        names = [layer.name for layer in model.layers]
-        return dict(zip(names, [[name] for name in [*names[1:], None]], strict=True))
-    config = wiring(model)
-    found = {}
-    for layer in config["layers"]:
-        nodes = layer["inbound_nodes"]
-        for source in references(nodes):
-            found.setdefault(source, []).append(layer["name"] if len(nodes) == 1 else None)
-        if len(nodes) > 1:
-            found.setdefault(layer["name"], []).append(None)
-    for source in references(config["output_layers"]):
-        found.setdefault(source, []).append(None)
-    return found
-
-
-def wiring(model):
-    """The config of a functional model's graph: of the same graph as a plain `keras.Model`.
-
-    Example:
-
-    >>> import keras, keras_sparse as ks
-    >>> inputs = keras.Input((4,), name="x")
-    >>> model = keras.Model(inputs, keras.layers.Dense(3, name="a")(inputs))
-    >>> [layer["name"] for layer in ks.graph.wiring(model)["layers"]]
-    ['x', 'a']
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lambdas in it are not safe to load; nobody will.
-        # Of the same graph as a plain model: a class of the user's may have no config, or one without layers.
-        return keras.Model(model.inputs, model.outputs).get_config()
-
-
-def references(value):
-    """The names of layers in the part of a config that says whose outputs are meant.
-
-    Example:
-
-    >>> import keras_sparse as ks
-    >>> ks.graph.references({"a": ["dense", 0, 0]})
-    ['dense']
-    """
-    return [name for name, _, _ in histories(value)]
-
-
-def histories(value):
-    """The outputs that a part of a config means, as `(name of a layer, number of its call, number of the output)`.
-
-    Example:
-
-    >>> import keras_sparse as ks
-    >>> ks.graph.histories({"a": ["dense", 0, 0]})
-    [('dense', 0, 0)]
-    """
-    if isinstance(value, (list, tuple)) and len(value) == 3 and [type(v) for v in value] == [str, int, int]:
-        return [tuple(value)]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [key for item in value for key in histories(item)] if isinstance(value, (list, tuple)) else []

@@ -4,8 +4,8 @@ import math
 
 import keras
 
-from keras_sparse import selection
-from keras_sparse.neurons.activity import substituted
+from keras_sparse.graph.rebuilding import substituted
+from keras_sparse.graph.weights import layers, weights
 
 __all__ = ["uses"]
 
@@ -28,15 +28,15 @@ def uses(model, sample):
     Example:
 
     >>> import keras, numpy as np
-    >>> from keras_sparse.search.macs import uses
-    >>> layers = [keras.layers.Conv2D(4, 3, name="a"), keras.layers.Flatten(), keras.layers.Dense(2, name="b")]
-    >>> model = keras.Sequential([keras.Input((8, 8, 1)), *layers])
+    >>> from keras_sparse.graph.macs import uses
+    >>> stack = [keras.layers.Conv2D(4, 3, name="a"), keras.layers.Flatten(), keras.layers.Dense(2, name="b")]
+    >>> model = keras.Sequential([keras.Input((8, 8, 1)), *stack])
     >>> found = uses(model, np.zeros((1, 8, 8, 1)))
     >>> [found[id(layer.kernel)] for layer in (model.layers[0], model.layers[2])]
     [36, 1]
     """
     kernels, found = {}, {}
-    for weight in selection.weights(model):
+    for weight in weights(model):
         if weight.kernel and "embedding" not in weight.variable.name:
             kernels.setdefault(id(weight.layer), []).append(weight)
     state = {"times": 1, "inside": False}  # how often a wrapper repeats; whether a loop is being run
@@ -63,7 +63,7 @@ def uses(model, sample):
                 finally:
                     state["times"] = before
                 return outputs
-            holders = selection.layers(layer) if loop else [layer]
+            holders = layers(layer) if loop else [layer]
             for weight in (weight for holder in holders for weight in kernels.get(id(holder), ())):
                 count = _places(weight, layer, tuple(inputs.shape), tuple(output.shape))
                 found[id(weight.variable)] = found.get(id(weight.variable), 0) + state["times"] * count
@@ -72,7 +72,7 @@ def uses(model, sample):
         return run
 
     loops = keras.layers.RNN, keras.layers.TimeDistributed
-    watched = [layer for layer in selection.layers(model) if id(layer) in kernels or isinstance(layer, loops)]
+    watched = [layer for layer in layers(model) if id(layer) in kernels or isinstance(layer, loops)]
     with substituted([(layer, "call", observed(layer, layer.call)) for layer in watched]):
         model(sample, training=False)
     return found
