@@ -118,7 +118,7 @@ def reachable(model, constraints, **options):
     """Whether a search of a space would begin, by the checks before it."""
     space, measured = ks.search.Space(model, **options), []
     counts = uses(model, np.zeros((1, *model.input_shape[1:]), "float32"))
-    counts = {i: counts[id(w.variable)] for i, w in enumerate(ks.selection.weights(model)) if id(w.variable) in counts}
+    counts = {i: counts[w.variable] for i, w in enumerate(ks.selection.weights(model)) if w.variable in counts}
     macs = sum(counts[part.index] * part.size for part in space.parts)
 
     def evaluate(allocation):

@@ -1,14 +1,32 @@
 """What is known of Keras models: their layers, weights and channels, and how the layers are wired."""
 
-from keras_sparse.graph.channels import CHANNELWISE, elementwise, unit_variables
+from keras_sparse.graph.channels import elementwise, unit_kernel, unit_variables, unread_channels
+from keras_sparse.graph.kinds import (
+    DEPTHWISE,
+    EMBEDDING,
+    NO_KERNELS,
+    Equation,
+    Kernel,
+    Kind,
+    kernel_of,
+    kind_of,
+    kinds,
+    operator_axes,
+    register_kind,
+)
 from keras_sparse.graph.macs import uses
-from keras_sparse.graph.rebuilding import substituted
-from keras_sparse.graph.weights import NO_KERNELS, Weight, as_array, check_model, layers, weights
+from keras_sparse.graph.rebuilding import Rebuilding, replay, substituted
+from keras_sparse.graph.weights import Weight, as_array, check_model, layers, weights
 from keras_sparse.graph.wiring import consumers, filled, histories, references, wiring
 
 __all__ = [
-    "CHANNELWISE",
+    "DEPTHWISE",
+    "EMBEDDING",
     "NO_KERNELS",
+    "Equation",
+    "Kernel",
+    "Kind",
+    "Rebuilding",
     "Weight",
     "as_array",
     "check_model",
@@ -16,10 +34,18 @@ __all__ = [
     "elementwise",
     "filled",
     "histories",
+    "kernel_of",
+    "kind_of",
+    "kinds",
     "layers",
+    "operator_axes",
     "references",
+    "register_kind",
+    "replay",
     "substituted",
+    "unit_kernel",
     "unit_variables",
+    "unread_channels",
     "uses",
     "weights",
     "wiring",

@@ -1,48 +1,32 @@
-"""A graph says which layers a layer's output goes to, and what else belongs to the units of a kernel."""
+"""Channels of a model are followed both ways: what is zero behind a unit of zeros, and which units nobody reads."""
 
 import contextlib
-import re
 
 import keras
 import numpy as np
 
-from keras_sparse.graph.weights import layers as all_layers
-from keras_sparse.graph.weights import weights as all_weights
+from keras_sparse.graph.kinds import (
+    CONCATENATES,
+    JOINS,
+    KEEPS,
+    MIXES,
+    MOVES,
+    NORMALIZES,
+    OVER_CHANNELS,
+    SLICES,
+    Equation,
+    kind_of,
+)  # fmt: skip
+from keras_sparse.graph.weights import as_array
+from keras_sparse.graph.weights import layers as layers_of
+from keras_sparse.graph.weights import weights as weights_of
 from keras_sparse.graph.wiring import consumers, filled, references, wiring
+from keras_sparse.identity import IdentityDict
 
-__all__ = ["CHANNELWISE", "elementwise", "unit_variables"]
-
-
-def _keras_layers(regex):
-    return tuple(getattr(keras.layers, name) for name in dir(keras.layers) if re.fullmatch(regex, name))
+__all__ = ["elementwise", "unit_kernel", "unit_variables", "unread_channels"]
 
 
-# Layers and activations whose output channels depend on nothing but the input channel of the same index.
-CHANNELWISE = _keras_layers(
-    r"(Alpha|Gaussian|Spatial)?Dropout(\dD)?|GaussianNoise|ReLU|LeakyReLU|PReLU|ELU|BatchNormalization|Activation|"
-    r"(Global)?(Average|Max)Pooling\dD|ZeroPadding\dD|Cropping\dD|UpSampling\dD|Add|Subtract|Average|Maximum|Minimum"
-)
-_MIXING = ("softmax", "log_softmax", "sparsemax", "glu")
-
-_KERAS_KERNELS = _keras_layers(r"Dense|EinsumDense|(Depthwise|Separable)?Conv\dD(Transpose)?")
-_ATTENTION = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
-# What a unit that is zero passes through and stays zero, besides activations.
-_TRANSPARENT = _keras_layers(
-    r"(Spatial)?Dropout(\dD)?|(Global)?(Average|Max)Pooling\dD|(ZeroPadding|Cropping|UpSampling)\dD"
-)
-_ACTIVATIONS = _keras_layers("Activation|ReLU|LeakyReLU|PReLU|ELU|Softmax")
-# They mix the units of a sample, as kernels do: a unit that is zero is an input of zero to them.
-_NORMALIZATIONS = _keras_layers("(Layer|Group|RMS|Unit)Normalization")
-# Layers and operations of Keras behind which units have no axis of their own.
-_MOVING = re.compile(
-    "Flatten|Reshape|Permute|RepeatVector|Transpose|Swapaxes|Moveaxis|ExpandDims|Squeeze|Ravel|Split|GetItem|Repeat|Tile"
-)
-# Layers and operations of several inputs: a product is zero where one of them is; in a sum or the like, others come in.
-_PRODUCT = re.compile("Multiply")
-_ADDING = re.compile("Add|Subtract|Average|Maximum|Minimum|Dot|Matmul|Einsum|Tensordot")
-
-
-class _Alive(Exception):
+class _StaysNonzero(Exception):
     """Says why a unit would not be zero."""
 
 
@@ -76,39 +60,39 @@ def unit_variables(model, weights):
     >>> [[variable.name for variable in found] for found in ks.graph.unit_variables(model, [kernel])]
     [['bias', 'gamma', 'beta']]
     """
-    every = all_layers(model)
-    attention = {id(inner) for x in every if isinstance(x, _ATTENTION) for inner in all_layers(x)}
+    every = layers_of(model)
+    # What a layer that mixes channels holds, as attention does, is its own business.
+    mixing = [layer for layer in every if kind_of(layer).channels == MIXES]
+    inner = IdentityDict.fromkeys(y for x in mixing for y in layers_of(x) if y is not x)
     graphs = _Graphs(model, every)
 
     def find(weight):
         try:
-            return _unit_variables(weight, attention, graphs)
-        except _Alive as reason:
+            return _unit_variables(weight, inner, graphs)
+        except _StaysNonzero as reason:
             return f"channels: {reason}"
 
     return [find(weight) for weight in weights]
 
 
-def _unit_variables(weight, attention, graphs):
+def _unit_variables(weight, inner, graphs):
     layer = weight.layer
-    kind = type(layer).__name__
-    known = isinstance(layer, _KERAS_KERNELS) and weight.variable.name in ("kernel", "pointwise_kernel")
-    if id(layer) in attention or not known:
-        raise _Alive(f"the units of {kind} are not known to be zero when their weights are")
-    if not _keeps_zero(layer):
-        raise _Alive(f"the activation of {kind} does not map 0 to 0")
+    kind, name = kind_of(layer), type(layer).__name__
+    if layer in inner or not kind.linear or weight.variable.name != list(kind.kernels)[-1]:
+        raise _StaysNonzero(f"the units of {name} are not known to be zero when their weights are")
+    if not _activation_keeps_zero(layer):
+        raise _StaysNonzero(f"the activation of {name} does not map 0 to 0")
     units = int(np.prod([weight.variable.shape[axis] for axis in weight.output_axes]))
     axis = 1 if getattr(layer, "data_format", "channels_last") == "channels_first" else -1
-    found = [] if getattr(layer, "bias", None) is None else [layer.bias]
+    bias = getattr(layer, kind.bias, None)
     if isinstance(layer, keras.layers.EinsumDense):
-        inputs, kernel, output = re.split(",|->", layer.equation.replace(" ", ""))
-        letters = [letter for letter in kernel if letter not in inputs]
-        axis = axis if letters == [output[-1]] else None
-        if found and [letter for letter in output if letter in layer.bias_axes] != letters:
-            raise _Alive(f"the bias of {kind} is shared by several units, or has them in another order")
-    found += graphs.behind(layer, axis)
+        equation = Equation(layer.equation)
+        axis = axis if equation.units == equation.outputs[-1] else None
+        if bias is not None and "".join(x for x in equation.outputs if x in layer.bias_axes) != equation.units:
+            raise _StaysNonzero(f"the bias of {name} is shared by several units, or has them in another order")
+    found = ([] if bias is None else [bias]) + graphs.behind(layer, axis)
     if any(int(np.prod(variable.shape)) != units for variable in found):
-        raise _Alive(f"the bias or normalization of {kind} is shared by several units")
+        raise _StaysNonzero(f"the bias or normalization of {name} is shared by several units")
     return tuple(found)
 
 
@@ -140,7 +124,7 @@ class _Graphs:
 
     def __init__(self, model, every):
         self._root = model
-        self._normalized = any(isinstance(x, keras.layers.BatchNormalization) for x in every)
+        self._normalized = any(kind_of(x).per_channel for x in every)
         self._graphs = []
         models = [x for x in every if getattr(x, "inputs", None)]
         # A Sequential keeps a functional model of the same layers.
@@ -150,57 +134,53 @@ class _Graphs:
             if isinstance(x, keras.Sequential) or inside not in sequential:
                 with contextlib.suppress(Exception):  # A layer without a config: such a graph cannot be seen.
                     self._graphs.append(_Graph(x))
-        self._wrappers = {}
-        for wrapper in (x for x in every if isinstance(x, keras.layers.Wrapper)):
-            self._wrappers[id(wrapper.layer)] = wrapper
+        self._wrappers = IdentityDict((x.layer, x) for x in every if isinstance(x, keras.layers.Wrapper))
 
     def behind(self, layer, axis):
         """List scale and shift of the batch normalizations behind `layer`, whose units lie along `axis`, if any does.
 
         Raises:
-            _Alive: If a unit that is zero would not stay so, or nobody can tell.
+            _StaysNonzero: If a unit that is zero would not stay so, or nobody can tell.
         """
-        found, stack = {}, [(reader, axis, None) for reader in self._readers(layer)]
+        found, stack = IdentityDict(), [(reader, axis, None) for reader in self._readers(layer)]
         while stack:
             (graph, operation), axis, joined = stack.pop()
             if graph is None:
                 if self._normalized:
-                    raise _Alive(operation)
+                    raise _StaysNonzero(operation)
                 continue
-            name = operation.name
+            name, kind = operation.name, kind_of(operation)
             call = graph.calls[name]
-            if isinstance(operation, keras.layers.BatchNormalization):
-                rank = len(operation.output.shape)
+            several = len(references(call)) > 1
+            if kind.per_channel:
                 if joined:
-                    raise _Alive(f"{name} behind it normalizes it with what {joined} puts beside it")
-                if axis is None or operation.axis % rank != axis % rank or operation.gamma is None:
-                    raise _Alive(f"{name} behind it has no scale for each unit (scale=False, or another axis)")
-                found |= {id(v): v for v in (operation.gamma, operation.beta) if v is not None}
+                    raise _StaysNonzero(f"{name} behind it normalizes it with what {joined} puts beside it")
+                found.update(IdentityDict.fromkeys(_per_channel(operation, kind, axis)))
             elif _hides_normalization(operation):
-                raise _Alive(f"a batch normalization behind it, inside of {name}, cannot be found")
-            elif _mixes(operation):
+                raise _StaysNonzero(f"a batch normalization behind it, inside of {name}, cannot be found")
+            elif _mixes(operation, kind, several):
                 continue
-            elif len(references(call)) > 1:
-                if _of_keras(operation, _ADDING):
+            elif several:
+                if kind.channels == JOINS and not kind.product:
                     continue
-                if not _of_keras(operation, _PRODUCT):
+                if not kind.product:
                     joined = name
                 elif len({len(x.shape) for x in (*keras.tree.flatten(operation.input), operation.output)}) > 1:
                     axis = None
-            elif isinstance(operation, _ACTIVATIONS):
-                if not _keeps_zero(operation):
-                    raise _Alive(f"the activation {name} behind it does not map 0 to 0")
-            elif _of_keras(operation, _MOVING):
+            elif kind.activates:
+                if not _activation_keeps_zero(operation):
+                    raise _StaysNonzero(f"the activation {name} behind it does not map 0 to 0")
+            elif kind.channels in (MOVES, SLICES, CONCATENATES):
                 axis = None
-            elif not isinstance(operation, _TRANSPARENT) and not _keeps_units(operation, call, axis):
-                raise _Alive(f"{name} behind it is not seen to keep a unit at 0")
+            elif not kind.zero and not _keeps_units(operation, call, axis):
+                raise _StaysNonzero(f"{name} behind it is not seen to keep a unit at 0")
             stack += [(reader, axis, joined) for reader in self._readers(operation)]
-        return list(found.values())
+        return list(found)
 
     def _readers(self, operation):
         """What reads an output, as pairs `(graph, operation)`; `(None, reason)` for what cannot be seen."""
-        while id(operation) in self._wrappers:
-            operation = self._wrappers[id(operation)]
+        while operation in self._wrappers:
+            operation = self._wrappers[operation]
         name, found = operation.name, []
         places = [graph for graph in self._graphs if graph.operations.get(name) is operation]
         for graph in places:
@@ -230,30 +210,36 @@ class _Graphs:
         return found
 
 
-def _of_keras(operation, names):
-    return type(operation).__module__.startswith("keras.") and names.fullmatch(type(operation).__name__)
+def _per_channel(layer, kind, axis):
+    """The variables with which a layer scales and shifts channels, which lie along `axis` before it."""
+    own = getattr(layer, "axis", 1 if getattr(layer, "data_format", None) == "channels_first" else -1)
+    rank = len(layer.output.shape)
+    scale, *others = (getattr(layer, name, None) for name in kind.per_channel)
+    if axis is None or own % rank != axis % rank or scale is None:
+        raise _StaysNonzero(f"{layer.name} behind it has no scale for each unit (scale=False, or another axis)")
+    return [variable for variable in (scale, *others) if variable is not None]
 
 
 def _hides_normalization(operation):
-    return isinstance(operation, keras.layers.Layer) and any(
-        isinstance(x, keras.layers.BatchNormalization) for x in all_layers(operation)
-    )
+    return isinstance(operation, keras.layers.Layer) and any(kind_of(x).per_channel for x in layers_of(operation))
 
 
-def _mixes(operation):
-    """Whether a layer has kernels of its own, or normalizes over units."""
-    return isinstance(operation, (*_KERAS_KERNELS, *_NORMALIZATIONS)) or (
-        isinstance(operation, keras.layers.Layer) and any(weight.kernel for weight in all_weights(operation))
-    )
+def _mixes(operation, kind, several):
+    """Whether an operation mixes the units of a sample, or normalizes over them: one that is zero is zero to it."""
+    if not isinstance(operation, keras.layers.Layer):
+        return several and kind.channels == MIXES
+    mixes = kind.channels in (MIXES, NORMALIZES) and not kind.activates
+    return mixes or any(weight.kernel for weight in weights_of(operation))
 
 
-def _keeps_zero(layer):
-    """Whether the layer's activation maps a unit of 0 to 0, whatever the other units are."""
-    if isinstance(layer, keras.layers.Softmax):
-        return False
-    if isinstance(layer, keras.layers.ReLU):
-        return layer.threshold == 0 or layer.negative_slope == 0
-    activation = getattr(layer, "activation", None)
+def _activation_keeps_zero(layer):
+    """Whether the layer's activation maps a unit of 0 to 0, whatever the other units are.
+
+    An activation layer is its own activation.
+    """
+    kind, activation = kind_of(layer), getattr(layer, "activation", None)
+    if activation is None and kind.activates and kind.zero is None:
+        activation = layer
     if activation is None:
         return True
     x = np.array([[0, 1, -2, 3], [0, -1, -2, -3], [0, 1, 2, 3]], "float32")
@@ -296,6 +282,117 @@ def _half(value, axis):
     return value if axis is None else np.moveaxis(value, axis, 0)[::2]
 
 
+def unread_channels(model):
+    """Find the channels of each layer's output that nobody reads: all kernels that they reach are zero there.
+
+    Channels are followed backwards, from the kernels that read them through layers that keep channels apart, as far as
+    the graph shows it: layers that are called once, with channels last, inside of `model` itself.
+
+    Args:
+        model: A built functional or Sequential model.
+
+    Returns:
+        Function from the name of a layer to a boolean array with an entry for each of its output's channels, or to
+        `None` if it is not known who reads them. It sees the kernels as they are when it is first asked about a layer.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> body = [keras.layers.Dense(3, name="a"), keras.layers.ReLU(), keras.layers.Dense(2, name="b")]
+    >>> model = keras.Sequential([keras.Input((4,)), *body])
+    >>> model.layers[2].set_weights([np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]), np.zeros(2)])
+    >>> ks.graph.unread_channels(model)("a")
+    array([False,  True, False])
+    """
+    layers = {layer.name: layer for layer in model.layers}
+    readers, known = consumers(model), {}
+
+    def unread(name):
+        if name not in known:
+            known[name] = None
+            votes = [ignored(reader) for reader in readers.get(name, [None])]
+            if votes and all(vote is not None and vote.shape == (layers[name].output.shape[-1],) for vote in votes):
+                known[name] = np.logical_and.reduce(votes)
+        return known[name]
+
+    def ignored(name):
+        """Which channels of its inputs a layer ignores."""
+        layer = layers.get(name)
+        if layer is None or getattr(layer, "data_format", "channels_last") != "channels_last":
+            return None
+        if isinstance(layer, keras.layers.Flatten):
+            after, shape = unread(name), layer.input.shape
+            return None if after is None else after.reshape(-1, shape[-1]).all(axis=0)
+        kind = kind_of(layer)
+        axis = _input_axis(layer, kind)
+        if axis is not None:
+            kernel = as_array(_kernel(layer, kind))
+            return ~np.any(kernel != 0, axis=tuple(other for other in range(kernel.ndim) if other != axis))
+        last = getattr(layer, "axis", -1) in (-1, len(layer.output.shape) - 1)
+        apart = kind.channels in (KEEPS, JOINS) and not kind.kernels
+        return unread(name) if apart and last and elementwise(layer) else None
+
+    return unread
+
+
+def unit_kernel(layer):
+    """What makes the channels of a layer's output, the last axis, one by one: kernel, its axis that counts them, bias.
+
+    Args:
+        layer: A built layer.
+
+    Returns:
+        `(variable, axis, variable or None)`, or `None` if an output channel depends on more than that.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> layer = keras.layers.Dense(3, use_bias=False)
+    >>> layer.build((None, 4))
+    >>> ks.graph.unit_kernel(layer)[1:]
+    (1, None)
+    >>> ks.graph.unit_kernel(keras.layers.Dense(3, "softmax")) is None
+    True
+    """
+    kind = kind_of(layer)
+    if not (_multiplies(layer, kind) and elementwise(layer)):
+        return None
+    if getattr(layer, "data_format", "channels_last") != "channels_last":
+        return None
+    variable, row = _kernel(layer, kind), list(kind.kernels.values())[-1]
+    axes = row.output_axes(layer, len(variable.shape))
+    bias = getattr(layer, kind.bias, None)
+    if isinstance(layer, keras.layers.EinsumDense):
+        equation = Equation(layer.equation)
+        if equation.units != equation.outputs[-1] or (bias is not None and layer.bias_axes != equation.units):
+            return None
+    return (variable, *axes, bias) if len(axes) == 1 else None
+
+
+def _input_axis(layer, kind):
+    """The axis of a layer's kernel that counts the channels of its input, the last axis; `None` if there is none."""
+    if not (_multiplies(layer, kind) and len(kind.kernels) == 1) or (kind.grouped and layer.groups != 1):
+        return None
+    if isinstance(layer, keras.layers.EinsumDense):
+        equation = Equation(layer.equation)
+        found = equation.kernel.find(equation.inputs[-1])
+        return None if found < 0 or equation.inputs[-1] in equation.outputs else found
+    (row,) = kind.kernels.values()
+    axes = row.input_axes(layer, len(_kernel(layer, kind).shape))
+    return axes[0] if len(axes) == 1 else None
+
+
+def _multiplies(layer, kind):
+    """Whether a layer multiplies its inputs by its last kernel, as it is stored (with LoRA, something is added)."""
+    return kind.linear and kind.channels == MIXES and not getattr(layer, "lora_enabled", False)
+
+
+def _kernel(layer, kind):
+    """The variable of the kernel that makes the output units."""
+    name = list(kind.kernels)[-1]
+    return next(variable for variable in layer.weights if variable.name == name)
+
+
 def elementwise(layer):
     """Whether the layer's activation, if it has one, is one of Keras's that keep channels apart.
 
@@ -307,4 +404,5 @@ def elementwise(layer):
     """
     activation = getattr(layer, "activation", None)
     name = getattr(activation, "__name__", "")
-    return activation is None or (getattr(keras.activations, name, None) is activation and name not in _MIXING)
+    own = getattr(keras.activations, name, None) is activation and name not in OVER_CHANNELS
+    return activation is None or own

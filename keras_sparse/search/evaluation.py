@@ -190,7 +190,7 @@ class Evaluation:
     def uses(self):
         """How often each weight is multiplied for one sample, `{index: int}`; see `ks.graph.uses`."""
         copy = self._copy()
-        return {i: copy.uses[id(w.variable)] for i, w in enumerate(copy.weights) if id(w.variable) in copy.uses}
+        return {i: copy.uses[w.variable] for i, w in enumerate(copy.weights) if w.variable in copy.uses}
 
     def _score(self, copy, allocation, seed, deadline):
         model = copy.model
@@ -356,7 +356,7 @@ class _Copy:
 
     def macs(self):
         """Multiplications of one sample with weights that are not zero."""
-        return sum(int(np.sum(w.numpy() != 0)) * self.uses.get(id(w.variable), 0) for w in self.weights if w.kernel)
+        return sum(int(np.sum(w.numpy() != 0)) * self.uses.get(w.variable, 0) for w in self.weights if w.kernel)
 
     @functools.cached_property
     def uses(self):

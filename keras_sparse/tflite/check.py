@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_sparse import patterns, selection
+from keras_sparse.graph import kind_of, operator_axes
 from keras_sparse.reports import Report
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.editing import File
@@ -17,11 +18,6 @@ from keras_sparse.tflite.xnnpack import hazard, uses, violations
 
 __all__ = ["CheckReport", "check"]
 
-# The layer whose convolution, pooling, ... an operator is, among others that are part of it.
-_KINDS = {
-    "CONV_2D": "Conv2D", "DEPTHWISE_CONV_2D": "DepthwiseConv2D", "MEAN": "GlobalAveragePooling2D", "ADD": "Add",
-    "MAX_POOL_2D": "MaxPooling2D", "AVERAGE_POOL_2D": "AveragePooling2D", "MUL": "Multiply", "PRELU": "PReLU",
-}  # fmt: skip
 _UNITS = 16  # output units in which a tensor is compared with a weight
 
 
@@ -208,7 +204,7 @@ class _Layers:
     """Finds the layers and weights of a model in a file: by what a weight holds, and by the names of tensors."""
 
     def __init__(self, model):
-        self._kinds = {layer.name: type(layer).__name__ for layer in selection.layers(model) if layer is not model}
+        self._kinds = {layer.name: kind_of(layer) for layer in selection.layers(model) if layer is not model}
         self._weights = [weight for weight in selection.weights(model) if weight.kernel]
         self._outputs = _output_layers(model)
 
@@ -217,7 +213,7 @@ class _Layers:
         found = self._candidates(name)
         if not found and name in self._outputs:
             return self._outputs[name]
-        return next((one for one in found if self._kinds[one] == _KINDS.get(operator)), found[0] if found else name)
+        return next((one for one in found if operator in self._kinds[one].operators), found[0] if found else name)
 
     def weight(self, operator, tensor):
         """The weight that a tensor holds, each once, or `None`: the one of the same values, else of the same name."""
@@ -255,7 +251,7 @@ def _output_layers(model):
 def _holds(operator, tensor, weight):
     """Whether a tensor holds a weight, but for a factor for each output unit: of a normalization that was folded in."""
     ours = patterns.to_matrix(weight.numpy(), weight.output_axes)
-    theirs = patterns.to_matrix(tensor.values(), (3,) if operator == "DEPTHWISE_CONV_2D" else (0,))
+    theirs = patterns.to_matrix(tensor.values(), operator_axes().get(operator, (0,)))
     if ours.shape != theirs.shape:
         return False
     ours, theirs = ours[:_UNITS].astype("float64"), theirs[:_UNITS].astype("float64")
