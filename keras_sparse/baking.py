@@ -119,7 +119,7 @@ def bake(model):
             f"its layers as arguments that `get_config` returns, or use the functional API. Received: {model.name!r}"
         )
     gated = _copy_weights(model, plain)
-    _silence(plain)
+    _zero_unread_units(plain)
     others = [w for w in selection.weights(plain) if id(w.variable) not in gated]
     reports.remember(plain, {id(w.variable): w.skipped or "had no gates" for w in others})
     _copy_compilation(model, plain)
@@ -190,49 +190,18 @@ def _copy_compilation(source, target):
             target.compile_from_config(source.get_compile_config())
 
 
-_PRODUCERS = (keras.layers.Dense, keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D)
-
-
-def _silence(model):
-    """Set units to zero whose outputs nobody uses, because all kernels that they reach are zero there.
-
-    Only where the graph shows it: layers that are called once, with channels last, inside of `model` itself.
-    """
+def _zero_unread_units(model):
+    """Set units to zero whose outputs nobody uses, because all kernels that they reach are zero there."""
     if not getattr(model, "inputs", None):
         return
-    layers = {layer.name: layer for layer in model.layers}
-    consumers = graph.consumers(model)
-    known = {}
-
-    def unused(name):
-        """Which output channels of a layer nobody uses: a boolean array, or `None` if that is not known."""
-        if name not in known:
-            known[name] = None
-            votes = [ignored(consumer) for consumer in consumers.get(name, [None])]
-            if votes and all(vote is not None and vote.shape == votes[0].shape for vote in votes):
-                known[name] = np.logical_and.reduce(votes)
-        return known[name]
-
-    def ignored(name):
-        """Which input channels of a layer it ignores, or `None`."""
-        layer = layers.get(name)
-        if layer is None or getattr(layer, "data_format", "channels_last") != "channels_last":
-            return None
-        if isinstance(layer, _PRODUCERS) and getattr(layer, "groups", 1) == 1:
-            kernel = selection.as_array(layer.kernel)
-            return ~np.any(kernel != 0, axis=tuple(axis for axis in range(kernel.ndim) if axis != kernel.ndim - 2))
-        if isinstance(layer, keras.layers.Flatten):
-            after, shape = unused(name), layer.input.shape
-            return None if after is None else after.reshape(-1, shape[-1]).all(axis=0)
-        last = getattr(layer, "axis", -1) in (-1, len(layer.output.shape) - 1)
-        if isinstance(layer, graph.CHANNELWISE) and last and graph.elementwise(layer):
-            return unused(name)
-        return None
-
-    for name in reversed(layers):  # A unit that falls silent takes those with it that only it listened to.
-        layer = layers[name]
-        if isinstance(layer, _PRODUCERS) and graph.elementwise(layer) and consumers.get(name):
-            dead = unused(name)
-            for variable in [layer.kernel, layer.bias] if dead is not None and dead.any() else []:
-                if variable is not None:
-                    variable.assign(np.where(dead, 0, selection.as_array(variable)))
+    unread = graph.unread_channels(model)
+    for layer in reversed(model.layers):  # A unit that is removed takes those with it that only it read.
+        made = graph.unit_kernel(layer)
+        dead = unread(layer.name) if made is not None else None
+        if dead is None or not dead.any():
+            continue
+        kernel, axis, bias = made
+        value = selection.as_array(kernel)
+        kernel.assign(np.where(np.expand_dims(dead, [i for i in range(value.ndim) if i != axis]), 0, value))
+        if bias is not None:
+            bias.assign(np.where(dead, 0, selection.as_array(bias)))

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sparse import selection
+from keras_sparse import graph, selection
 from keras_sparse.gates import HardConcrete
 from keras_sparse.registry import check_penalty, is_real, serializable
 
@@ -15,11 +15,6 @@ __all__ = ["L0", "HardConcrete", "gated_layers"]
 
 # As in the authors' code: a gate that leaves this range has a gradient too small to bring it back.
 _LOG_ALPHA_LIMIT = math.log(100.0)
-_CONVOLUTIONS = tuple(
-    getattr(keras.layers, name)
-    for name in dir(keras.layers)
-    if name.startswith(("Conv", "DepthwiseConv", "SeparableConv")) and "LSTM" not in name
-)
 
 
 @serializable
@@ -131,7 +126,8 @@ class L0(keras.layers.Wrapper):
         if self.granularity == "weight":
             return shape
         outputs = weight.output_axes
-        gated = outputs if _gates_outputs(weight) else [axis for axis in range(len(shape)) if axis not in outputs]
+        inputs = tuple(axis for axis in range(len(shape)) if axis not in outputs)
+        gated = outputs if graph.kind_of(weight.layer).gates == "outputs" else inputs
         return tuple(n if axis in gated else 1 for axis, n in enumerate(shape))
 
     def _call_gated(self, *args, training=None, **kwargs):
@@ -157,8 +153,9 @@ class L0(keras.layers.Wrapper):
         """Yield `(id(variable), value)` for all that gates multiply: kernels, and the biases of filters."""
         for weight, gate in zip(self.kernels, self._gates(training), strict=True):
             yield id(weight.variable), weight.variable * ops.cast(gate, weight.variable.dtype)
-            bias = getattr(weight.layer, "bias", None)
-            if self.granularity == "unit" and bias is not None and _gates_outputs(weight):
+            kind = graph.kind_of(weight.layer)
+            bias = getattr(weight.layer, kind.bias, None)
+            if self.granularity == "unit" and bias is not None and kind.gates == "outputs":
                 # A filter that is switched off gives zeros, not its bias.
                 yield id(bias), bias * ops.cast(ops.reshape(gate, bias.shape), bias.dtype)
 
@@ -232,6 +229,10 @@ class L0(keras.layers.Wrapper):
         }
 
 
+# Its own weights, the parameters of the gates, are no kernels.
+graph.register_kind(L0, graph.Kind())
+
+
 def gated_layers(model):
     """List the `L0` layers of a model, nested ones and those in the attributes of subclassed models too.
 
@@ -292,9 +293,9 @@ def _check_layer(layer):
 def _kernels(layer):
     """The weights to gate: what pruning selects by default, else any kernels that there are."""
     everything = selection.weights(layer)
-    if any(w.variable.name.endswith("log_alpha") for w in everything):
+    if gated_layers(layer):
         raise ValueError(f"{layer.name!r} holds a layer with gates already: `L0` around `L0` is not possible.")
-    kernels = [w for w in everything if w.kernel and "embedding" not in w.variable.name]
+    kernels = [w for w in everything if w.kernel and w.role != graph.EMBEDDING]
     chosen = [w for w in kernels if w.skipped is None] or kernels
     if not chosen:
         raise ValueError(
@@ -302,10 +303,6 @@ def _kernels(layer):
             f"Received: {type(layer).__name__} {layer.name!r} with weights {[w.variable.name for w in everything]}"
         )
     return chosen
-
-
-def _gates_outputs(weight):
-    return isinstance(weight.layer, _CONVOLUTIONS)
 
 
 def _clamp(log_alpha):

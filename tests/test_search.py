@@ -19,8 +19,8 @@ import search_models
 from search_models import data, facts, search
 
 import keras_sparse as ks
+from keras_sparse.graph import uses
 from keras_sparse.search.journal import Journal
-from keras_sparse.search.macs import uses
 
 OTHERS = ("random", "reinforce")
 SPAWN = multiprocessing.get_context("spawn")
@@ -118,7 +118,7 @@ def reachable(model, constraints, **options):
     """Whether a search of a space would begin, by the checks before it."""
     space, measured = ks.search.Space(model, **options), []
     counts = uses(model, np.zeros((1, *model.input_shape[1:]), "float32"))
-    counts = {i: counts[id(w.variable)] for i, w in enumerate(ks.selection.weights(model)) if id(w.variable) in counts}
+    counts = {i: counts[w.variable] for i, w in enumerate(ks.selection.weights(model)) if w.variable in counts}
     macs = sum(counts[part.index] * part.size for part in space.parts)
 
     def evaluate(allocation):

@@ -1,67 +1,11 @@
 """Activity: which units of a model's layers are not zero, recorded while the model runs."""
 
-import contextlib
-import re
-
 import keras
 import numpy as np
 
-__all__ = ["Trace", "substituted"]
+from keras_sparse.graph.kinds import MOVES, NORMALIZES, OVER_CHANNELS, UNKNOWN, Equation, kind_of, of_keras
 
-_ACTIVATIONS = (
-    keras.layers.Activation,
-    keras.layers.ELU,
-    keras.layers.LeakyReLU,
-    keras.layers.PReLU,
-    keras.layers.ReLU,
-)
-# In a functional model, `keras.ops.relu(x)` is an operation whose class is named after the function.
-_FUNCTIONS = {name.replace("_", "") for name in dir(keras.activations)} - {"linear", "get", "serialize", "deserialize"}
-# Between a layer and its activation; dropout and noise do nothing in inference.
-_PASSING = (
-    keras.layers.ActivityRegularization,
-    keras.layers.AlphaDropout,
-    keras.layers.BatchNormalization,
-    keras.layers.Dropout,
-    keras.layers.GaussianDropout,
-    keras.layers.GaussianNoise,
-    keras.layers.GroupNormalization,
-    keras.layers.Identity,
-    keras.layers.LayerNormalization,
-    keras.layers.RMSNormalization,
-    keras.layers.UnitNormalization,
-)
-
-
-@contextlib.contextmanager
-def substituted(functions):
-    """Put functions in the place of methods of layers, for as long as the block lasts.
-
-    Args:
-        functions: List of `(layer, name of the method, function)`.
-
-    Example:
-
-    >>> import keras
-    >>> from keras_sparse.neurons.activity import substituted
-    >>> layer, x = keras.layers.ReLU(), keras.ops.ones((1, 2))
-    >>> with substituted([(layer, "call", lambda inputs: 2 * inputs)]):
-    ...     float(layer(x)[0, 0])
-    2.0
-    >>> float(layer(x)[0, 0])
-    1.0
-    """
-    before = [vars(layer).get(name) for layer, name, _ in functions]
-    try:
-        for layer, name, function in functions:
-            vars(layer)[name] = function
-        yield
-    finally:
-        for (layer, name, _), own in zip(functions, before, strict=True):
-            if own is None:
-                vars(layer).pop(name, None)
-            else:
-                vars(layer)[name] = own
+__all__ = ["Trace"]
 
 
 class _Use:
@@ -113,10 +57,9 @@ class Trace:
 
         Those that hold a kernel count as a whole, and others cannot be seen if the number of steps may change.
         """
-        if isinstance(layer, keras.layers.RNN):
-            return True
-        if not isinstance(layer, keras.layers.TimeDistributed):
-            return False
+        kind = kind_of(layer)
+        if kind.holder is None or kind.recurrent:
+            return kind.recurrent
         if id(_kernel_holder(layer)) in self._weights:
             return True
         # As it was built: TensorFlow knows the steps in some runs and not in others, and all must count the same.
@@ -141,14 +84,14 @@ class Trace:
             self._consumed.update(map(id, inputs))
             activation = _activation_name(holder)
             self._start(layer, holder, output, axes, activation, activation is not None)
-        elif use is not None and isinstance(layer, _PASSING):
+        elif use is not None and kind_of(layer).inert:
             self._pass(use, activated, output)
         elif use is not None and same and activation and not activated:
             use.follow(layer, output)
             self._pass(use, True, output)
         else:
             self._consumed.update(map(id, inputs))
-            if activation and not _is_softmax(layer) and (isinstance(layer, _ACTIVATIONS) or not _is_layer(layer)):
+            if activation and not _is_softmax(layer) and kind_of(layer).activates:
                 self._start(layer, None, output, axes, layer.name, True)
 
     def _start(self, layer, holder, output, axes, activation, activated):
@@ -169,11 +112,11 @@ class Trace:
         rank = len(output.shape)
         axes = (rank - 1,)
         if isinstance(holder, keras.layers.EinsumDense):
-            axes = _einsum_axes(holder.equation, rank)
+            axes = Equation(holder.equation).output_axes(rank)
         elif getattr(holder, "data_format", None) == "channels_first":
             spatial = len(holder.kernel_size) if hasattr(holder, "kernel_size") else rank - 2
             axes = (rank - 1 - spatial,)
-        elif id(holder) not in self._weights and rank == len(source.shape) and not _permutes(layer):
+        elif id(holder) not in self._weights and rank == len(source.shape) and kind_of(layer).channels != MOVES:
             axes = self._axes.get(id(source), axes)
         self._axes[id(output)] = axes
         return axes
@@ -206,7 +149,7 @@ class Trace:
                     "role": role,
                     "units": int(first.own.shape[1]),
                     "weights": self._weights.get(id(first.holder), []),
-                    "gates": isinstance(first.layer, keras.layers.RNN),
+                    "gates": kind_of(first.layer).recurrent,
                 }
             )
         return found, counts, self._notes
@@ -229,60 +172,34 @@ def _sums(active):
     return sum(counts[1:], counts[0]), sum(sizes[1:], sizes[0])
 
 
-def _einsum_axes(equation, rank):
-    """The axes of an EinsumDense layer's output that its input does not have."""
-    inputs, _, output = re.split(",|->", equation.replace(" ", ""))
-    # Letters behind an ellipsis are counted from the end.
-    end = output.rfind(".")
-    return tuple(
-        (index if index < end else index - len(output)) % rank
-        for index, letter in enumerate(output)
-        if letter not in inputs
-    )
-
-
 def _kernel_holder(layer):
     """The layer that holds the kernel behind a layer's output: in loops, what runs at each step."""
-    if isinstance(layer, keras.layers.TimeDistributed):
-        return _kernel_holder(layer.layer)
-    if isinstance(layer, keras.layers.RNN):
-        cell = layer.cell
-        return cell.cells[-1] if isinstance(cell, keras.layers.StackedRNNCells) else cell
-    return layer
+    kind = kind_of(layer)
+    return layer if kind.holder is None else _kernel_holder(kind.holder(layer))
 
 
 def _activation_name(holder):
     """The name of the activation function that a layer with a kernel applies itself, or `None`."""
-    activation = getattr(holder, "activation", None if _is_keras(holder) else type(holder).__name__)
+    # A layer of which nothing is known may well have one in its `call`.
+    unknown = not of_keras(holder) and kind_of(holder).channels == UNKNOWN
+    activation = getattr(holder, "activation", type(holder).__name__ if unknown else None)
     if activation in (None, keras.activations.linear):
         return None
     return activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
 
 
 def _is_activation(layer, same):
-    if isinstance(layer, keras.layers.Activation):
-        return layer.activation is not keras.activations.linear
-    if not _is_layer(layer):
-        return type(layer).__name__.lower() in _FUNCTIONS
+    kind = kind_of(layer)
+    if kind.activates:
+        return getattr(layer, "activation", None) is not keras.activations.linear
     # A layer of one's own that keeps the shape and has no weights, or a Lambda.
-    custom = isinstance(layer, keras.layers.Lambda) or not _is_keras(layer)
-    known = (*_ACTIVATIONS, keras.layers.Softmax)
-    return isinstance(layer, known) or (same and custom and not layer.weights)
+    custom = isinstance(layer, keras.layers.Lambda) or not of_keras(layer)
+    return same and custom and kind.channels == UNKNOWN and not layer.weights
 
 
 def _is_softmax(layer):
-    """Whether it is a softmax, which is never zero and, behind anything but a kernel, is that of attention."""
-    name = getattr(getattr(layer, "activation", None), "__name__", type(layer).__name__)
-    return name.lower().replace("_", "") in ("softmax", "logsoftmax", "glu")
-
-
-def _is_layer(operation):
-    return isinstance(operation, keras.layers.Layer)
-
-
-def _is_keras(layer):
-    return type(layer).__module__.split(".")[0] == "keras"
-
-
-def _permutes(operation):
-    return type(operation).__name__ in ("Permute", "Transpose")
+    """Whether it is a softmax or its like, which behind anything but a kernel is that of attention."""
+    activation = getattr(layer, "activation", None)
+    if activation is None:
+        return kind_of(layer).channels == NORMALIZES
+    return getattr(activation, "__name__", "") in OVER_CHANNELS

@@ -5,8 +5,8 @@ import contextlib
 import keras
 import numpy as np
 
-from keras_sparse import batches, patterns, reports, selection
-from keras_sparse.neurons.activity import Trace, substituted
+from keras_sparse import batches, graph, patterns, reports, selection
+from keras_sparse.neurons.activity import Trace
 
 __all__ = ["Probe", "neuron_sparsity"]
 
@@ -89,7 +89,7 @@ class Probe:
         self._recorded = {id(each): each for each in (*layers, *operations) if id(each) not in inner}.values()
         self._weights = {}
         for weight in selection.weights(model):
-            if weight.kernel and "embedding" not in weight.variable.name:
+            if weight.kernel and weight.role != graph.EMBEDDING:
                 self._weights.setdefault(id(weight.layer), []).append(weight)
         self._trace = self._found = self._notes = None
         self._ran = False
@@ -135,7 +135,7 @@ class Probe:
         # Rematerialization would keep the tensors to itself, and is of no use without gradients.
         functions = [(layer, "rematerialized_call", _as_it_is) for layer in self._recorded]
         functions += [(layer, "call", self._observed(layer, layer.call)) for layer in self._recorded]
-        return substituted(functions)
+        return graph.substituted(functions)
 
     def _observed(self, layer, call):
         def observed(*args, **kwargs):
@@ -235,7 +235,7 @@ def _dead_units(weights, units, gates):
     alive, known = np.zeros(units, bool), False
     for weight in weights:
         rows = patterns.to_matrix(weight.numpy() != 0, weight.output_axes).any(axis=1)
-        half = weight.variable.name == "depthwise_kernel" and len(weights) > 1  # Of a separable convolution.
+        half = weight.role == graph.DEPTHWISE and len(weights) > 1  # Of a separable convolution.
         if not half and (rows.size == units or (gates and rows.size % units == 0)):
             alive |= rows.reshape(-1, units).any(axis=0)  # A recurrent layer's gates lie side by side.
             known = True

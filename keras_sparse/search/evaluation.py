@@ -26,7 +26,6 @@ from keras_sparse import batches, graph, optimizers, patterns, pruning, selectio
 from keras_sparse.quiet import quiet
 from keras_sparse.search import custom
 from keras_sparse.search.goals import MEASURES
-from keras_sparse.search.macs import uses
 from keras_sparse.tflite.benchmark import benchmark
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
@@ -189,9 +188,9 @@ class Evaluation:
         return values | {"seconds": time.perf_counter() - start}
 
     def uses(self):
-        """How often each weight is multiplied for one sample, `{index: int}`; see `keras_sparse.search.macs`."""
+        """How often each weight is multiplied for one sample, `{index: int}`; see `ks.graph.uses`."""
         copy = self._copy()
-        return {i: copy.uses[id(w.variable)] for i, w in enumerate(copy.weights) if id(w.variable) in copy.uses}
+        return {i: copy.uses[w.variable] for i, w in enumerate(copy.weights) if w.variable in copy.uses}
 
     def _score(self, copy, allocation, seed, deadline):
         model = copy.model
@@ -357,11 +356,11 @@ class _Copy:
 
     def macs(self):
         """Multiplications of one sample with weights that are not zero."""
-        return sum(int(np.sum(w.numpy() != 0)) * self.uses.get(id(w.variable), 0) for w in self.weights if w.kernel)
+        return sum(int(np.sum(w.numpy() != 0)) * self.uses.get(w.variable, 0) for w in self.weights if w.kernel)
 
     @functools.cached_property
     def uses(self):
-        return uses(self.model, _take(self.test[0], slice(1)))
+        return graph.uses(self.model, _take(self.test[0], slice(1)))
 
 
 @contextlib.contextmanager

@@ -11,13 +11,12 @@ by their form, not by what they compute:
 * Squeeze-and-excite branches pool with `keepdims=True` in place of a `Reshape`.
 """
 
-import functools
-
 import keras
 import numpy as np
 from keras import layers
 
 from keras_sparse import graph, selection
+from keras_sparse.graph.rebuilding import packed
 from keras_sparse.reports import Report
 from keras_sparse.tflite.padding import same, wanted_padding, windows
 from keras_sparse.tflite.sameness import difference, of_rounding
@@ -25,15 +24,7 @@ from keras_sparse.tflite.targets import TARGETS, get
 
 __all__ = ["adapt"]
 
-# What treats all places of an image alike: these may be upside down. Operations of `keras.ops` included.
-_POINTWISE = {
-    "Activation", "ReLU", "LeakyReLU", "ELU", "BatchNormalization", "Dropout", "GaussianNoise", "GaussianDropout",
-    "SpatialDropout2D", "Rescaling", "Normalization", "Add", "Multiply", "Subtract", "Average", "Maximum", "Minimum",
-    "InputLayer", "Divide", "TrueDivide", "Relu", "Relu6", "Silu", "Sigmoid", "HardSigmoid", "HardSilu", "Tanh", "Gelu",
-    "Elu", "LeakyRelu", "Clip", "Identity", "UpSampling2D", "Concatenate",
-}  # fmt: skip
 _CONSTANTS = ("scale", "offset", "mean", "variance")  # arrays in these layers
-_ON_VECTORS = {"Activation", "ReLU", "LeakyReLU", "ELU", "Dropout", "Softmax"}
 _DENSE_ARGUMENTS = (
     "name", "trainable", "dtype", "activation", "use_bias", "kernel_initializer", "bias_initializer",
     "kernel_regularizer", "bias_regularizer", "activity_regularizer", "kernel_constraint", "bias_constraint",
@@ -86,7 +77,7 @@ def adapt(model, target="xnnpack", verbose=1, return_report=False):
     trials = []
     for flipped in (False, True):
         try:
-            trials.append(_Rebuilding(model, form, flipped))
+            trials.append(_Adaptation(model, form, flipped))
         except ValueError as error:
             refusal = error
     if not trials:
@@ -122,70 +113,29 @@ def _check(model):
             raise ValueError(f"`model` must have the channels last. Received: {layer.name!r} has them first")
 
 
-class _Rebuilding:
-    """A model is built anew, layer by layer, with the image upside down or not; tensors carry what is known of them."""
+class _Adaptation:
+    """A model is built anew, with the image upside down or not; tensors carry what is known of them."""
 
     def __init__(self, model, form, flipped):
         self.flipped, self.rows, self.notes = flipped, [], []
         self._form = form
-        self._copies, self._names = {}, set()
+        self._new = graph.Rebuilding(model)
+        self._excited = {id(layer) for layer in _excitations(model)}
         self._upside_down = set()  # ids of tensors
         self._padded = {}  # id of a padded tensor -> (tensor before, padding of rows, padding of columns)
         self._vectors = {}  # id of a tensor (n, 1, 1, c) -> the same as (n, c)
         self._alive = []  # ids are of objects that must live on
-        self._inputs = [keras.Input(t.shape[1:], t.shape[0], t.dtype, name=t.name) for t in model.inputs]
         # id of a tensor before the first convolution -> the same upside down, or None
-        self._before = dict.fromkeys(map(id, self._inputs)) if flipped else {}
-        outputs = [self._upright(y) for y in self._run(model, self._inputs)]
-        self._outputs = _packed(model, outputs)
-        sequential = isinstance(model, keras.Sequential)
-        self._structure = self._inputs[0] if sequential else keras.tree.pack_sequence_as(model.input, self._inputs)
-        self._name = model.name
+        self._before = dict.fromkeys(map(id, self._new.inputs)) if flipped else {}
+        self._outputs = [self._upright(y) for y in graph.replay(model, self._new.inputs, self._call)]
 
     def model(self):
         """The new model, with the weights."""
-        model = keras.Model(self._structure, self._outputs, name=self._name)
-        for new, _, values in self._copies.values():
-            new.set_weights(values)
-            if hasattr(new, "finalize_state"):  # of Normalization: its statistics are copies of its weights
-                new.finalize_state()
-        return model
+        return self._new.model(self._outputs)
 
-    # The walk
-
-    def _run(self, model, tensors):
-        """Lay the operations of a model out on new tensors; returns a flat list of outputs."""
-        if isinstance(model, keras.Sequential):
-            values = tensors
-            for layer in model.layers:
-                values = keras.tree.flatten(self._call(layer, values, {}, set()))
-            return values
-        wiring = graph.wiring(model)
-        operations = {operation.name: operation for operation in model.operations}
-        excited = _excitations(wiring, operations)
-        values = dict(zip(graph.histories(wiring["input_layers"]), tensors, strict=True))
-
-        def tensor(config):
-            return values[tuple(config["keras_history"])]
-
-        nodes = [(y["name"], i, node) for y in wiring["layers"] for i, node in enumerate(y["inbound_nodes"])]
-        while nodes:  # once, unless a layer is called several times
-            waiting = []
-            for name, number, node in nodes:
-                if not all(key in values for key in graph.histories(node)):
-                    waiting.append((name, number, node))
-                    continue
-                args, kwargs = graph.filled(node["args"], tensor), graph.filled(node["kwargs"], tensor)
-                outputs = self._call(operations[name], args, kwargs, excited)
-                for index, output in enumerate(keras.tree.flatten(outputs)):
-                    values[name, number, index] = output
-            nodes = waiting
-        return [values[key] for key in graph.histories(wiring["output_layers"])]
-
-    def _call(self, operation, args, kwargs, excited):
-        args = list(args)
+    def _call(self, operation, args, kwargs):
         if isinstance(operation, keras.Model):
-            return _packed(operation, self._run(operation, keras.tree.flatten(args)))
+            return packed(operation, graph.replay(operation, keras.tree.flatten(args), self._call))
         first = args[0] if args and isinstance(args[0], keras.KerasTensor) else None
         kind = type(operation).__name__
         if kind == "ZeroPadding2D" and first is not None:
@@ -193,20 +143,21 @@ class _Rebuilding:
         if type(operation) in (layers.Conv2D, layers.DepthwiseConv2D) and first is not None:
             return self._convolve(operation, self._turned(first))
         if kind == "GlobalAveragePooling2D" and first is not None:
-            return self._pool(operation, first, operation.name in excited)
+            return self._pool(operation, first, id(operation) in self._excited)
         if kind in ("Reshape", "Flatten") and id(first) in self._vectors:
             return self._reshape(operation, first)
-        if kind in _ON_VECTORS and id(first) in self._vectors and not kwargs.get("mask") and _on_channels(operation):
-            return self._as_image(self._copy(operation)(self._vectors[id(first)]))
+        if id(first) in self._vectors and not kwargs.get("mask") and _on_vectors(operation):
+            return self._as_image(self._new.copy(operation)(self._vectors[id(first)]))
         if kind == "GlobalMaxPooling2D":
-            return self._copy(operation)(*args, **kwargs)
+            return self._new.copy(operation)(*args, **kwargs)
         tensors = keras.tree.flatten([args, kwargs])
         turned = any(id(t) in self._upside_down for t in tensors)
         if turned:
             others = [t for t in tensors if not self._can_turn(t)] + [getattr(operation, n, 0) for n in _CONSTANTS]
-            turned = kind in _POINTWISE and _alike(operation) and not any(_is_spatial(other) for other in others)
+            pointwise = graph.kind_of(operation).pointwise
+            turned = pointwise and _alike(operation) and not any(_is_spatial(other) for other in others)
             args, kwargs = keras.tree.map_structure(self._turned if turned else self._upright, [args, kwargs])
-        outputs = self._copy(operation)(*args, **kwargs)
+        outputs = self._new.copy(operation)(*args, **kwargs)
         if turned:
             self._mark(outputs)
         elif all(id(t) in self._before for t in tensors if isinstance(t, keras.KerasTensor)):
@@ -248,31 +199,6 @@ class _Rebuilding:
 
     # Layers
 
-    def _copy(self, operation, changes=None, weights=None):
-        """A layer of the same configuration, but for `changes`; operations without state serve again."""
-        if not isinstance(operation, keras.layers.Layer):
-            return operation
-        weights = operation.get_weights() if weights is None else weights
-        if id(operation) not in self._copies:
-            config = operation.get_config() | {"name": self._unique(operation.name)} | (changes or {})
-            self._copies[id(operation)] = type(operation).from_config(config), changes, weights
-        new, known, values = self._copies[id(operation)]
-        # A kernel that reads an image both ways, upside down and not, would have to be two.
-        if known != changes or not all(map(functools.partial(np.array_equal, equal_nan=True), weights, values)):
-            raise ValueError(
-                "A layer that is called several times and would have to change in one place cannot be adapted. "
-                f"Received: {operation.name!r}"
-            )
-        return new
-
-    def _unique(self, name):
-        found, number = name, 0
-        while found in self._names:
-            number += 1
-            found = f"{name}_{number}"
-        self._names.add(found)
-        return found
-
     def _row(self, layer, change, exact):
         self.rows.append({"layer": layer, "change": change, "exact": exact})
 
@@ -280,7 +206,7 @@ class _Rebuilding:
         padding = layer.padding
         turned = id(x) in self._upside_down
         rows, columns = (tuple(reversed(p)) if turned else tuple(p) for p in padding)
-        new = self._copy(layer, {"padding": (rows, columns)} if turned and (rows, columns) != padding else None)
+        new = self._new.copy(layer, {"padding": (rows, columns)} if turned and (rows, columns) != padding else None)
         y = self._like(x, new(x))
         self._padded[id(y)] = x, rows, columns
         self._alive.append(y)
@@ -311,8 +237,8 @@ class _Rebuilding:
             self.notes.append(
                 f"{layer.name}: of an odd size, {source.shape[1:3]}, which TFLite's converter pads its way."
             )
-        padded = layers.ZeroPadding2D(wanted, name=self._unique(f"{layer.name}_padding"))(source)
-        new = self._copy(layer, {"padding": "valid"}, self._kernels(layer, x))
+        padded = layers.ZeroPadding2D(wanted, name=self._new.unique_name(f"{layer.name}_padding"))(source)
+        new = self._new.copy(layer, {"padding": "valid"}, self._kernels(layer, x))
         return self._like(x, new(padded))
 
     def _windows(self, layer, x, source, paddings):
@@ -333,20 +259,20 @@ class _Rebuilding:
         if id(x) in self._upside_down:
             sizes = [n or 64 for n in x.shape[1:3]] if max(layer.strides) == 1 else x.shape[1:3]
             if None in sizes:
-                return self._copy(layer)(self._upright(x))
+                return self._new.copy(layer)(self._upright(x))
             pads = []
             for axis, size in enumerate(sizes):
                 front, behind = same(size, layer, axis) if layer.padding == "same" else (0, 0)
                 front, behind, _ = windows(size, (front, behind), layer, axis)
                 pads.append((behind, front))
             if min(first for first, _ in pads) < 0:  # the last rows are not read, which would be the first ones now
-                return self._copy(layer)(self._upright(x))
+                return self._new.copy(layer)(self._upright(x))
             own = [same(n, layer, i) if layer.padding == "same" else (0, 0) for i, n in enumerate(sizes)]
             if pads != own:
                 changes = {"padding": "valid"}
                 pads = [(first, max(0, last)) for first, last in pads]
-                x = self._mark(layers.ZeroPadding2D(pads, name=self._unique(f"{layer.name}_padding"))(x))
-        return self._like(x, self._copy(layer, changes, self._kernels(layer, x))(x))
+                x = self._mark(layers.ZeroPadding2D(pads, name=self._new.unique_name(f"{layer.name}_padding"))(x))
+        return self._like(x, self._new.copy(layer, changes, self._kernels(layer, x))(x))
 
     def _kernels(self, layer, x):
         values = layer.get_weights()
@@ -359,15 +285,15 @@ class _Rebuilding:
         if excites:
             if not keep:
                 self._row(layer.name, "pools with keepdims=True, in place of a Reshape", True)
-            y = self._copy(layer, None if keep else {"keepdims": True})(x)
+            y = self._new.copy(layer, None if keep else {"keepdims": True})(x)
             if not keep:
                 self._vectors[id(y)] = y
                 self._alive.append(y)
             return y
         if not keep:
-            return self._copy(layer)(x)
+            return self._new.copy(layer)(x)
         self._row(layer.name, "pools to a vector (keepdims=False)", True)
-        return self._as_image(self._copy(layer, {"keepdims": False})(x))
+        return self._as_image(self._new.copy(layer, {"keepdims": False})(x))
 
     def _reshape(self, layer, x):
         vector = self._vectors[id(x)]
@@ -375,29 +301,19 @@ class _Rebuilding:
             return x
         if len(vector.shape) == 2 and (type(layer).__name__ == "Flatten" or len(layer.target_shape) == 1):
             return vector
-        return self._copy(layer)(x)
+        return self._new.copy(layer)(x)
 
     def _connect(self, layer, x):
         vector = self._vectors[id(x)]
         if len(vector.shape) > 2:  # a squeeze-and-excite branch stays an image
-            return self._copy(layer)(x)
+            return self._new.copy(layer)(x)
         config = layer.get_config()
         values = layer.get_weights()
         values[0] = values[0].reshape(values[0].shape[-2:])
-        changes = {key: config[key] for key in _DENSE_ARGUMENTS} | {"units": layer.filters}
+        width, old = graph.kinds()[layers.Dense].width, graph.kind_of(layer).width
+        changes = {key: config[key] for key in _DENSE_ARGUMENTS} | {width: config[old]}
         self._row(layer.name, "a Dense layer in place of the 1x1 convolution", True)
-        return self._as_image(self._dense(layer, changes, values)(vector))
-
-    def _dense(self, layer, config, values):
-        if id(layer) not in self._copies:
-            new = layers.Dense.from_config(config | {"name": self._unique(layer.name)})
-            self._copies[id(layer)] = new, "dense", values
-        return self._copies[id(layer)][0]
-
-
-def _packed(model, outputs):
-    """A flat list of outputs in the structure of the model's own."""
-    return outputs[0] if isinstance(model, keras.Sequential) else keras.tree.pack_sequence_as(model.output, outputs)
+        return self._as_image(self._new.copy(layer, changes, values, layers.Dense)(vector))
 
 
 def _is_image(tensor):
@@ -409,8 +325,12 @@ def _is_spatial(value):
     return any(n != 1 for n in np.shape(value)[-3:-1])
 
 
-def _on_channels(operation):
-    return getattr(operation, "axis", -1) == -1 and getattr(operation, "noise_shape", None) is None
+def _on_vectors(operation):
+    """Whether a layer does to vectors what it does to images of one pixel."""
+    if not isinstance(operation, keras.layers.Layer) or operation.weights:
+        return False
+    on_channels = getattr(operation, "axis", -1) == -1 and getattr(operation, "noise_shape", None) is None
+    return on_channels and (graph.kind_of(operation).activates or type(operation) is layers.Dropout)
 
 
 def _is_pointwise(layer):
@@ -424,8 +344,14 @@ def _alike(operation):
     return all(one in (None, -1, 3) for one in axes)
 
 
-def _excitations(wiring, operations):
-    """Names of the poolings whose outcome comes back to an image: of squeeze-and-excite branches."""
+def _excitations(model):
+    """The poolings whose outcome comes back to an image, in squeeze-and-excite branches, of nested models too."""
+    models = [x for x in selection.layers(model) if isinstance(x, keras.Model) and not isinstance(x, keras.Sequential)]
+    return [layer for each in models if getattr(each, "inputs", None) for layer in _excitations_of(each)]
+
+
+def _excitations_of(model):
+    wiring, operations = graph.wiring(model), {operation.name: operation for operation in model.operations}
     sources = {layer["name"]: graph.references(layer["inbound_nodes"]) for layer in wiring["layers"]}
     found = set()
     for start in (n for n, operation in operations.items() if type(operation) is layers.GlobalAveragePooling2D):
@@ -437,4 +363,4 @@ def _excitations(wiring, operations):
                 if any(_is_image(operation.output) for operation in others):
                     found.add(start)
                     break
-    return found
+    return [operations[name] for name in found]

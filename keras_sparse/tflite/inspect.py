@@ -4,18 +4,12 @@ import math
 import os
 
 from keras_sparse import patterns
+from keras_sparse.graph import operator_axes
 from keras_sparse.reports import Report
 from keras_sparse.tflite.flatmodel import UNPACK, damaged, read
 
 __all__ = ["inspect"]
 
-# The axes of a kernel that count output units (comments in tensorflow/compiler/mlir/lite/ir/tfl_ops.td). A GATHER from
-# a matrix is an embedding: it multiplies ones and zeros.
-_OUTPUT_AXES = {
-    "FULLY_CONNECTED": (0,), "CONV_2D": (0,), "TRANSPOSE_CONV": (0,), "DEPTHWISE_CONV_2D": (3,), "CONV_3D": (4,),
-    "CONV_3D_TRANSPOSE": (3,), "BATCH_MATMUL": (-1,), "GATHER": (-1,), "EMBEDDING_LOOKUP": (-1,),
-    "UNIDIRECTIONAL_SEQUENCE_LSTM": (0,), "LSTM": (0,),
-}  # fmt: skip
 _COUNTING = ("int32", "int64", "uint32", "uint64", "bool")  # shapes, axes, indices; and the biases of int8 kernels
 _FEW = 0.02  # single zeros up to this share are no pattern: quantisation to int8 rounds some weights to zero
 _MOST = 1024  # elements for each stored byte: a hostile file may describe an array that fills the memory
@@ -87,19 +81,20 @@ def inspect(path):
 def _kernels(subgraph):
     """Which tensors hold kernels: `{number: axes that count output units}`."""
     packed = {o.outputs[0]: o.inputs[0] for o in subgraph.operators if o.name in UNPACK and o.inputs and o.outputs}
-    found = {}
+    found, axes = {}, operator_axes()
     for operator in subgraph.operators:
-        for number in operator.inputs if operator.name in _OUTPUT_AXES else ():
+        for number in operator.inputs if operator.name in axes else ():
             for _ in UNPACK:  # float16 kernels that are sparse-encoded take both
                 number = packed.get(number, number)
             if number >= 0 and len(subgraph.tensors[number].shape) >= 2:
-                found.setdefault(number, _OUTPUT_AXES[operator.name])
+                found.setdefault(number, axes[operator.name])
     return found
 
 
 def _added(subgraph):
     """Numbers of the tensors that the kernels' operators take behind their first input: kernels, and biases."""
-    return {n for operator in subgraph.operators if operator.name in _OUTPUT_AXES for n in operator.inputs[1:]}
+    known = operator_axes()
+    return {n for operator in subgraph.operators if operator.name in known for n in operator.inputs[1:]}
 
 
 def _pattern(tensor, zeros, output_axes):

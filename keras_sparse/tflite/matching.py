@@ -10,16 +10,12 @@ import keras
 import numpy as np
 
 from keras_sparse import patterns, selection
+from keras_sparse.graph import kind_of, operator_axes
 from keras_sparse.tflite.flatmodel import UNPACK
 from keras_sparse.tflite.signatures import output_names
 
 __all__ = ["LayerNames", "match", "readers"]
 
-# The layer whose convolution, pooling, ... an operator is, among others that are part of it.
-_KINDS = {
-    "CONV_2D": "Conv2D", "DEPTHWISE_CONV_2D": "DepthwiseConv2D", "MEAN": "GlobalAveragePooling2D", "ADD": "Add",
-    "MAX_POOL_2D": "MaxPooling2D", "AVERAGE_POOL_2D": "AveragePooling2D", "MUL": "Multiply", "PRELU": "PReLU",
-}  # fmt: skip
 _UNITS = 16  # output units in which a tensor is compared with a weight
 # How far the cosine of two rows of the same weights may be from 1: rounding to 8 bits moves it, to 16 hardly.
 _ROUNDING = {"int8": 1e-2}
@@ -117,7 +113,7 @@ class LayerNames:
     """
 
     def __init__(self, model):
-        self._kinds = {layer.name: type(layer).__name__ for layer in selection.layers(model) if layer is not model}
+        self._kinds = {layer.name: kind_of(layer) for layer in selection.layers(model) if layer is not model}
         self._outputs = _output_layers(model)
 
     def layer(self, operator, name):
@@ -125,7 +121,7 @@ class LayerNames:
         found = self.candidates(name)
         if not found and name in self._outputs:
             return self._outputs[name]
-        return next((one for one in found if self._kinds[one] == _KINDS.get(operator)), found[0] if found else name)
+        return next((one for one in found if operator in self._kinds[one].operators), found[0] if found else name)
 
     def candidates(self, name):
         """Names of all layers that the name of a tensor mentions."""
@@ -152,7 +148,7 @@ def _output_layers(model):
 def _holds(operator, tensor, weight):
     """Whether a tensor holds a weight, but for a factor for each output unit: of a normalization that was folded in."""
     ours = patterns.to_matrix(weight.numpy(), weight.output_axes)
-    theirs = patterns.to_matrix(tensor.real_values(), (3,) if operator == "DEPTHWISE_CONV_2D" else (0,))
+    theirs = patterns.to_matrix(tensor.real_values(), operator_axes().get(operator, (0,)))
     if ours.shape != theirs.shape:
         return False
     ours, theirs = ours[:_UNITS].astype("float64"), theirs[:_UNITS].astype("float64")

@@ -1,13 +1,25 @@
-"""Filters say which kernels of a model are selected; the others are left alone, each with a reason."""
+"""A selection: which weights of a model may become sparse, and why the others may not."""
 
 import re
 from dataclasses import replace
 
 import keras
 
-from keras_sparse.selection.weight import weights
+from keras_sparse.graph import NO_KERNELS, Weight, as_array, check_model, layers, weights
 
-__all__ = ["check_filters", "matching", "only", "pruned_weights", "select"]
+__all__ = [
+    "NO_KERNELS",
+    "Weight",
+    "as_array",
+    "check_filters",
+    "check_model",
+    "layers",
+    "matching",
+    "only",
+    "pruned_weights",
+    "select",
+    "weights",
+]
 
 
 def select(model, filters=None, frozen=False, named=()):

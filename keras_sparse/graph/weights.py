@@ -4,23 +4,16 @@ The walk is over the layers, never the optimizer. A weight's identity is its var
 models and change when a model is loaded. The order is that of `model.trainable_variables`.
 """
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import keras
 import numpy as np
 
 from keras_sparse import zeros
+from keras_sparse.graph.kinds import DEPTHWISE, EMBEDDING, Kernel, kernel_of, kind_of
+from keras_sparse.identity import IdentityDict
 
-__all__ = ["NO_KERNELS", "Weight", "as_array", "check_model", "layers", "weights"]
-
-_KERNELS = ("kernel", "recurrent_kernel", "pointwise_kernel")
-NO_KERNELS = ("bias", "gamma", "beta", "alpha")
-_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
-# Embedding tables in custom layers, by the weight's name (pos_embed, abs_position) or the class's (PositionalEncoding).
-_EMBEDDING = re.compile(r"embed|(^|_)pos")
-_POSITIONS = re.compile(r"Pos(ition(al)?)?_?(Emb|Enc)")
-_TRANSPOSED = tuple(getattr(keras.layers, f"Conv{n}DTranspose") for n in (1, 2, 3))
+__all__ = ["Weight", "as_array", "check_model", "layers", "weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +23,7 @@ class Weight:
     Attributes:
         variable: The `keras.Variable`.
         layer: The layer that owns it.
-        kernel: Whether it multiplies inputs and may therefore be made sparse if a filter names it.
+        layout: The `ks.graph.Kernel` that it is, as the kind of its layer says; `None` if it is none.
         trainable: Whether training changes it.
         skipped: Why it is left dense, or `None` if it is selected.
         holders: The layers that hold it: the owner, and those around it up to the model.
@@ -39,13 +32,13 @@ class Weight:
 
     >>> import keras, keras_sparse as ks
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="head")])
-    >>> [(w.variable.name, w.skipped) for w in ks.selection.weights(model)]
+    >>> [(w.variable.name, w.skipped) for w in ks.graph.weights(model)]
     [('kernel', None), ('bias', 'bias of Dense: not a kernel')]
     """
 
     variable: keras.Variable
     layer: keras.layers.Layer
-    kernel: bool
+    layout: Kernel | None
     trainable: bool
     skipped: str | None
     holders: tuple = ()
@@ -54,6 +47,16 @@ class Weight:
     def path(self):
         """The variable's path, such as `"dense/kernel"`."""
         return self.variable.path
+
+    @property
+    def kernel(self):
+        """Whether it multiplies inputs, or is looked up, and may therefore be made sparse if a filter names it."""
+        return self.layout is not None
+
+    @property
+    def role(self):
+        """`"kernel"`, `"depthwise kernel"`, `"embedding"`, or `None` for all other weights."""
+        return self.layout.role if self.kernel else None
 
     @property
     def size(self):
@@ -79,33 +82,13 @@ class Weight:
 
     @property
     def output_axes(self):
-        """The axes that count output units: the last, unless the layer's mathematics says otherwise."""
-        last = len(self.variable.shape) - 1
-        if isinstance(self.layer, _TRANSPOSED):
-            return (last - 1,)
-        if self._depthwise:
-            return (last - 1, last)
-        if isinstance(self.layer, keras.layers.EinsumDense) and self.variable.name == "kernel":
-            inputs, kernel, _ = re.split(",|->", self.layer.equation.replace(" ", ""))
-            return tuple(axis for axis, letter in enumerate(kernel) if letter not in inputs)
-        return (last,)
+        """The axes that count output units, as the kind of its layer says; of other weights the last."""
+        return (self.layout or Kernel()).output_axes(self.layer, len(self.variable.shape))
 
     @property
     def input_axes(self):
         """The axes that count inputs: those that are no outputs; of a convolution the channels, not the positions."""
-        rank = len(self.variable.shape)
-        if self._depthwise:
-            return (rank - 2,)
-        rest = tuple(axis for axis in range(rank) if axis not in self.output_axes)
-        return rest[-1:] if self._convolves else rest
-
-    @property
-    def _depthwise(self):
-        return isinstance(self.layer, _DEPTHWISE) or self.variable.name == "depthwise_kernel"
-
-    @property
-    def _convolves(self):
-        return hasattr(self.layer, "kernel_size")  # Every convolution of Keras has it, the recurrent cells' too.
+        return (self.layout or Kernel()).input_axes(self.layer, len(self.variable.shape))
 
     def dead_units(self):
         """How many output units have only zeros; `None` for weights that are not kernels."""
@@ -116,7 +99,7 @@ class Weight:
         if not self.kernel:
             return None
         value, axes = self.in_use(), self.input_axes
-        groups = getattr(self.layer, "groups", 1) if self._convolves else 1
+        groups = self.layer.groups if kind_of(self.layer).grouped else 1
         if groups > 1:  # Each group of filters reads channels of its own.
             value = value.reshape(*value.shape[:-1], groups, -1)
             axes = (*axes, value.ndim - 2)
@@ -206,51 +189,27 @@ def weights(model):
     >>> [w.skipped for w in ks.selection.weights(model)]
     ['embedding: left dense unless a filter names it']
     """
-    owners, holders = {}, {}
+    owners, holders = IdentityDict(), IdentityDict()
     for layer, own in _walk(model, set()):
         for variable in own:
-            owners.setdefault(id(variable), layer)
+            owners.setdefault(variable, layer)
         for variable in layer.weights:
-            holders.setdefault(id(variable), []).append(layer)
-    trainable = {id(v) for v in model.trainable_variables}
-    ordered = model.trainable_variables + [v for v in model.weights if id(v) not in trainable]
-    unique = {id(v): v for v in ordered}.values()
+            holders.setdefault(variable, []).append(layer)
+    trainable = IdentityDict.fromkeys(model.trainable_variables)
     return [
-        replace(_weight(v, owners.get(id(v), model), id(v) in trainable), holders=tuple(holders.get(id(v), (model,))))
-        for v in unique
+        _weight(v, owners.get(v, model), v in trainable, tuple(holders.get(v, (model,))))
+        for v in IdentityDict.fromkeys([*trainable, *model.weights])
     ]
 
 
-def _weight(variable, layer, trainable):
-    name, rank = variable.name, len(variable.shape)
-    of = f"{name} of {type(layer).__name__}"
-    # A layer is Keras's own by where its class lives; its rank-2 biases (GRU, attention) are no kernels.
-    own = type(layer).__module__.split(".")[0] == "keras"
-    embedding = ("embedding" in name and not name.startswith("lora_")) if own else _is_embedding(name, layer)
-    # Scales, class tokens and the like come as (1, C), (T, 1) or (1, 1, C), so that they broadcast.
-    vector = not own and name not in _KERNELS and sum(int(n) > 1 for n in variable.shape) <= 1
-    depthwise = isinstance(layer, _DEPTHWISE) or name == "depthwise_kernel"
-    kernel = name in _KERNELS or depthwise or embedding or (not own and rank >= 2)
-    skipped = None
-    if not kernel or name in NO_KERNELS or name.endswith("log_alpha") or rank < 1:
-        kernel, skipped = False, f"{of}: not a kernel"
-    elif vector and not depthwise:
-        kernel, skipped = False, f"{of}: a vector of shape {tuple(variable.shape)}, not a kernel"
-    elif "float" not in variable.dtype:
-        kernel, skipped = False, f"{of}: {variable.dtype}, not floating point"
-    elif not trainable and not own and name not in _KERNELS:
-        kernel, skipped = False, f"{of}: not trainable"
-    elif embedding:
-        skipped = "embedding: left dense unless a filter names it"
-    elif depthwise:
-        skipped = "depthwise kernel: left dense unless a filter names it"
-    return Weight(variable, layer, kernel, trainable, skipped)
-
-
-def _is_embedding(name, layer):
-    """Whether a weight of a layer that is not Keras's own looks like an embedding table, such as one of positions."""
-    named = bool(_EMBEDDING.search(name)) or bool(_POSITIONS.search(type(layer).__name__))
-    return named and name not in _KERNELS and not name.endswith(("_kernel", "_bias"))
+def _weight(variable, layer, trainable, holders):
+    layout, reason = kernel_of(layer, variable.name, variable.shape, trainable)
+    if layout is not None and "float" not in variable.dtype:
+        layout, reason = None, f"{variable.dtype}, not floating point"
+    skipped = None if reason is None else f"{variable.name} of {type(layer).__name__}: {reason}"
+    if layout is not None and layout.role in (DEPTHWISE, EMBEDDING):
+        skipped = f"{layout.role}: left dense unless a filter names it"
+    return Weight(variable, layer, layout, trainable, skipped, holders)
 
 
 def _walk(holder, seen):

@@ -4,8 +4,10 @@ import math
 
 import keras
 
-from keras_sparse import selection
-from keras_sparse.neurons.activity import substituted
+from keras_sparse.graph.kinds import EMBEDDING, kind_of
+from keras_sparse.graph.rebuilding import substituted
+from keras_sparse.graph.weights import layers, weights
+from keras_sparse.identity import IdentityDict
 
 __all__ = ["uses"]
 
@@ -16,33 +18,34 @@ def uses(model, sample):
     A weight of a dense layer is used once for each position along the axes between batch and features, one of a
     convolution once for each position of the output (of a transposed one: of the input), one of a recurrent layer once
     for each time step, as often as the layer is called. Embeddings are looked up, not multiplied. The weights of a
-    custom layer count like a dense layer's.
+    layer without a row (see `ks.graph.register_kind`) count like a dense layer's.
 
     Args:
         model: A built Keras model.
         sample: Its inputs, a structure of arrays with a batch of one sample. They are run once.
 
     Returns:
-        Dict `{id(variable): int}`; variables that were not used are missing.
+        `IdentityDict` from a variable to an int; variables that were not used are missing.
 
     Example:
 
     >>> import keras, numpy as np
-    >>> from keras_sparse.search.macs import uses
-    >>> layers = [keras.layers.Conv2D(4, 3, name="a"), keras.layers.Flatten(), keras.layers.Dense(2, name="b")]
-    >>> model = keras.Sequential([keras.Input((8, 8, 1)), *layers])
+    >>> from keras_sparse.graph.macs import uses
+    >>> stack = [keras.layers.Conv2D(4, 3, name="a"), keras.layers.Flatten(), keras.layers.Dense(2, name="b")]
+    >>> model = keras.Sequential([keras.Input((8, 8, 1)), *stack])
     >>> found = uses(model, np.zeros((1, 8, 8, 1)))
-    >>> [found[id(layer.kernel)] for layer in (model.layers[0], model.layers[2])]
+    >>> [found[layer.kernel] for layer in (model.layers[0], model.layers[2])]
     [36, 1]
     """
-    kernels, found = {}, {}
-    for weight in selection.weights(model):
-        if weight.kernel and "embedding" not in weight.variable.name:
-            kernels.setdefault(id(weight.layer), []).append(weight)
+    kernels, found = IdentityDict(), IdentityDict()
+    for weight in weights(model):
+        if weight.kernel and weight.role != EMBEDDING:
+            kernels.setdefault(weight.layer, []).append(weight)
     state = {"times": 1, "inside": False}  # how often a wrapper repeats; whether a loop is being run
 
     def observed(layer, call):
-        loop = isinstance(layer, loops)
+        kind = kind_of(layer)
+        loop = kind.holder is not None
 
         def run(*args, **kwargs):
             if state["inside"]:
@@ -55,36 +58,33 @@ def uses(model, sample):
             inputs, output = (
                 next(x for x in keras.tree.flatten(each) if hasattr(x, "shape")) for each in ((args, kwargs), outputs)
             )
-            if isinstance(layer, keras.layers.TimeDistributed):
+            if loop and not kind.recurrent:
                 # What is inside may run any number of times at once: it is counted at one step.
                 before, state["times"] = state["times"], state["times"] * inputs.shape[1]
                 try:
-                    layer.layer(keras.ops.take(inputs, 0, axis=1))
+                    kind.holder(layer)(keras.ops.take(inputs, 0, axis=1))
                 finally:
                     state["times"] = before
                 return outputs
-            holders = selection.layers(layer) if loop else [layer]
-            for weight in (weight for holder in holders for weight in kernels.get(id(holder), ())):
-                count = _places(weight, layer, tuple(inputs.shape), tuple(output.shape))
-                found[id(weight.variable)] = found.get(id(weight.variable), 0) + state["times"] * count
+            holders = layers(layer) if loop else [layer]
+            for weight in (weight for holder in holders for weight in kernels.get(holder, ())):
+                count = _positions(layer, tuple(inputs.shape), tuple(output.shape))
+                found[weight.variable] = found.get(weight.variable, 0) + state["times"] * count
             return outputs
 
         return run
 
-    loops = keras.layers.RNN, keras.layers.TimeDistributed
-    watched = [layer for layer in selection.layers(model) if id(layer) in kernels or isinstance(layer, loops)]
+    watched = [layer for layer in layers(model) if layer in kernels or kind_of(layer).holder is not None]
     with substituted([(layer, "call", observed(layer, layer.call)) for layer in watched]):
         model(sample, training=False)
     return found
 
 
-def _places(weight, layer, inputs, outputs):
-    """How often one call uses each weight, for one sample."""
-    if isinstance(layer, keras.layers.RNN):
-        spatial = outputs[2:-1] if getattr(layer, "return_sequences", False) else outputs[1:-1]
-        return inputs[1] * math.prod(spatial)
-    if isinstance(layer, keras.layers.EinsumDense):
-        return math.prod(outputs[1:]) // math.prod(weight.variable.shape[axis] for axis in weight.output_axes)
-    shape = inputs if type(layer).__name__.endswith("Transpose") else outputs
+def _positions(layer, inputs, outputs):
+    """How often one call of a layer uses each of its weights, for one sample."""
+    positions = kind_of(layer).positions
+    if callable(positions):
+        return positions(layer, inputs, outputs)
+    shape = inputs if positions == "inputs" else outputs
     channels = shape[1 if getattr(layer, "data_format", None) == "channels_first" else -1]
     return math.prod(shape[1:]) // channels

@@ -1,0 +1,52 @@
+"""What is known of Keras models: their layers, weights and channels, and how the layers are wired."""
+
+from keras_sparse.graph.channels import elementwise, unit_kernel, unit_variables, unread_channels
+from keras_sparse.graph.kinds import (
+    DEPTHWISE,
+    EMBEDDING,
+    NO_KERNELS,
+    Equation,
+    Kernel,
+    Kind,
+    kernel_of,
+    kind_of,
+    kinds,
+    operator_axes,
+    register_kind,
+)
+from keras_sparse.graph.macs import uses
+from keras_sparse.graph.rebuilding import Rebuilding, replay, substituted
+from keras_sparse.graph.weights import Weight, as_array, check_model, layers, weights
+from keras_sparse.graph.wiring import consumers, filled, histories, references, wiring
+
+__all__ = [
+    "DEPTHWISE",
+    "EMBEDDING",
+    "NO_KERNELS",
+    "Equation",
+    "Kernel",
+    "Kind",
+    "Rebuilding",
+    "Weight",
+    "as_array",
+    "check_model",
+    "consumers",
+    "elementwise",
+    "filled",
+    "histories",
+    "kernel_of",
+    "kind_of",
+    "kinds",
+    "layers",
+    "operator_axes",
+    "references",
+    "register_kind",
+    "replay",
+    "substituted",
+    "unit_kernel",
+    "unit_variables",
+    "unread_channels",
+    "uses",
+    "weights",
+    "wiring",
+]

@@ -1,0 +1,179 @@
+"""A rebuilding is a model once again, with other layers or weights, or with other methods of its layers."""
+
+import contextlib
+import functools
+
+import keras
+import numpy as np
+
+from keras_sparse.graph.wiring import filled, histories, wiring
+from keras_sparse.identity import IdentityDict
+
+__all__ = ["Rebuilding", "replay", "substituted"]
+
+
+def replay(model, tensors, call):
+    """Run the operations of a functional or Sequential model once more, on other tensors, each by a function.
+
+    Args:
+        model: The model.
+        tensors: Flat list of tensors in place of its inputs.
+        call: Function `(operation, args, kwargs) -> outputs`, for each layer and operation as often as the model calls
+            it. A model that is nested in it comes as one layer; `call` may replay that in turn.
+
+    Returns:
+        Flat list of the outputs.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.ReLU()])
+    >>> seen = []
+    >>> def call(layer, args, kwargs):
+    ...     seen.append(type(layer).__name__)
+    ...     return layer(*args, **kwargs)
+    >>> ks.graph.replay(model, [keras.ops.ones((2, 4))], call)[0].shape == (2, 3), seen
+    (True, ['Dense', 'ReLU'])
+    """
+    if isinstance(model, keras.Sequential):
+        for layer in model.layers:
+            tensors = keras.tree.flatten(call(layer, list(tensors), {}))
+        return tensors
+    config = wiring(model)
+    operations = {operation.name: operation for operation in model.operations}
+    values = dict(zip(histories(config["input_layers"]), tensors, strict=True))
+
+    def tensor(config):
+        return values[tuple(config["keras_history"])]
+
+    nodes = [(layer["name"], i, node) for layer in config["layers"] for i, node in enumerate(layer["inbound_nodes"])]
+    while nodes:  # once, unless a layer is called several times
+        waiting = []
+        for name, number, node in nodes:
+            if not all(key in values for key in histories(node)):
+                waiting.append((name, number, node))
+                continue
+            args, kwargs = list(filled(node["args"], tensor)), filled(node["kwargs"], tensor)
+            for index, output in enumerate(keras.tree.flatten(call(operations[name], args, kwargs))):
+                values[name, number, index] = output
+        nodes = waiting
+    return [values[key] for key in histories(config["output_layers"])]
+
+
+class Rebuilding:
+    """A functional or Sequential model in the making, from copies of another one's layers on inputs of the same names.
+
+    `copy` makes the layers, `replay` lays them out on `inputs`, `model` puts them together and sets the weights.
+
+    Args:
+        model: The model to rebuild; it is left as it is.
+
+    Attributes:
+        inputs: Flat list of the new model's symbolic inputs.
+
+    Example:
+
+    A model without its dropout:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dropout(0.5), keras.layers.Dense(3, name="head")])
+    >>> rebuilding = ks.graph.Rebuilding(model)
+    >>> def call(layer, args, kwargs):
+    ...     dropout = isinstance(layer, keras.layers.Dropout)
+    ...     return args[0] if dropout else rebuilding.copy(layer)(*args, **kwargs)
+    >>> smaller = rebuilding.model(ks.graph.replay(model, rebuilding.inputs, call))
+    >>> [layer.name for layer in smaller.layers][1:]
+    ['head']
+    """
+
+    def __init__(self, model):
+        self.inputs = [keras.Input(x.shape[1:], x.shape[0], x.dtype, name=x.name) for x in model.inputs]
+        self._source, self._names, self._copies = model, set(), IdentityDict()
+
+    def copy(self, operation, changes=None, weights=None, layer_class=None):
+        """Return the layer in the new model that stands for `operation`, the same each time.
+
+        Args:
+            operation: A layer of the model; an operation without state serves again as it is.
+            changes: Dict of what is to be different in its config.
+            weights: The copy's weights, a list of arrays; `None`: those of `operation`.
+            layer_class: The class of the copy, of which `changes` are then the whole config, but for the name.
+
+        Raises:
+            ValueError: If a layer that is called several times would have to differ from call to call.
+        """
+        if not isinstance(operation, keras.layers.Layer):
+            return operation
+        weights = operation.get_weights() if weights is None else weights
+        wanted = layer_class or type(operation), changes
+        if operation not in self._copies:
+            config = (operation.get_config() if layer_class is None else {}) | (changes or {})
+            config["name"] = self.unique_name(operation.name)
+            self._copies[operation] = wanted[0].from_config(config), wanted, weights
+        new, known, values = self._copies[operation]
+        same = len(weights) == len(values) and all(
+            map(functools.partial(np.array_equal, equal_nan=True), weights, values)
+        )
+        if known != wanted or not same:
+            raise ValueError(
+                "A layer that is called several times and would have to change in one place cannot be rebuilt. "
+                f"Received: {operation.name!r}"
+            )
+        return new
+
+    def unique_name(self, name):
+        """A name for a new layer that no other has: `name`, or with a number behind it."""
+        found, number = name, 0
+        while found in self._names:
+            number += 1
+            found = f"{name}_{number}"
+        self._names.add(found)
+        return found
+
+    def model(self, outputs):
+        """Return the new model with its weights, a `keras.Model` of the flat list `outputs`."""
+        source = self._source
+        sequential = isinstance(source, keras.Sequential)
+        inputs = self.inputs[0] if sequential else keras.tree.pack_sequence_as(source.input, self.inputs)
+        model = keras.Model(inputs, packed(source, outputs), name=source.name)
+        for new, _, values in self._copies.values():
+            new.set_weights(values)
+            if hasattr(new, "finalize_state"):  # of Normalization: its statistics are copies of its weights
+                new.finalize_state()
+        return model
+
+
+def packed(model, outputs):
+    """A flat list of outputs in the structure of the model's own."""
+    return outputs[0] if isinstance(model, keras.Sequential) else keras.tree.pack_sequence_as(model.output, outputs)
+
+
+@contextlib.contextmanager
+def substituted(functions):
+    """Put functions in the place of methods of layers, for as long as the block lasts.
+
+    Args:
+        functions: List of `(layer, name of the method, function)`.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.graph.rebuilding import substituted
+    >>> layer, x = keras.layers.ReLU(), keras.ops.ones((1, 2))
+    >>> with substituted([(layer, "call", lambda inputs: 2 * inputs)]):
+    ...     float(layer(x)[0, 0])
+    2.0
+    >>> float(layer(x)[0, 0])
+    1.0
+    """
+    before = [vars(layer).get(name) for layer, name, _ in functions]
+    try:
+        for layer, name, function in functions:
+            vars(layer)[name] = function
+        yield
+    finally:
+        for (layer, name, _), own in zip(functions, before, strict=True):
+            if own is None:
+                vars(layer).pop(name, None)
+            else:
+                vars(layer)[name] = own
