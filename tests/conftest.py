@@ -42,6 +42,16 @@ def _fixed_seed():
     keras.utils.set_random_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _verified_here(request, monkeypatch):
+    """Exports are compared on this machine's CPU; where sparse kernels run, too, if the test is about that, or slow.
+
+    An emulator takes seconds for what a CPU does in milliseconds.
+    """
+    if not any(map(request.node.get_closest_marker, ("everywhere", "slow"))):
+        monkeypatch.setenv("KERAS_SPARSE_VERIFY", "native")
+
+
 @pytest.fixture(scope="session")
 def two_replicas():
     """The one `MirroredStrategy` of this process: the keys of TensorFlow's collectives collide between two (2.21)."""

@@ -15,7 +15,10 @@ from keras_sparse.tflite.parity import Reference, random_batches
 from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
 
-pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")
+pytestmark = [
+    pytest.mark.everywhere,
+    pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way"),
+]
 
 
 @pytest.fixture(params=["x86-no-avx", "wasm"])
@@ -35,7 +38,7 @@ def test_strict_needs_a_runtime(tmp_path, monkeypatch):
     for name in ("PATH", "KERAS_SPARSE_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / "empty"))
     monkeypatch.chdir(tmp_path / "empty")
-    assert verification.sparse_runtimes() == []
+    assert verification.verification.sparse_runtimes() == []
     with pytest.raises(ks.tflite.runtimes.RuntimeMissing, match="one is enough. .*Node.js"):
         ks.tflite.export(mlp(), tmp_path / "m.tflite", verify="strict")
     with pytest.raises(ValueError, match="'auto' or 'strict'"):
@@ -111,3 +114,12 @@ def test_what_browsers_do_with_an_open_batch_is_said(batch_size, tmp_path):
     assert verification.SPARSE_RUNTIMES["wasm"] in report.verified_on
     said = [note for note in report.notes if "LiteRT.js refuses" in note and "batch_size=1" in note]
     assert len(said) == (batch_size is None)
+
+
+def test_a_test_suite_may_stay_on_this_machine(monkeypatch):
+    monkeypatch.setenv("KERAS_SPARSE_VERIFY", "native")
+    assert verification.sparse_runtimes() == []
+    monkeypatch.delenv("KERAS_SPARSE_VERIFY")
+    assert verification.sparse_runtimes() == [
+        name for name in verification.SPARSE_RUNTIMES if available()[name] is None
+    ]
