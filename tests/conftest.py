@@ -1,5 +1,6 @@
 """What every test shares: a quiet TensorFlow, a fixed seed, and which files make sense on which backend."""
 
+import collections
 import os
 
 # Before anything imports TensorFlow.
@@ -32,6 +33,21 @@ _BACKEND_DOES_NOT_MATTER = [
 _TENSORFLOW_ONLY = ["test_tflite_*.py", "test_quickstart.py", "test_end_to_end.py"]
 
 collect_ignore_glob = [] if keras.backend.backend() == "tensorflow" else _BACKEND_DOES_NOT_MATTER + _TENSORFLOW_ONLY
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Leave the cases of a test after the first n, by `@pytest.mark.thorough(n)`, to the run of slow tests.
+
+    The other backends have no such run: they take all of them.
+    """
+    seen = collections.Counter()
+    for item in items:
+        thorough = item.get_closest_marker("thorough")
+        if thorough is not None and keras.backend.backend() == "tensorflow":
+            seen[item.function] += 1
+            if seen[item.function] > thorough.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -69,6 +69,7 @@ def close(model, share=0.6, seed=0):
 
 @pytest.mark.parametrize("granularity", ["weight", "unit"])
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.thorough(2)
 def test_add_and_bake(name, granularity, tmp_path):
     model = MODELS[name]()
     x = data(model)
@@ -190,6 +191,7 @@ def random_graph(seed):
 
 @pytest.mark.parametrize("granularity", ["unit", "weight"])
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.thorough(4)
 def test_silenced_units_never_change_outputs(seed, granularity):
     model = random_graph(seed)
     gated = ks.add_l0(model, 1e-3, granularity, filters=None if seed % 2 else ["dense", "conv2d"])

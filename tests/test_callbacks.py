@@ -135,6 +135,7 @@ OPTIMIZERS = {
     ],
     ids=str,
 )
+@pytest.mark.thorough(3)
 def test_optimizers_and_their_options(name, arguments):
     if name not in ("sgd", "adam") and arguments:
         pytest.skip("the options are the base class's")
@@ -433,6 +434,7 @@ def deferred():
 @pytest.mark.parametrize(
     "make", [deferred, pytest.param(Subclassed, marks=pytest.mark.slow), pytest.param(OwnStep, marks=pytest.mark.slow)]
 )
+@pytest.mark.thorough(2)
 def test_a_model_that_fit_builds_trains_as_one_that_was_built(name, make):
     if make is OwnStep and not TENSORFLOW:
         pytest.skip("The training step has other arguments")
@@ -727,6 +729,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, order, callback):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"use_ema": True}, {"policy": "mixed_float16"}], ids=str)
+@pytest.mark.thorough(1)
 def test_mirrored_strategy(arguments, two_replicas):
     arguments, strategy = dict(arguments), two_replicas
     keras.config.set_dtype_policy(arguments.pop("policy", "float32"))

@@ -208,6 +208,7 @@ def test_zero_initialised_kernels_train():
     ],
     ids=str,
 )
+@pytest.mark.thorough(2)
 def test_compile_options(grow, arguments):
     if keras.backend.backend() == "torch" and (arguments.get("jit_compile") or "steps_per_execution" in arguments):
         pytest.skip("Keras does not support it on torch, or compiles for minutes")
@@ -228,6 +229,7 @@ def test_compile_options(grow, arguments):
 
 
 @pytest.mark.parametrize("grow", ["gradient", "random"])
+@pytest.mark.thorough(1)
 def test_mirrored_strategy(grow, two_replicas):
     with two_replicas.scope():
         model = dense_model(jit_compile=False)
@@ -263,6 +265,7 @@ def test_evaluate_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize("pruning", [None, "before", "after"])
 @pytest.mark.parametrize("grow", GROW)
+@pytest.mark.thorough(2)
 def test_weights_that_early_stopping_restores_are_whole(grow, pruning):
     model, record = dense_model(optimizer=ks.optimizers.SparseOptimizer(keras.optimizers.Adam(0.01))), Masks()
     stop = keras.callbacks.EarlyStopping("loss", mode="max", patience=4, restore_best_weights=True)

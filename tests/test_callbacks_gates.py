@@ -87,6 +87,7 @@ def test_frequency_and_steps_per_execution():
 
 
 @pytest.mark.parametrize("arguments", [{"schedule": "linear"}, {"target_sparsity": 0.5}], ids=str)
+@pytest.mark.thorough(1)
 def test_resume(tmp_path, arguments):
     def fit(folder, break_at=None):
         model = make()
@@ -124,6 +125,7 @@ def test_dataset_of_unknown_length():
 
 
 @pytest.mark.parametrize("granularity, price", [("weight", 1e-4), ("weight", 1e-2), ("unit", 1e-4)])
+@pytest.mark.thorough(1)
 def test_target_is_met_on_digits(granularity, price):
     datasets = pytest.importorskip("sklearn.datasets")
     x, y = datasets.load_digits(return_X_y=True)

@@ -100,6 +100,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.thorough(2)
 def test_the_optimizer_starts_anew_where_the_fit_began(name):
     if name == "average" and BACKEND == "jax":
         pytest.skip("Keras 3.15 on JAX fails in any second fit with `use_ema`: weights and averages share a buffer")

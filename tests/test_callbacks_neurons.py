@@ -49,6 +49,7 @@ class Oracle(keras.callbacks.Callback):
     ],
     ids=lambda arguments: next(iter(arguments), "plain"),
 )
+@pytest.mark.thorough(1)
 def test_logs_are_those_of_the_epoch_and_training_is_the_same(arguments, tmp_path):
     if BACKEND == "torch" and ("jit_compile" in arguments or "steps_per_execution" in arguments):
         pytest.skip("Keras compiles torch models for minutes, and has no steps_per_execution there")

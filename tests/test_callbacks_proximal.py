@@ -30,6 +30,7 @@ def kernels(model):
 
 @pytest.mark.parametrize("target", [0.3, 0.9])
 @pytest.mark.parametrize("group", [None, "channel", "block_1x4"])
+@pytest.mark.thorough(2)
 def test_a_target_is_met_exactly(target, group):
     model = dense_model(keras.optimizers.Adam(0.01))
     filters = "a/" if group else None
@@ -65,6 +66,7 @@ def test_a_strength_shrinks_to_the_end_and_can_be_told_to_stop():
 @pytest.mark.parametrize(
     "how", ["jit", "steps_per_execution", "accumulation", "mixed_float16", "mixed_bfloat16", "ema"]
 )
+@pytest.mark.thorough(2)
 def test_ways_of_training(how):
     if keras.backend.backend() == "torch" and how in ("jit", "steps_per_execution"):
         pytest.skip("Keras compiles torch models for minutes, and takes one step per execution")
@@ -87,6 +89,7 @@ def test_unbuilt_model():
 
 
 @pytest.mark.parametrize("stop", [2, 10])
+@pytest.mark.thorough(1)
 def test_resumed_equals_uninterrupted(tmp_path, stop):
     class Stop(Exception):
         pass

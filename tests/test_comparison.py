@@ -356,6 +356,7 @@ def test_outputs_that_cannot_be_paired(other):
 
 @files_only
 @pytest.mark.parametrize("names", [["output_1", "output_2", "output_10"], ["a-b", "a0"], collections.OrderedDict])
+@pytest.mark.thorough(1)
 def test_the_order_of_models_changes_no_number(names, tmp_path):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((6,), name="x")

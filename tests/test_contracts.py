@@ -215,6 +215,7 @@ TRAINING = {
         lambda: ks.callbacks.LotteryTicket(2, 0.75),
     ],
 )
+@pytest.mark.thorough(8)
 def test_train_save_load_and_predict_alike(how, callback, tmp_path):
     arguments = dict(TRAINING[how])
     if keras.backend.backend() == "torch" and arguments.get("jit_compile"):

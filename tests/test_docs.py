@@ -27,6 +27,7 @@ def blocks(path):
     "path",
     [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in LONG else []) for page in PAGES],
 )
+@pytest.mark.thorough(3)
 def test_code_on_the_page_runs(path, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}

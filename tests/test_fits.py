@@ -168,6 +168,7 @@ def check_file(model, path):
 
 
 @each_algorithm
+@pytest.mark.thorough(3)
 def test_a_fit_after_an_interrupted_one_begins_anew(algorithm, tmp_path):
     model = dense_model(gated=algorithm.gated)
     interrupt(model, algorithm, 0.5)
@@ -177,6 +178,7 @@ def test_a_fit_after_an_interrupted_one_begins_anew(algorithm, tmp_path):
 
 
 @each_algorithm
+@pytest.mark.thorough(3)
 def test_a_file_of_the_middle_of_a_fit_is_trained_with_other_arguments(algorithm, tmp_path):
     model = dense_model(gated=algorithm.gated, **EAGER)
     if algorithm.prepare is not None:
@@ -190,6 +192,7 @@ def test_a_file_of_the_middle_of_a_fit_is_trained_with_other_arguments(algorithm
 
 
 @each_algorithm
+@pytest.mark.thorough(3)
 def test_a_second_fit_begins_anew_from_the_zeros_of_the_first(algorithm):
     model = dense_model(gated=algorithm.gated)
     train(model, algorithm, 0.5)
@@ -198,6 +201,7 @@ def test_a_second_fit_begins_anew_from_the_zeros_of_the_first(algorithm):
 
 
 @each_algorithm
+@pytest.mark.thorough(3)
 def test_new_weights_know_nothing_of_old_masks(algorithm):
     model = dense_model(gated=algorithm.gated, **EAGER)
     first = model.get_weights()
@@ -208,6 +212,7 @@ def test_new_weights_know_nothing_of_old_masks(algorithm):
 
 
 @each_algorithm
+@pytest.mark.thorough(3)
 def test_a_model_that_is_compiled_anew_begins_anew(algorithm, tmp_path):
     model = dense_model(gated=algorithm.gated, **EAGER)
     old = model.optimizer
@@ -219,6 +224,7 @@ def test_a_model_that_is_compiled_anew_begins_anew(algorithm, tmp_path):
 
 
 @each_algorithm
+@pytest.mark.thorough(3)
 def test_each_fit_of_a_loop_ends_at_the_target(algorithm):
     model, callback = dense_model(gated=algorithm.gated), algorithm.make(0.5)
     train(model, algorithm, 0.5, callback, epochs=2)

@@ -153,6 +153,7 @@ def check_dead(model, outputs, count, others_live=True):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.thorough(5)
 def test_units_are_dead_after_training(name):
     make, outputs = MODELS[name]
     model = make()

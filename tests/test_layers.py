@@ -67,6 +67,7 @@ def check_trains(model, x, y, gated):
 
 @pytest.mark.parametrize("granularity", ["weight", "unit"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.thorough(6)
 def test_every_kind_of_layer(kind, granularity, tmp_path):
     make, shape, units = KINDS[kind]
     gated = L0(make(), 1e-3, granularity, seed=1)
@@ -88,6 +89,7 @@ def test_every_kind_of_layer(kind, granularity, tmp_path):
 
 
 @pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell", "SimpleRNNCell"])
+@pytest.mark.thorough(1)
 def test_gates_around_a_cell_are_one_sample_for_all_time_steps(cell):
     gated = L0(getattr(layers, cell)(4), 1e-3, seed=1)
     inputs = keras.Input((5, 3))
@@ -237,6 +239,7 @@ def train(how, seed=1):
 
 
 @pytest.mark.parametrize("how", WAYS)
+@pytest.mark.thorough(2)
 def test_ways_to_train(how, tmp_path):
     model, losses = train(how)
     assert np.isfinite(losses).all() and losses[-1] < losses[0]

@@ -291,6 +291,7 @@ def large_fit(optimizer, **arguments):
 
 @tensorflow_only
 @pytest.mark.parametrize("name", [*NAMES, "LossScaleOptimizer", "MultiOptimizer"])
+@pytest.mark.thorough(3)
 def test_the_compiled_step_is_the_plain_one(name):
     compiled, steps = large_fit(make(name), jit_compile=False)
     eager, plain_steps = large_fit(make(name), run_eagerly=True)

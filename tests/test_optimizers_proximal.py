@@ -86,6 +86,7 @@ LASSO = {
 
 
 @pytest.mark.parametrize("name", LASSO)
+@pytest.mark.thorough(3)
 def test_training_ends_at_the_solution_of_the_lasso(name):
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, y = lasso_data()
@@ -184,6 +185,7 @@ def test_averages_keep_the_zeros_of_the_last_step():
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
 @pytest.mark.parametrize("group", [None, "block_1x4"])
+@pytest.mark.thorough(1)
 def test_mirrored_strategy_takes_the_same_steps(two_replicas, optimizer, group):
     results = []
     for scope in (two_replicas.scope(), contextlib.nullcontext()):

@@ -44,6 +44,7 @@ def values(states):
 
 
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.thorough(4)
 def test_reset_slots_are_those_of_a_new_optimizer(name):
     optimizer, kinds = KINDS[name]
     model, new = make(optimizer), make(optimizer)

@@ -90,6 +90,7 @@ ALL_KINDS = ["gradient", "last_gradient", "movement", "squared_gradient", "taylo
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.thorough(8)
 def test_equal_numpy(kind, name):
     optimizer = OPTIMIZERS[name]()
     model, record = make(optimizer), Record(kind)
@@ -102,6 +103,7 @@ def test_equal_numpy(kind, name):
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.thorough(3)
 def test_equal_numpy_in_mixed_precision(kind, jit):
     if BACKEND == "torch" and jit:
         pytest.skip("Keras compiles torch models for minutes")
@@ -124,6 +126,7 @@ def test_equal_numpy_in_mixed_precision(kind, jit):
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.thorough(2)
 def test_equal_numpy_in_two_replicas(kind, policy, two_replicas):
     keras.config.set_dtype_policy(policy)
     try:

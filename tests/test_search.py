@@ -55,6 +55,7 @@ def test_found_allocation_goes_into_pruning_and_beats_uniform():
 
 @pytest.mark.parametrize("kind", ["functional", "subclassed"])
 @pytest.mark.parametrize("searcher", ["evolution", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.thorough(1)
 def test_every_searcher_on_every_kind_of_model(kind, searcher):
     first, again = (facts(search(kind=kind, searcher=searcher, budget=12)) for _ in range(2))
     assert first == again
@@ -272,6 +273,7 @@ def test_a_search_ends_when_it_knows_the_whole_space():
 
 
 @pytest.mark.parametrize("asked", [[], [(1,)], [(99, 0)], [(1.0, 2.0)], [None]], ids=str)
+@pytest.mark.thorough(2)
 def test_wrong_points_of_a_searcher(asked):
     with pytest.raises(ValueError, match="at least one point|ints that are each below"):
         search(searcher=Own(asked), budget=5, epochs=0)
@@ -310,6 +312,7 @@ def same(one, other):
     )
 
 
+@pytest.mark.slow
 def test_a_journal_ends_where_an_uninterrupted_search_does(tmp_path):
     whole = facts(search(budget=20))
     assert facts(search(tmp_path, budget=11)) == whole[:11]
@@ -331,6 +334,7 @@ def test_a_journal_ends_where_an_uninterrupted_search_does(tmp_path):
     [{"seed": 1}, {"searcher": "random"}, {"epochs": 0}, {"constraints": {"sparsity": 0.6}}, {"objective": "accuracy"}],
     ids=lambda changed: next(iter(changed)),
 )
+@pytest.mark.thorough(1)
 def test_the_journal_of_another_search_is_refused(tmp_path, changed):
     search(tmp_path, budget=1)
     with pytest.raises(ValueError, match="journal is of another search"):
@@ -414,6 +418,7 @@ def test_what_killed_searches_left_is_removed(tmp_path):
         ({"space": 3}, TypeError, "Space"),
     ],
 )
+@pytest.mark.thorough(6)
 def test_wrong_arguments(options, error, message):
     with pytest.raises(error, match=message):
         search(**options)

@@ -104,6 +104,7 @@ def test_each_kind_of_layer(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.thorough(8)
 def test_training_with_each_kind_of_layer(name):
     make, shape, _ = LAYERS[name]
     model = keras.Sequential([keras.Input(shape), make(), layers.Flatten(), layers.Dense(2, name="head")])

@@ -12,7 +12,7 @@ import pytest
 from tflite_models import mlp, sparsify
 
 import keras_sparse as ks
-from keras_sparse.tflite.commands import RuntimeMissing, command
+from keras_sparse.tflite.commands import RuntimeMissing, get
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "web"
 CHROME = shutil.which("chromium") or shutil.which("google-chrome")
@@ -20,7 +20,7 @@ LACKING = [name for name, found in (("chromium", CHROME), ("chromedriver", shuti
 if importlib.util.find_spec("selenium") is None:
     LACKING.append("the Python package selenium")
 try:
-    NODE_MODULES = pathlib.Path(command("wasm")[0][2]).parents[1]
+    NODE_MODULES = pathlib.Path(get("wasm").start(".")[0][2]).parents[1]
 except RuntimeMissing as error:
     LACKING.append(str(error))
 
