@@ -24,6 +24,7 @@ class File:
     >>> import keras
     >>> from keras_sparse.tflite.convert import convert
     >>> from keras_sparse.tflite.editing import File
+    >>> from keras_sparse.tflite.job import Job
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> file = File(convert(Job(model)).content)
     >>> [file.name(operator) for operator in file.model.subgraphs[0].operators]

@@ -90,6 +90,7 @@ def encode(content, engage=True):
     >>> import keras, keras_sparse as ks
     >>> from keras_sparse.tflite.convert import convert
     >>> from keras_sparse.tflite.encoding import encode
+    >>> from keras_sparse.tflite.job import Job
     >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
     >>> _ = ks.prune(model, 0.9)
     >>> dense = convert(Job(model)).content

@@ -74,8 +74,8 @@ def match(model, tensors, weights):
     >>> model = keras.Sequential([keras.Input((64,)), *layers])
     >>> graph = read(convert(Job(model)).content).subgraphs[0]
     >>> tensors = [(name, graph.tensors[n]) for n, (name, position) in readers(graph).items() if position == 1]
-    >>> [weight.path for weight in match(model, tensors, ks.selection.weights(model))]
-    ['a/kernel', 'b/kernel']
+    >>> [weight.layer.name for weight in match(model, tensors, ks.selection.weights(model))]
+    ['a', 'b']
     """
     names, left, found = LayerNames(model), list(weights), [None] * len(tensors)
     named = [set(names.candidates(tensor.name)) for _, tensor in tensors]
