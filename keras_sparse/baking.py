@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_sparse import graph, reports, selection
+from keras_sparse.identity import IdentityDict
 from keras_sparse.layers import L0, gated_layers
 
 __all__ = ["add_l0", "bake"]
@@ -46,20 +47,20 @@ def add_l0(model, penalty, granularity="weight", filters=None, **arguments):
             f"Received: {type(model).__name__} {model.name!r}"
         )
     prices = _prices(model, penalty, filters)
-    wrapped = set()
+    wrapped = IdentityDict()
 
     def clone(layer):
         copy = type(layer).from_config(layer.get_config())
         # By whose weights they are, so that whole wrappers and attention layers count.
         weights = getattr(layer, "weights", [])
-        price = next((prices[id(v)] for v in weights if id(v) in prices), None)
+        price = next((prices[v] for v in weights if v in prices), None)
         if price is None:
             return copy
-        wrapped.update(id(v) for v in weights)
+        wrapped.update(IdentityDict.fromkeys(weights))
         return L0(copy, price, granularity, **arguments)
 
     gated = keras.models.clone_model(model, _inputs(model), clone_function=clone, recursive=True)
-    missed = [w.path for w in selection.weights(model) if id(w.variable) in prices.keys() - wrapped]
+    missed = [w.path for w in selection.weights(model) if w.variable in prices and w.variable not in wrapped]
     if missed:
         raise ValueError(f"These weights are in no layer that could be wrapped; exclude them. Received: {missed}")
     _copy_weights(model, gated)
@@ -120,7 +121,7 @@ def bake(model):
         )
     gated = _copy_weights(model, plain)
     _zero_unread_units(plain)
-    others = [w for w in selection.weights(plain) if id(w.variable) not in gated]
+    others = [w for w in selection.weights(plain) if w.variable not in gated]
     reports.remember(plain, {id(w.variable): w.skipped or "had no gates" for w in others})
     _copy_compilation(model, plain)
     return plain
@@ -137,16 +138,16 @@ def _inputs(model):
 
 
 def _prices(model, penalty, filters):
-    """The price of each selected weight, `{id(variable): penalty}`."""
+    """The price of each selected weight, by its variable."""
     if gated_layers(model):
         raise ValueError(f"The model has `L0` layers already. Received: {model.name!r}")
-    selected = [w for w in selection.select(model, filters) if w.skipped is None]
+    selected = selection.select(model, filters).chosen
     if not isinstance(penalty, dict):
-        return {id(w.variable): penalty for w in selected}
-    prices = {}
+        return IdentityDict.fromkeys((w.variable for w in selected), penalty)
+    prices = IdentityDict()
     for regex, price in penalty.items():
         for weight in selection.matching(regex, selected):
-            prices.setdefault(id(weight.variable), price)
+            prices.setdefault(weight.variable, price)
     return prices
 
 
@@ -166,20 +167,18 @@ def _without_gates(config):
 
 def _copy_weights(source, target):
     """Give `target` the weights of `source`, gates folded in where only `source` has them: those are returned."""
-    folded, gates, changed = {}, set(), set()
-    if not gated_layers(target):
-        for layer in gated_layers(source):
-            gates |= {id(v) for v in [*layer.log_alphas, layer.penalty]}
-            folded |= dict(layer.gated())
-    else:
-        gates = {id(v) for layer in gated_layers(target) for v in [*layer.log_alphas, layer.penalty]}
+    with_gates = gated_layers(target) or gated_layers(source)
+    gates = IdentityDict.fromkeys(v for layer in with_gates for v in [*layer.log_alphas, layer.penalty])
+    folded, changed = IdentityDict(), IdentityDict()
+    for layer in with_gates if not gated_layers(target) else ():
+        folded.update(layer.gated())
     # Both walk the same layers in the same order, but for the weights of gates.
-    pairs = ([v for v in model.weights if id(v) not in gates] for model in (source, target))
+    pairs = ([v for v in model.weights if v not in gates] for model in (source, target))
     for old, new in zip(*pairs, strict=True):
-        value = selection.as_array(folded.get(id(old), old))
+        value = selection.as_array(folded.get(old, old))
         new.assign(np.where(value == 0, 0, value))  # A gate of 0 makes -0.0 of a negative weight.
-        if id(old) in folded:
-            changed.add(id(new))
+        if old in folded:
+            changed[new] = True
     return changed
 
 

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_sparse import graph, selection
 from keras_sparse.gates import HardConcrete
+from keras_sparse.identity import IdentityDict
 from keras_sparse.registry import check_penalty, is_real, serializable
 
 __all__ = ["L0", "HardConcrete", "gated_layers"]
@@ -135,9 +136,9 @@ class L0(keras.layers.Wrapper):
         # Keras does not count the states of stateful recurrent layers as variables of theirs.
         recurrent = [inner for inner in selection.layers(self.layer) if getattr(inner, "stateful", False)]
         variables = [*self.layer.variables, *keras.tree.flatten([inner.states for inner in recurrent])]
-        gated = dict(self.gated(training))
+        gated = IdentityDict(self.gated(training))
         # The layer runs on values instead of its variables: kernels that are multiplied by their gates.
-        scope = keras.StatelessScope([(v, gated.get(id(v), v)) for v in variables], collect_losses=True)
+        scope = keras.StatelessScope([(v, gated.get(v, v)) for v in variables], collect_losses=True)
         before = [scope.get_current_value(v) for v in variables]
         with scope:
             outputs = self.layer(*args, **kwargs)
@@ -150,14 +151,14 @@ class L0(keras.layers.Wrapper):
         return outputs
 
     def gated(self, training=False):
-        """Yield `(id(variable), value)` for all that gates multiply: kernels, and the biases of filters."""
+        """Yield `(variable, value)` for all that gates multiply: kernels, and the biases of filters."""
         for weight, gate in zip(self.kernels, self._gates(training), strict=True):
-            yield id(weight.variable), weight.variable * ops.cast(gate, weight.variable.dtype)
+            yield weight.variable, weight.variable * ops.cast(gate, weight.variable.dtype)
             kind = graph.kind_of(weight.layer)
             bias = getattr(weight.layer, kind.bias, None)
             if self.granularity == "unit" and bias is not None and kind.gates == "outputs":
                 # A filter that is switched off gives zeros, not its bias.
-                yield id(bias), bias * ops.cast(ops.reshape(gate, bias.shape), bias.dtype)
+                yield bias, bias * ops.cast(ops.reshape(gate, bias.shape), bias.dtype)
 
     def _gates(self, training):
         if not training:

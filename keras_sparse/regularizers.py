@@ -156,7 +156,7 @@ def regularize(model, regularizer, filters=None):
     regularizer = keras.regularizers.get(regularizer)
     if regularizer is not None and not callable(regularizer):
         raise TypeError(f"Expected a Keras regularizer, a name or `None`. Received: regularizer={regularizer!r}")
-    chosen = [w for w in selection.select(model, filters) if w.skipped is None]
+    chosen = selection.select(model, filters).chosen
     attached = [_for_weight(regularizer, weight) for weight in chosen]
     reasons = _why_not_saved(model, chosen)
     for weight, own in zip(chosen, attached, strict=True):

@@ -1,14 +1,18 @@
 """A selection: which weights of a model may become sparse, and why the others may not."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import keras
 
 from keras_sparse.graph import NO_KERNELS, Weight, as_array, check_model, layers, weights
+from keras_sparse.identity import IdentityDict
 
 __all__ = [
     "NO_KERNELS",
+    "Only",
+    "Selection",
     "Weight",
     "as_array",
     "check_filters",
@@ -22,8 +26,46 @@ __all__ = [
 ]
 
 
+class Selection(Sequence):
+    """The weights of a model, chosen or skipped: a sequence of all of them, in the order of `ks.graph.weights`.
+
+    Args:
+        weights: List of `Weight`; of those that are skipped, `skipped` is the reason.
+
+    Attributes:
+        chosen: List of the weights that are selected.
+        skipped: List of the others.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a")])
+    >>> selection = ks.selection.select(model)
+    >>> [w.path for w in selection.chosen], [w.path for w in selection.skipped]
+    (['sequential/a/kernel'], ['sequential/a/bias'])
+    """
+
+    def __init__(self, weights):
+        self._weights = list(weights)
+        self.chosen = [weight for weight in self._weights if weight.skipped is None]
+        self.skipped = [weight for weight in self._weights if weight.skipped is not None]
+
+    def __getitem__(self, index):
+        return self._weights[index]
+
+    def __len__(self):
+        return len(self._weights)
+
+    def without(self, variables, reason):
+        """The selection with some of the chosen weights, told by their variables, skipped for a reason."""
+        gone = IdentityDict.fromkeys(variables)
+        return Selection(
+            replace(w, skipped=reason) if w.variable in gone and w.skipped is None else w for w in self._weights
+        )
+
+
 def select(model, filters=None, frozen=False, named=()):
-    """List every weight of a built model with the reason why it is skipped under `filters`.
+    """Select weights of a built model.
 
     Args:
         model: A built Keras model or layer.
@@ -32,11 +74,11 @@ def select(model, filters=None, frozen=False, named=()):
             are instances of it. Only weights that multiply inputs are asked about: biases, normalization weights and
             vectors are never selected. `None` selects all but depthwise kernels and embeddings.
         frozen: Whether kernels that are not trainable are selected as well.
-        named: Regexes from `only`, layers, classes of layers. Without `filters`, they select a depthwise kernel or an
-            embedding that they name.
+        named: What `only` returns, weights, layers, classes of layers. Without `filters`, they select a depthwise
+            kernel or an embedding that they name.
 
     Returns:
-        List of `Weight`; those with `skipped=None` are selected, and there is at least one.
+        A `Selection`, in which at least one weight is chosen.
 
     Raises:
         ValueError: If a filter, or all of them together, select nothing.
@@ -46,9 +88,9 @@ def select(model, filters=None, frozen=False, named=()):
 
     >>> import keras, keras_sparse as ks
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(3, name="b")])
-    >>> [w.path for w in ks.selection.select(model, filters="a/") if w.skipped is None]
+    >>> [w.path for w in ks.selection.select(model, filters="a/").chosen]
     ['sequential/a/kernel']
-    >>> [w.path for w in ks.selection.select(model, filters=[model.layers[1], "a/"]) if w.skipped is None]
+    >>> [w.path for w in ks.selection.select(model, filters=[model.layers[1], "a/"]).chosen]
     ['sequential/a/kernel', 'sequential/b/kernel']
     """
     everything = weights(model)
@@ -59,18 +101,19 @@ def select(model, filters=None, frozen=False, named=()):
         if weight.kernel:
             if matches is not None:
                 skipped = None if matches(weight.variable) else "not matched by `filters`"
-            elif any(key == only(weight.path) or _is_of(weight.layer, key) for key in named):
+            elif any(_names(key, weight) for key in named):
                 skipped = None
             if skipped is None and not (weight.trainable or frozen):
                 skipped = "not trainable: set `trainable = True` to prune it during training"
         selected.append(replace(weight, skipped=skipped))
-    if all(weight.skipped for weight in selected):
+    selection = Selection(selected)
+    if not selection.chosen:
         received = "" if filters is None else f" Received: filters={filters!r}."
         raise ValueError(
             f"There is nothing to prune in {model.name!r}: every weight is skipped.{received} The reasons: "
             + "; ".join(f"{w.path}: {w.skipped}" for w in selected[:8])
         )
-    return selected
+    return selection
 
 
 def pruned_weights(model, filters=None):
@@ -103,22 +146,53 @@ def pruned_weights(model, filters=None):
     return [replace(w, skipped=None) for w in found if w.pruned_zeros().any()]
 
 
-def only(path):
-    """Return the regex that matches a weight's path and nothing else.
+class Only(str):
+    """The path of weights as a filter or a key of a target: it means the weights of this path and no others.
+
+    As a string it is a regex of the same meaning, which can stand in a file; as an object it may also name an embedding
+    or a depthwise kernel.
+
+    Args:
+        path: A weight's path.
+
+    Attributes:
+        path: The same.
 
     Example:
 
     >>> import keras_sparse as ks
-    >>> ks.selection.only("dense/kernel")
-    '^dense/kernel$'
+    >>> key = ks.selection.Only("dense/kernel")
+    >>> key, key.path
+    ('^dense/kernel$', 'dense/kernel')
     """
-    return f"^{re.escape(path)}$"
+
+    def __new__(cls, path):
+        self = super().__new__(cls, f"^{re.escape(path)}$")
+        self.path = path
+        return self
+
+    def __getnewargs__(self):
+        return (self.path,)
+
+
+def only(path):
+    """Return a key that means the weights of a path and no others.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((6,)), keras.layers.Embedding(9, 4, name="table")])
+    >>> report = ks.prune(model, {ks.selection.only("sequential/table/embeddings"): 0.5})
+    >>> report.totals["zeros"]
+    18
+    """
+    return Only(path)
 
 
 def matching(pattern, candidates):
     """Return the weights among `candidates` whose path the regex hits, or raise if there is none.
 
-    A layer, a class of layers, or a callable on the variable does instead of a regex.
+    A weight, what `only` returns, a layer, a class of layers, or a callable on the variable does instead of a regex.
 
     Example:
 
@@ -130,6 +204,12 @@ def matching(pattern, candidates):
     """
     if _is_layer(pattern):
         return _held_by(pattern, candidates)
+    if isinstance(pattern, (Only, Weight)):
+        found = [w for w in candidates if _names(pattern, w)]
+        if not found:
+            there = _some(repr(w.path) for w in candidates)
+            raise ValueError(f"No weight that could be pruned is {pattern.path!r}. Those are: {there}.")
+        return found
     if callable(pattern):
         found = [w for w in candidates if pattern(w.variable)]
         if not found:
@@ -177,6 +257,15 @@ def _is_layer(pattern):
     )
 
 
+def _names(key, weight):
+    """Whether a key stands for this weight by what it is: a path, the weight itself, its layer or the layer's class."""
+    if isinstance(key, Only):
+        return weight.path == key.path
+    if isinstance(key, Weight):
+        return weight.variable is key.variable
+    return _is_of(weight.layer, key)
+
+
 def _is_of(layer, pattern):
     """Whether a layer is the one that `pattern` is, or an instance of it."""
     return _is_layer(pattern) and (isinstance(layer, pattern) if isinstance(pattern, type) else layer is pattern)
@@ -202,7 +291,9 @@ def check_filters(filters):
     TypeError: `filters` must be a regex as a string, a layer, a class of layers, a callable on the variable, or ...
     """
     found = filters if isinstance(filters, (list, tuple)) else [filters]
-    known = found and all(isinstance(one, (str, re.Pattern)) or _is_layer(one) or _is_function(one) for one in found)
+    known = found and all(
+        isinstance(one, (str, re.Pattern, Weight)) or _is_layer(one) or _is_function(one) for one in found
+    )
     if filters is not None and not known:
         raise TypeError(
             "`filters` must be a regex as a string, a layer, a class of layers, a callable on the variable, or a list "
@@ -220,5 +311,5 @@ def _matcher(filters, everything):
         return filters
     candidates = [w for w in everything if w.kernel]
     patterns = filters if isinstance(filters, (list, tuple)) else [filters]
-    hit = {id(w.variable) for pattern in patterns for w in matching(pattern, candidates)}
-    return lambda variable: id(variable) in hit
+    hit = IdentityDict.fromkeys(w.variable for pattern in patterns for w in matching(pattern, candidates))
+    return hit.__contains__

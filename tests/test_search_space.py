@@ -38,7 +38,7 @@ class Subclassed(keras.Model):
 def test_defaults_take_what_pruning_takes():
     model = convolutional()
     space = ks.search.Space(model)
-    assert [part.path for part in space.parts] == [w.path for w in ks.selection.select(model) if not w.skipped]
+    assert [part.path for part in space.parts] == [w.path for w in ks.selection.select(model).chosen]
     assert space.size() == math.prod(len(choice.options) for choice in space.choices) > 1000
     assert all(pattern == "unstructured" for choice in space.choices for _, pattern in choice.options)
 

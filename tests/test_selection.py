@@ -1,5 +1,9 @@
 """Which weights are selected, in every kind of layer and model."""
 
+import copy
+import json
+import pickle
+
 import keras
 import numpy as np
 import pytest
@@ -81,7 +85,7 @@ class SelfAttention(layers.Layer):
 
 
 def selected(model, **arguments):
-    return [w for w in ks.selection.select(model, **arguments) if w.skipped is None]
+    return ks.selection.select(model, **arguments).chosen
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -401,6 +405,45 @@ def test_a_shared_layer_is_found_through_each_that_holds_it():
     model = keras.Model(inputs, second(first(inputs)))
     assert [w.layer.name for w in selected(model, filters=first)] == ["shared"]
     assert {w.layer.name for w in selected(model, filters=second)} == {"own", "shared"}
+
+
+# Selections, and keys that are one weight
+
+
+def test_a_selection_is_all_weights_chosen_or_skipped():
+    model = with_block()
+    found = ks.selection.select(model, filters="head/")
+    assert [w.path for w in found] == [w.path for w in ks.selection.weights(model)]
+    assert [w.path for w in found.chosen] == ["head/kernel"]
+    assert all(w.skipped for w in found.skipped) and len(found) == len(found.chosen) + len(found.skipped)
+    everything = ks.selection.select(model)
+    body = model.get_layer("body").kernel
+    fewer = everything.without([body, model.get_layer("body").bias], "said so")
+    assert len(fewer.chosen) == len(everything.chosen) - 1
+    assert [w.skipped for w in fewer if w.layer.name == "body"] == ["said so", "bias of Dense: not a kernel"]
+
+
+def test_a_path_and_a_weight_are_keys_and_filters():
+    keys = {
+        "path": lambda model: ks.selection.only("depthwise/kernel"),
+        "weight": lambda model: next(w for w in ks.selection.weights(model) if w.layer.name == "depthwise"),
+    }
+    for make in keys.values():
+        model = with_block()
+        key = make(model)
+        assert [w.path for w in selected(model, filters=key)] == ["depthwise/kernel"]
+        assert [w.path for w in selected(model, filters=[key, "head/"])] == ["depthwise/kernel", "head/kernel"]
+        report = ks.prune(model, {key: 0.5, "head/": 0.2})
+        assert [row["zeros"] for row in report.rows if "depthwise/kernel" in row["path"]] == [6]
+    with pytest.raises(ValueError, match="is 'tail/kernel'. Those are: 'depthwise/kernel'"):
+        ks.prune(with_block(), 0.5, filters=ks.selection.only("tail/kernel"))
+
+
+def test_a_path_survives_copies_and_files():
+    key = ks.selection.only("block.1/kernel")
+    for other in (copy.deepcopy(key), pickle.loads(pickle.dumps(key))):
+        assert (other, other.path) == (key, "block.1/kernel")
+    assert list(json.loads(json.dumps({key: 0.5}))) == [r"^block\.1/kernel$"]
 
 
 # Vectors and embeddings of custom layers

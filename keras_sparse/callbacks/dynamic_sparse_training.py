@@ -165,7 +165,7 @@ class DynamicSparseTraining(ScheduledCallback):
                 filters=self.filters,
                 untrained=untrained,
             )
-        chosen = {id(w.variable) for w in selection.select(model, self.filters) if not w.skipped and _sparse(w)}
+        chosen = {id(w.variable) for w in selection.select(model, self.filters).chosen if _sparse(w)}
         if self.filters is None:
             chosen -= {id(variable) for variable in untrained}
         if not chosen:

@@ -355,7 +355,15 @@ def register_kind(layer_class, kind):
 
 
 def of_keras(layer):
-    """Whether a layer's class is Keras's own."""
+    """Whether a layer's class is Keras's own.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.graph.kinds import of_keras
+    >>> of_keras(keras.layers.ReLU()), of_keras(type("Mine", (keras.layers.ReLU,), {})())
+    (True, False)
+    """
     return type(layer).__module__.split(".")[0] == "keras"
 
 

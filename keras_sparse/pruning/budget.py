@@ -3,6 +3,7 @@
 import math
 
 from keras_sparse import patterns, selection
+from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning import allocation as allocations
 from keras_sparse.registry import is_real
 
@@ -97,14 +98,15 @@ def per_weight(target_sparsity, weights):
 
     >>> import keras, keras_sparse as ks
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, name="a"), keras.layers.Dense(5, name="b")])
-    >>> weights = [w for w in ks.selection.select(model) if not w.skipped]
+    >>> weights = ks.selection.select(model).chosen
     >>> [(w.layer.name, *rest) for w, *rest in ks.pruning.budget.per_weight({"b/": (0.5, "2:4")}, weights)]
     [('b', 0.5, '2:4')]
     """
     if not isinstance(target_sparsity, dict):
         return [(weight, float(target_sparsity), None) for weight in weights]
-    found = {}
-    for regex, value in target_sparsity.items():
-        for weight in selection.matching(regex, weights):
-            found.setdefault(id(weight.variable), _sparsity_and_pattern(value))
-    return [(w, float(found[id(w.variable)][0]), found[id(w.variable)][1]) for w in weights if id(w.variable) in found]
+    found = IdentityDict()
+    for key, value in target_sparsity.items():
+        for weight in selection.matching(key, weights):
+            found.setdefault(weight.variable, _sparsity_and_pattern(value))
+    targets = [(weight, *found[weight.variable]) for weight in weights if weight.variable in found]
+    return [(weight, float(sparsity), pattern) for weight, sparsity, pattern in targets]

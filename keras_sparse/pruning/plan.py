@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from keras_sparse import criteria, graph, optimizers, patterns, selection
+from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning import allocation as allocations
 from keras_sparse.pruning.allocation import Goal
 from keras_sparse.pruning.budget import check_target, per_weight
@@ -21,7 +22,7 @@ class Plan:
         model: A built Keras model.
         target_sparsity: A float in [0, 1), or a dict `{regex: sparsity}` or `{regex: (sparsity, pattern)}` that is
             searched in each weight's path: the first match wins, weights that no key matches stay dense. A key that is
-            exactly one path, as `ks.selection.only` writes it, takes what the default filters leave out, too.
+            one path, as `ks.selection.only` writes it, or a weight, takes what the default filters leave out, too.
         criterion: A `Criterion` or its name.
         pattern: A `Pattern`, its name, or `None`.
         allocation: An `Allocation` or its name: `"uniform"`, `"global"` or `"erk"`.
@@ -58,18 +59,18 @@ class Plan:
         pattern = patterns.get(pattern)
         weights = selection.select(model, filters, frozen, target_sparsity if isinstance(target_sparsity, dict) else ())
         if filters is None:
-            weights = _without(weights, untrained)
-        targets = per_weight(target_sparsity, [w for w in weights if w.kernel and not w.skipped])
+            weights = weights.without(untrained, UNTRAINED)
+        targets = per_weight(target_sparsity, weights.chosen)
         self.goals = [
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
         ]
         reasons = self._complete_units(model) if whole_units else {}
         self.goals = self.allocation.share(self.goals)
-        chosen = {id(goal.weight.variable) for goal in self.goals}
+        chosen = IdentityDict.fromkeys(goal.weight.variable for goal in self.goals)
         self.skipped = {
             id(w.variable): w.skipped or reasons.get(id(w.variable), "no key of `target_sparsity` matches")
             for w in weights
-            if id(w.variable) not in chosen
+            if w.variable not in chosen
         }
 
     def _complete_units(self, model):
@@ -197,13 +198,6 @@ class Plan:
         found = np.full(scores.size, -np.inf, scores.dtype)
         found[live] = np.maximum(scores.reshape(-1)[live], np.finfo(scores.dtype).min)
         return found.reshape(scores.shape)
-
-
-def _without(weights, untrained):
-    gone = {id(variable) for variable in untrained}
-    return [
-        replace(w, skipped=UNTRAINED) if id(w.variable) in gone and w.kernel and not w.skipped else w for w in weights
-    ]
 
 
 def _nonzero(weight):

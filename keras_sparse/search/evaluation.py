@@ -23,6 +23,7 @@ import keras
 import numpy as np
 
 from keras_sparse import batches, graph, optimizers, patterns, pruning, selection
+from keras_sparse.identity import IdentityDict
 from keras_sparse.quiet import quiet
 from keras_sparse.search import custom
 from keras_sparse.search.goals import MEASURES
@@ -311,7 +312,7 @@ class _Copy:
 
     def target(self, allocation):
         """What `ks.prune` takes as sparsity, from an allocation by index."""
-        return {_is(self.weights[index].variable): value for index, value in allocation.items()}
+        return {self.weights[index]: value for index, value in allocation.items()}
 
     def wrap(self, units):
         """Let the optimizer keep the zeros of the chosen weights; compiled functions stay after the first time.
@@ -321,10 +322,10 @@ class _Copy:
         """
         sparse = optimizers.wrap(self.model)
         variables = [weight.variable for weight in self.chosen] + (self._unit_variables if units else [])
-        masked = {id(variable): variable for variable in variables}  # a normalization may follow several kernels
-        trainable = {id(variable) for variable in self.model.trainable_variables}
+        masked = IdentityDict.fromkeys(variables)  # a normalization may follow several kernels
+        trainable = IdentityDict.fromkeys(self.model.trainable_variables)
         masks = sparse.sparse_parts.masks
-        masks.add([variable for key, variable in masked.items() if key in trainable])
+        masks.add([variable for variable in masked if variable in trainable])
         optimizers.refresh(self.model, sparse.sparse_parts)
         for variable, mask in masks.pairs:
             mask.assign(np.ones(variable.shape, bool))
@@ -393,10 +394,6 @@ def _refuse_forks():
 
 def _take(x, which):
     return keras.tree.map_structure(lambda array: array[which], x)
-
-
-def _is(variable):
-    return lambda other: other is variable
 
 
 def _silences(pattern):

@@ -1,7 +1,6 @@
 """Results are the candidates that a search has evaluated, the best of them, and the front that nobody beats."""
 
 import dataclasses
-import re
 
 from keras_sparse.reports import Report, figure_class
 from keras_sparse.search.pareto import fronts
@@ -16,7 +15,7 @@ class Candidate:
     Attributes:
         number: Its place in the search, from 0.
         point: The point of the space.
-        allocation: `{regex: (sparsity, pattern)}`, as `ks.callbacks.Pruning` and `ks.prune` take it.
+        allocation: `{ks.selection.only(path): (sparsity, pattern)}`, as `ks.callbacks.Pruning` and `ks.prune` take it.
         values: What was measured, `{name: float}`; empty if it failed.
         error: The traceback, or `None`.
         violation: By how much it violates the constraints; 0 if it does not.
@@ -24,8 +23,9 @@ class Candidate:
 
     Example:
 
+    >>> import keras_sparse as ks
     >>> from keras_sparse.search.results import Candidate
-    >>> Candidate(0, (1,), {"^a$": (0.5, "unstructured")}, {"loss": 1.0}).error is None
+    >>> Candidate(0, (1,), {ks.selection.only("a"): (0.5, "unstructured")}, {"loss": 1.0}).error is None
     True
     """
 
@@ -50,9 +50,11 @@ class SearchResults(Report):
 
     Example:
 
+    >>> import keras_sparse as ks
     >>> from keras_sparse.search.goals import Goals
     >>> from keras_sparse.search.results import Candidate, SearchResults
-    >>> found = [Candidate(i, (i,), {"^a$": (i / 4, "2:4")}, {"loss": 1.0 - i / 10}) for i in range(3)]
+    >>> key = ks.selection.only("a")
+    >>> found = [Candidate(i, (i,), {key: (i / 4, "2:4")}, {"loss": 1.0 - i / 10}) for i in range(3)]
     >>> results = SearchResults(found, Goals("loss"), {"loss": 0.5})
     >>> results.best.number, results.allocation.rows
     (2, [{'weight': 'a', 'sparsity': 0.5, 'pattern': '2:4'}])
@@ -77,8 +79,8 @@ class SearchResults(Report):
         formats = dict.fromkeys(self.best.values, ".4f") | dict.fromkeys(("bytes", "macs"), ",.0f")
         super().__init__("Front of the search", rows, totals, notes, formats | {"sparsity": ".2%"})
         rows = [
-            {"weight": re.sub(r"\\(.)", r"\1", regex[1:-1]), "sparsity": sparsity, "pattern": _name(pattern)}
-            for regex, (sparsity, pattern) in self.best.allocation.items()
+            {"weight": key.path, "sparsity": sparsity, "pattern": _name(pattern)}
+            for key, (sparsity, pattern) in self.best.allocation.items()
         ]
         title = f"Best allocation: candidate {self.best.number}"
         self.allocation = Report(title, rows, {}, formats={"sparsity": ".2%"})

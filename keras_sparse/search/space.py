@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from keras_sparse import graph, patterns, selection
+from keras_sparse.identity import IdentityDict
 from keras_sparse.registry import is_real
 from keras_sparse.search.rounding import rounding
 
@@ -162,8 +163,8 @@ class Space:
         self, model, sparsities=_SPARSITIES, patterns=("unstructured",), groups=None, removable=None, filters=None
     ):
         selection.check_model(model)
-        index = {id(w.variable): i for i, w in enumerate(selection.weights(model))}
-        chosen = [w for w in selection.select(model, filters, frozen=filters is not None) if w.kernel and not w.skipped]
+        index = IdentityDict((w.variable, i) for i, w in enumerate(selection.weights(model)))
+        chosen = selection.select(model, filters, frozen=filters is not None).chosen
         owner, settings = _groups(groups, chosen)
         if not isinstance(removable or (), (str, list, tuple)):
             raise TypeError(f"`removable` must be a regex or a list of them. Received: removable={removable!r}")
@@ -180,7 +181,7 @@ class Space:
             removed = any(weight.path in leave for weight in weights)
             options = _possible(options, removed, model, weights)
             parts = tuple(
-                Part(index[id(w.variable)], w.path, tuple(map(int, w.variable.shape)), w.output_axes) for w in weights
+                Part(index[w.variable], w.path, tuple(map(int, w.variable.shape)), w.output_axes) for w in weights
             )
             self.choices.append(Choice(name, parts, options, removed))
 
@@ -244,7 +245,7 @@ class Space:
             sparsities: Dict from path to a sparsity that replaces the option's.
 
         Returns:
-            Dict `{regex: (sparsity, pattern)}`. Each regex matches one path and nothing else.
+            Dict `{key: (sparsity, pattern)}`. Each key is what `ks.selection.only` returns for a path.
 
         Raises:
             ValueError: If `point` is not of this space.
@@ -332,7 +333,8 @@ class Space:
 
     def indexed(self, allocation):
         """An allocation by positions in `ks.selection.weights(model)`: the paths of a copy are others."""
-        return {part.index: allocation[selection.only(part.path)] for part in self.parts}
+        by_path = {key.path: value for key, value in allocation.items()}
+        return {part.index: by_path[part.path] for part in self.parts}
 
     def to_json(self, indent=None):
         """The space as a JSON string."""

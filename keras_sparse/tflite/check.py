@@ -133,7 +133,7 @@ def check(model, target="xnnpack", sparsity=0.9):
             }
         )
         if runs and weight is not None:
-            goals[f"^{re.escape(weight.path)}$"] = (sparsity, kind.pattern)
+            goals[selection.only(weight.path)] = (sparsity, kind.pattern)
     found = []
     if wanted.form is not None:
         for operator, name, text, mend in violations(flat, wanted.form):
