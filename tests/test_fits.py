@@ -653,6 +653,59 @@ def test_a_best_file_of_a_denser_epoch_is_told_of(stop, tmp_path):
     assert zeros(keras.saving.load_model(path))[0] < 60
 
 
+class Travelled(ks.optimizers.Part):
+    """Adds up how far a weight has come in each step."""
+
+    name = "travelled"
+
+    def add(self, index):
+        shape = tuple(self.parts.trainable[index].shape)
+        for key in ((index, "before"), (index, "sum")):
+            self.claim(key, lambda: keras.Variable("zeros", shape, trainable=False))
+
+    def before(self, gradients):
+        for index, key in self.claimed:
+            if key == "before":
+                self.variables[index, key].assign(self.parts.trainable[index])
+        return gradients
+
+    def after(self):
+        for index, key in self.claimed:
+            if key == "sum":
+                step = keras.ops.abs(self.parts.trainable[index] - self.variables[index, "before"])
+                self.variables[index, key].assign_add(step)
+
+    def restore(self, config):
+        for index in {index for index, _ in config}:
+            self.add(index)
+
+
+class PruneLazy(ks.callbacks.sparse_callback.SparseCallback):
+    """Prunes what has come least far at the end of training: state of its own, in a part of its own."""
+
+    def attach(self, run):
+        run.parts.of(Travelled).add(0)
+
+    def finish(self, run):
+        self.travelled = ks.selection.as_array(run.parts.of(Travelled).variables[0, "sum"])
+
+
+def test_a_callback_with_state_of_its_own(tmp_path):
+    class Steps(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            self.values = [kernels(self.model)[0]]
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.values.append(kernels(self.model)[0])
+
+    model, ours, steps = dense_model(**EAGER), PruneLazy(), Steps()
+    fit(model, ours, steps, keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras"))
+    np.testing.assert_allclose(ours.travelled, np.abs(np.diff(steps.values, axis=0)).sum(0), rtol=1e-5)
+    resumed, again = keras.saving.load_model(tmp_path / "2.keras"), PruneLazy()
+    fit(resumed, again, initial_epoch=2)
+    np.testing.assert_allclose(again.travelled, ours.travelled, rtol=1e-6)
+
+
 class Traced(keras.layers.Layer):
     """Counts how often it is traced."""
 

@@ -43,7 +43,7 @@ class Part:
         """Return the variable of a key, and whether this is its first claim in this fit.
 
         Args:
-            key: Any hashable value; those of one part must be sortable.
+            key: A string, a number, or a tuple of them; those of one part must be sortable.
             create: Makes the variable, unless an earlier fit did.
         """
         first = key not in self.claimed
@@ -85,7 +85,7 @@ class Part:
 
     def contents(self):
         """What `restore` needs to make the same variables, as plain data; `None` if there are none."""
-        return sorted(self.claimed) or None
+        return [list(key) if isinstance(key, tuple) else key for key in sorted(self.claimed)] or None
 
     def restore(self, config):
         """Claim what `contents` told of."""
@@ -146,6 +146,27 @@ class Parts:
 
     def __iter__(self):
         return iter(self._parts)
+
+    def of(self, kind):
+        """The part of a class, which is added if it is not among them: it acts just before the last, the masks.
+
+        Args:
+            kind: A subclass of `Part`.
+
+        Example:
+
+        >>> import keras_sparse as ks
+        >>> class Counts(ks.optimizers.Part):
+        ...     name = "counts"
+        >>> parts = ks.optimizers.SparseOptimizer("sgd").sparse_parts
+        >>> parts.of(Counts) is parts.of(Counts), [part.name for part in parts][-2:]
+        (True, ['counts', 'masks'])
+        """
+        part = next((part for part in self._parts if type(part) is kind), None)
+        if part is None:
+            part = kind(self)
+            self._parts.insert(-1, part)
+        return part
 
     def build(self, variables):
         """Take note of the trainable variables."""
@@ -249,7 +270,8 @@ class Parts:
             ValueError: If there is other state here than in the file.
         """
         config, values = self.loaded
-        wanted = {name: c for name, c in config["parts"].items() if getattr(self, name).permanent or not permanent}
+        lasting = {part.name for part in self._parts if part.permanent}
+        wanted = {name: c for name, c in config["parts"].items() if name in lasting or not permanent}
         present = self.contents()
         if present and wanted != present:
             raise ValueError(

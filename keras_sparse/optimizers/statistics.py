@@ -118,9 +118,6 @@ class Statistics(Part):
         if restarts:
             latest.assign(ops.cast(step, latest.dtype))
 
-    def contents(self):
-        return [list(key) for key in sorted(self.claimed)] or None
-
     def restore(self, config):
         for kind, index in config:
             if index >= 0:

@@ -1,7 +1,5 @@
 """A check says before training what a model will gain on a target, what stands in its way, and what to train for."""
 
-import re
-
 import keras
 import numpy as np
 
