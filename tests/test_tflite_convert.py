@@ -12,6 +12,7 @@ from keras_sparse.quiet import quiet
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import Job
+from keras_sparse.tflite.signatures import signature
 
 
 @pytest.mark.parametrize("quantize", [None, "float16", "dynamic"])
@@ -19,6 +20,11 @@ def test_a_conversion_is_a_model(quantize):
     model = mlp()
     conversion = convert(Job(model, quantize=quantize))
     assert conversion.content[4:8] == b"TFL3" and not conversion.fixed_batch
+
+
+def test_a_job_or_what_it_is_made_of():
+    model = mlp()
+    assert convert(model, signature(model), "float16").content == convert(Job(model, quantize="float16")).content
 
 
 @pytest.mark.parametrize("quantize", [None, "float16"])

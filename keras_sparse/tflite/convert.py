@@ -24,11 +24,15 @@ from keras_sparse.tflite.job import CALIBRATED, Conversion, Job
 __all__ = ["convert"]
 
 
-def convert(job):
+def convert(model, signature=None, quantize=None, samples=(), inference_type=None):
     """Convert a model to .tflite, with TensorFlow's converter and TFLite's built-in operators only.
 
     Args:
-        job: A `Job`.
+        model: A `Job`, which says all that follows; or a built Keras model, on any backend.
+        signature: As in `Job`, and so are the others.
+        quantize: Likewise.
+        samples: Likewise.
+        inference_type: Likewise.
 
     Returns:
         A `Conversion`.
@@ -46,6 +50,7 @@ def convert(job):
     >>> convert(Job(model)).content[4:8]
     b'TFL3'
     """
+    job = model if isinstance(model, Job) else Job(model, signature, quantize, samples or (), inference_type)
     if keras.config.backend() == "tensorflow":
         with quiet():
             conversion = _convert_here(job)
