@@ -244,6 +244,7 @@ def test_an_interrupted_fit_ends_at_once(algorithm):
     gc.disable()
     try:
         interrupt(model, algorithm, 0.5)
+        assert ks.optimizers.find(model) is None
     finally:
         gc.enable()
 
