@@ -129,6 +129,7 @@ def test_every_public_class_has_a_row():
             ks.optimizers,
             ks.pruning,
             ks.regularizers,
+            ks.search,
         )
         for name in module.__all__
     }
