@@ -88,6 +88,7 @@ ABSTRACT = {
     ks.callbacks.SparseCallback,
     ks.optimizers.Part,
     ks.optimizers.Parts,
+    ks.search.Searcher,
 }
 
 
