@@ -317,8 +317,8 @@ class Reinforce(Searcher):
 
 
 # Not by the decorator, which makes classes known to Keras by their names: there is a criterion `Random`.
-_REGISTRY = Registry("searcher")
-_REGISTRY.classes.update(random=Random, evolution=Evolution, reinforce=Reinforce)
+SEARCHERS = Registry("searcher")
+SEARCHERS.classes.update(random=Random, evolution=Evolution, reinforce=Reinforce)
 
 
 def get(identifier):
@@ -330,4 +330,4 @@ def get(identifier):
     >>> type(ks.search.searchers.get("evolution")).__name__
     'Evolution'
     """
-    return _REGISTRY.get(identifier, Searcher)
+    return SEARCHERS.get(identifier, Searcher)

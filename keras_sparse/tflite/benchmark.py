@@ -19,7 +19,7 @@ from keras_sparse.tflite.xnnpack import uses
 
 __all__ = ["BenchmarkReport", "benchmark", "in_turns"]
 
-_RUNTIMES = {
+RUNTIMES = {
     "native": "ai-edge-litert on this machine's CPU",
     "wasm": "LiteRT.js in Node on this machine's CPU",
     "arm64": "ai-edge-litert on an emulated Cortex-A76; instructions executed, not time",
@@ -123,8 +123,8 @@ def benchmark(path, baseline=None, runtime="native", threads=1, seconds=1.0, tim
     >>> report.rows[0]["p25"] <= report.rows[0]["median"] <= report.rows[0]["p75"]
     True
     """
-    if runtime not in _RUNTIMES:
-        raise ValueError(f"`runtime` must be one of {', '.join(map(repr, _RUNTIMES))}. Received: runtime={runtime!r}")
+    if runtime not in RUNTIMES:
+        raise ValueError(f"`runtime` must be one of {', '.join(map(repr, RUNTIMES))}. Received: runtime={runtime!r}")
     for name, value in ("seconds", seconds), ("timeout", timeout):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
@@ -144,7 +144,7 @@ def benchmark(path, baseline=None, runtime="native", threads=1, seconds=1.0, tim
     formats = dict.fromkeys(("p25", "median", "p75"), ".4f") | {"ratio": ".3f"}
     formats |= dict.fromkeys(("bytes", "memory", "instructions"), ",d")
     formats["load"] = ",d" if runtime == "arm64" else ".2f"
-    totals = {"runtime": _RUNTIMES[runtime], "threads": threads}
+    totals = {"runtime": RUNTIMES[runtime], "threads": threads}
     totals["unit"] = "instructions" if runtime == "arm64" else "ms"
     commands = _commands([pathlib.Path(file) for file in files], threads)
     return BenchmarkReport("Benchmark", rows, totals, formats, Report("Operators", operators, {}), commands)

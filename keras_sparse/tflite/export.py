@@ -18,7 +18,8 @@ from keras_sparse.tflite.xnnpack import uses
 
 __all__ = ["ExportError", "ExportReport", "export"]
 
-_QUANTIZE = (None, "float16", "dynamic", "int8")
+QUANTIZE = (None, "float16", "dynamic", "int8")
+INFERENCE_TYPES = ("int8", "uint8")
 _INTEGERS = ("dynamic", "int8")
 _SAMPLES = 16  # of representative data that an int8 file is compared on, one by one
 _ALIKE = 0.03  # share of an output's magnitude: one that differs less between samples hardly depends on them
@@ -204,15 +205,15 @@ def export(
 
 
 def _check_quantize(quantize, representative_data, inference_type):
-    if quantize not in _QUANTIZE or isinstance(quantize, bool):
-        names = ", ".join(map(repr, _QUANTIZE))
+    if quantize not in QUANTIZE or isinstance(quantize, bool):
+        names = ", ".join(map(repr, QUANTIZE))
         raise ValueError(f"`quantize` must be one of {names}. Received: {quantize!r}")
     if quantize == "int8" and representative_data is None:
         raise ValueError(
             "quantize='int8' needs `representative_data`, inputs as the model will meet them, to find the range of "
             "each activation: pass some of the training data. Received: representative_data=None"
         )
-    if inference_type is not None and (inference_type not in ("int8", "uint8") or quantize != "int8"):
+    if inference_type is not None and (inference_type not in INFERENCE_TYPES or quantize != "int8"):
         raise ValueError(
             "`inference_type` must be None, or 'int8' or 'uint8' with quantize='int8'. "
             f"Received: inference_type={inference_type!r}, quantize={quantize!r}"
