@@ -215,7 +215,9 @@ def test_export_and_inspect(saved, tmp_path, capsys, options, encoding, dtype):
 
 
 def test_inspect_prints_the_table_of_the_library(sparse_file, capsys):
-    assert run_ok(["inspect", sparse_file], capsys) == f"{ks.tflite.inspect(sparse_file)}\n"
+    report = ks.tflite.inspect(sparse_file)
+    assert run_ok(["inspect", sparse_file], capsys) == f"{report}\n"
+    assert run_ok(["inspect", sparse_file, "--full"], capsys) == f"{report.full()}\n"
 
 
 def test_benchmark(sparse_file, capsys):
@@ -292,7 +294,7 @@ def test_compare(saved, sparse_file, tmp_path, capsys):
     assert "Against model.keras" in html.read_text(encoding="utf-8")
     assert plot.read_bytes().startswith(b"\x89PNG")
     text = run_ok(["compare", saved, again, "--data", tmp_path / "data.npz", "--seconds", 0, "--metrics"], capsys)
-    assert str(again) in text  # two files of one name go by their paths
+    assert "other/model.keras" in text  # two files of one name go by their paths
     assert "accuracy" not in text
     check_error(run([*arguments, "--metrics", "nope"], capsys), "nope")
 

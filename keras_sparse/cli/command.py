@@ -50,6 +50,7 @@ class Command:
         if whole:
             for add in self._arguments:
                 add(parser)
+            parser.add_argument("--full", action="store_true", help="print all rows and columns, however wide")
             parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

@@ -46,6 +46,8 @@ def main(arguments=None):
             _import_classes(options.modules)
             report = options.command(options, stderr)
             _draw(report, options)
+            if options.full:
+                report = report.full()
         _print(report.to_json() if options.json else report)
     except KeyboardInterrupt:
         print("keras-sparse: interrupted", file=sys.stderr)

@@ -11,6 +11,7 @@ from keras_sparse.tflite.convert import ExportError, convert
 from keras_sparse.tflite.encoding import OUTWEIGHED, encode
 from keras_sparse.tflite.flatmodel import gzip_size, read
 from keras_sparse.tflite.halves import kept_whole
+from keras_sparse.tflite.inspect import brief_name
 from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches, representative_batches
 from keras_sparse.tflite.signatures import signature
 from keras_sparse.tflite.verification import TOLERANCE, Verification, sparse_runtimes
@@ -62,7 +63,10 @@ class ExportReport(Report):
         formats |= dict.fromkeys(("parity", "parity_relative"), ".1e") | {"sparsity": ".2%"}
         formats["shape"] = lambda shape: "x".join(map(str, shape))
         formats["zeros_kept"] = lambda kept: f"{kept:,d} of {totals['zeros_model']:,d}"
-        super().__init__(f"Export to {path}", rows, totals, notes, formats)
+        columns = dict.fromkeys(("weight", "shape", "dtype", "encoding", "block", "sparsity", "bytes", "runs"))
+        columns["weight"] = lambda row: row["weight"] or brief_name(row["tensor"])
+        columns["runs"] = lambda row: row["runs"].partition(",")[0]
+        super().__init__(f"Export to {path}", rows, totals, notes, formats, columns)
         self.path = path
         self.zeros = zeros
         self.runs_sparse = runs_sparse
@@ -315,11 +319,11 @@ def _kept(encoded):
     reasons = {}
     for name, reason in encoded.kept.items():
         reasons.setdefault(reason, []).append(name)
-    notes = [f"Stored dense: {', '.join(names)}. {reason}." for reason, names in reasons.items()]
+    notes = [f"Stored dense: {', '.join(map(brief_name, names))}. {reason}." for reason, names in reasons.items()]
     if encoded.outweighed:
+        names = ", ".join(map(brief_name, encoded.outweighed))
         notes.append(
-            f"Multiplied dense, although the zeros come in blocks: {', '.join(encoded.outweighed)}. {OUTWEIGHED}: "
-            "prune those in blocks, too."
+            f"Multiplied dense, although the zeros come in blocks: {names}. {OUTWEIGHED}: prune those in blocks, too."
         )
     return notes
 
