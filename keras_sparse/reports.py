@@ -33,6 +33,7 @@ class Report:
 
     Attributes:
         below: Reports that are printed below this one.
+        short: Whether it prints in the short form.
 
     A report prints in a short form that fits 120 columns: what sums it up, then a line for each row. Long names are
     cut, and columns without any text are left out. `full()` has all rows and columns.
@@ -56,7 +57,7 @@ class Report:
         self._formats = dict(formats or {})
         self._columns = columns if isinstance(columns, dict) else dict.fromkeys(columns or ())
         self._shown = shown
-        self._short = True
+        self.short = True
 
     def to_dict(self):
         """The report as plain data: `{"title", "rows", "totals", "notes"}`."""
@@ -101,10 +102,10 @@ class Report:
         >>> from keras_sparse.reports import Report
         >>> report = Report("Files", [{"file": "x" * 50, "bytes": 1}], {})
         >>> max(map(len, str(report).splitlines())), max(map(len, str(report.full()).splitlines()))
-        (47, 55)
+        (49, 57)
         """
         found = copy.copy(self)
-        found._short = False
+        found.short = False
         found.below = [part.full() for part in self.below]
         return found
 
@@ -112,7 +113,7 @@ class Report:
         from rich.console import Console
 
         # A report that is written to a log or a file must not depend on the width of a terminal.
-        console = Console(width=_WIDTH if self._short else 1000, color_system=None, highlight=False)
+        console = Console(width=_WIDTH if self.short else 1000, color_system=None, highlight=False)
         with console.capture() as capture:
             console.print(self)
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
@@ -128,13 +129,13 @@ class Report:
         parts = [Text(self.title, style="bold")]
         if self.totals:
             parts.append(Text(", ".join(f"{k.replace('_', ' ')} {self._format(k, v)}" for k, v in self.totals.items())))
-        parts.extend(Text(f"- {_cut(note, _NOTE) if self._short else note}") for note in self.notes)
+        parts.extend(Text(f"- {_cut(note, _NOTE) if self.short else note}") for note in self.notes)
         if self.rows:
-            names, rows = self._table(self._short)
+            names, rows = self._table(self.short)
             table = Table(
                 header_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
             )
-            how = {"no_wrap": True, "overflow": "ellipsis"} if self._short else {"overflow": "fold"}
+            how = {"no_wrap": True, "overflow": "ellipsis"} if self.short else {"overflow": "fold"}
             for name in names:
                 numeric = all(isinstance(row[name], (int, float, type(None))) for row in self.rows)
                 table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
@@ -169,7 +170,7 @@ class Report:
         if self.notes:
             parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in self.notes) + "</ul>")
         if self.rows:
-            names, rows = self._table(self._short)
+            names, rows = self._table(self.short)
             parts.append(whole(names, rows))
             hidden = self._hidden(names, rows)
             if hidden:
