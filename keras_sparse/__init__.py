@@ -1,37 +1,42 @@
 """keras_sparse: sparsity for Keras 3 - pruning callbacks, reports, and verified sparse .tflite files."""
 
 import importlib
+import pathlib
 import sys
 
-from keras_sparse.quiet import quiet
 
-if "keras" not in sys.modules:
-    # TensorFlow prints lines at import even with TF_CPP_MIN_LOG_LEVEL=3 (2.21), and the command line must be silent.
-    with quiet():
-        import keras  # noqa: F401
+def _is_command_line():
+    """Whether this process is `keras-sparse` or `python -m keras_sparse`, and not one that they have started."""
+    if sys.argv[0] == "-m":  # Python has yet to find the program that it was asked for
+        return "keras_sparse" in sys.orig_argv
+    return pathlib.PurePath(sys.argv[0]).stem == "keras-sparse" and sys.argv[0] in sys.orig_argv
 
-from keras_sparse import (
-    baking,
-    batches,
-    callbacks,
-    criteria,
-    gates,
-    graph,
-    layers,
-    neurons,
-    optimizers,
-    patterns,
-    pruning,
-    regularizers,
-    reports,
-    schedules,
-    selection,
-)
-from keras_sparse.baking import add_l0, bake
-from keras_sparse.neurons import neuron_sparsity
-from keras_sparse.pruning import prune, update_masks
-from keras_sparse.regularizers import regularize
-from keras_sparse.reports import report
+
+# Importing Keras takes seconds. The command line does without until a command needs it; everybody else may rely on
+# `import keras_sparse` for the classes that a saved model mentions.
+if not _is_command_line():
+    from keras_sparse import (
+        baking,
+        batches,
+        callbacks,
+        criteria,
+        gates,
+        graph,
+        layers,
+        neurons,
+        optimizers,
+        patterns,
+        pruning,
+        regularizers,
+        reports,
+        schedules,
+        selection,
+    )
+    from keras_sparse.baking import add_l0, bake
+    from keras_sparse.neurons import neuron_sparsity
+    from keras_sparse.pruning import prune, update_masks
+    from keras_sparse.regularizers import regularize
+    from keras_sparse.reports import report
 
 __version__ = "0.1.0"
 
@@ -64,11 +69,27 @@ __all__ = [
     "update_masks",
 ]
 
+_FUNCTIONS = {
+    "add_l0": "baking",
+    "bake": "baking",
+    "compare": "comparison",
+    "neuron_sparsity": "neurons",
+    "prune": "pruning",
+    "regularize": "regularizers",
+    "report": "reports",
+    "update_masks": "pruning",
+}
+
 
 def __getattr__(name):
-    # These bring the TFLite runtime and converter, which only those who use them should pay for.
-    if name in ("tflite", "comparison", "search"):
+    # What was not imported above: `tflite`, `comparison` and `search` bring the TFLite runtime and converter, which
+    # only those who use them should pay for; on the command line, everything.
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"keras_sparse.{_FUNCTIONS[name]}"), name)
+    if name in __all__:
         return importlib.import_module(f"keras_sparse.{name}")
-    if name == "compare":
-        return importlib.import_module("keras_sparse.comparison").compare
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return [*__all__, "__version__"]

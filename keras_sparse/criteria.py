@@ -25,8 +25,8 @@ __all__ = [
     "get_statistic",
 ]
 
-_REGISTRY = Registry("criterion")
-_STATISTICS = Registry("statistic")
+CRITERIA = Registry("criterion")
+STATISTICS = Registry("statistic")
 
 
 class Statistic(Configurable):
@@ -65,7 +65,7 @@ class Statistic(Configurable):
         raise TypeError(f"`{type(self).__name__}` must implement `update(self, value, weight, gradient, count)`.")
 
 
-@_STATISTICS.register("gradient")
+@STATISTICS.register("gradient")
 class MeanAbsoluteGradient(Statistic):
     """The running mean of abs(g)."""
 
@@ -73,7 +73,7 @@ class MeanAbsoluteGradient(Statistic):
         return value + (abs(gradient) - value) / count
 
 
-@_STATISTICS.register("taylor")
+@STATISTICS.register("taylor")
 class MeanAbsoluteProduct(Statistic):
     """The running mean of abs(w * g)."""
 
@@ -81,7 +81,7 @@ class MeanAbsoluteProduct(Statistic):
         return value + (abs(weight * gradient) - value) / count
 
 
-@_STATISTICS.register("movement")
+@STATISTICS.register("movement")
 class AccumulatedMovement(Statistic):
     """The sum of -w * g."""
 
@@ -89,7 +89,7 @@ class AccumulatedMovement(Statistic):
         return value - weight * gradient
 
 
-@_STATISTICS.register("last_gradient")
+@STATISTICS.register("last_gradient")
 class LastGradient(Statistic):
     """The gradient of the latest optimizer step, summed over its micro-steps."""
 
@@ -99,7 +99,7 @@ class LastGradient(Statistic):
         return value + gradient
 
 
-@_STATISTICS.register("squared_gradient")
+@STATISTICS.register("squared_gradient")
 class SquaredGradient(Statistic):
     """The running mean of g * g: the diagonal of the empirical Fisher information."""
 
@@ -181,7 +181,7 @@ class Criterion(Configurable):
         return scores
 
 
-@_REGISTRY.register("magnitude")
+@CRITERIA.register("magnitude")
 class Magnitude(Criterion):
     """The absolute value of the weight, as in Han et al., "Learning both weights and connections" (2015).
 
@@ -196,7 +196,7 @@ class Magnitude(Criterion):
         return np.abs(weight)
 
 
-@_REGISTRY.register("random")
+@CRITERIA.register("random")
 class Random(Criterion):
     """Uniform random scores: the baseline that every other criterion should beat.
 
@@ -232,7 +232,7 @@ class _Statistical(Criterion):
         return statistic
 
 
-@_REGISTRY.register("gradient")
+@CRITERIA.register("gradient")
 class Gradient(_Statistical):
     """The running mean of abs(g): how strongly the loss reacts to the weight.
 
@@ -246,7 +246,7 @@ class Gradient(_Statistical):
     statistic = "gradient"
 
 
-@_REGISTRY.register("taylor")
+@CRITERIA.register("taylor")
 class Taylor(_Statistical):
     """The running mean of abs(w * g): how much the loss would change without the weight, to first order.
 
@@ -263,7 +263,7 @@ class Taylor(_Statistical):
     statistic = "taylor"
 
 
-@_REGISTRY.register("movement")
+@CRITERIA.register("movement")
 class Movement(_Statistical):
     """The sum of -w * g over all steps: weights that move away from zero matter, made for fine-tuning.
 
@@ -280,7 +280,7 @@ class Movement(_Statistical):
     statistic = "movement"
 
 
-@_REGISTRY.register("snip")
+@CRITERIA.register("snip")
 class Snip(Criterion):
     """The connection sensitivity abs(w * g), where g is the gradient of the loss over some data.
 
@@ -303,7 +303,7 @@ class Snip(Criterion):
         return np.abs(statistic)
 
 
-@_REGISTRY.register("fisher")
+@CRITERIA.register("fisher")
 class Fisher(Criterion):
     """The loss that removing the weight costs to second order, w^2 / 2 times the running mean of g^2.
 
@@ -333,7 +333,7 @@ def get_statistic(identifier):
     >>> type(ks.criteria.get_statistic("taylor")).__name__
     'MeanAbsoluteProduct'
     """
-    return None if identifier is None else _STATISTICS.get(identifier, Statistic)
+    return None if identifier is None else STATISTICS.get(identifier, Statistic)
 
 
 def get(identifier):
@@ -347,4 +347,4 @@ def get(identifier):
     >>> type(ks.criteria.get("magnitude")).__name__
     'Magnitude'
     """
-    return _REGISTRY.get(identifier, Criterion)
+    return CRITERIA.get(identifier, Criterion)

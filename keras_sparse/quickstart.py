@@ -50,7 +50,7 @@ def run(dataset="digits", sparsity=0.9, epochs=None, output="quickstart", seed=0
 
     Raises:
         ValueError: If an argument is out of range, or an export failed.
-        ImportError: If scikit-learn or matplotlib is not installed.
+        ImportError: If matplotlib is not installed.
         OSError: If the folder cannot be written, or a dataset not be downloaded.
 
     Example:
@@ -89,14 +89,9 @@ def run(dataset="digits", sparsity=0.9, epochs=None, output="quickstart", seed=0
 def _load(dataset):
     """Return `(x_train, y_train, x_test, y_test)`: images as float32 in [0, 1] with a channel axis, integer labels."""
     if dataset == "digits":
-        try:
-            from sklearn.datasets import load_digits
-            from sklearn.model_selection import train_test_split
-        except ImportError as error:
-            raise ImportError(
-                "The digits come with scikit-learn, which is not installed: `pip install scikit-learn`, or "
-                "`--dataset mnist`, which is downloaded."
-            ) from error
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         digits = load_digits()
         images = (digits.images / 16).astype("float32")[..., None]
         # The same split for every seed: 1347 images to train on, 450 to test.

@@ -78,13 +78,17 @@ class Registry:
     >>> @shapes.register("square")
     ... class Square(Configurable):
     ...     pass
-    >>> type(shapes.get("square", Square)).__name__
-    'Square'
+    >>> type(shapes.get("square", Square)).__name__, list(shapes)
+    ('Square', ['square'])
     """
 
     def __init__(self, kind):
         self.kind = kind
         self.classes = {}
+
+    def __iter__(self):
+        """The names."""
+        return iter(self.classes)
 
     def register(self, name):
         """Decorator: make the class available as the string `name` and serializable by Keras."""

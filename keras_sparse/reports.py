@@ -1,5 +1,6 @@
 """A report is a table of findings with totals: it prints, shows itself in a notebook, and exports as plain data."""
 
+import copy
 import html
 import json
 import weakref
@@ -10,6 +11,9 @@ from keras_sparse import optimizers, patterns, selection
 
 __all__ = ["Report", "emptied", "html_page", "report"]
 
+_WIDTH = 120  # columns of the short form, and how long in it a cell and a note can be
+_CELL = 42
+_NOTE = 600
 # Why the last pruning of a model left weights dense: {model: {id(variable): reason}}.
 _SKIPPED = weakref.WeakKeyDictionary()
 
@@ -21,8 +25,18 @@ class Report:
         title: Headline.
         rows: List of dicts of plain data that share their keys: the columns.
         totals: Dict of plain data about the whole table.
-        notes: Sentences shown below the table.
+        notes: Sentences.
         formats: How to print columns and totals: `{name: format specification or function}`.
+        columns: The columns of the short form, `None` for all: names, or a dict from names to functions of the row that
+            make the text of a cell (`None`: as `formats` says).
+        shown: A function that says of a row whether the short form has it. `None`: all.
+
+    Attributes:
+        below: Reports that are printed below this one.
+        short: Whether it prints in the short form.
+
+    A report prints in a short form that fits 120 columns: what sums it up, then a line for each row. Long names are
+    cut, and columns without any text are left out. `full()` has all rows and columns.
 
     Example:
 
@@ -34,12 +48,16 @@ class Report:
     True
     """
 
-    def __init__(self, title, rows, totals, notes=(), formats=None):
+    def __init__(self, title, rows, totals, notes=(), formats=None, columns=None, shown=None):
         self.title = title
         self.rows = [dict(row) for row in rows]
         self.totals = dict(totals)
         self.notes = list(notes)
+        self.below = []
         self._formats = dict(formats or {})
+        self._columns = columns if isinstance(columns, dict) else dict.fromkeys(columns or ())
+        self._shown = shown
+        self.short = True
 
     def to_dict(self):
         """The report as plain data: `{"title", "rows", "totals", "notes"}`."""
@@ -76,11 +94,26 @@ class Report:
         axes.set_title(self.title)
         return figure
 
+    def full(self):
+        """Return the same report in its full form: all rows and columns, nothing cut, however wide that is.
+
+        Example:
+
+        >>> from keras_sparse.reports import Report
+        >>> report = Report("Files", [{"file": "x" * 50, "bytes": 1}], {})
+        >>> max(map(len, str(report).splitlines())), max(map(len, str(report.full()).splitlines()))
+        (49, 57)
+        """
+        found = copy.copy(self)
+        found.short = False
+        found.below = [part.full() for part in self.below]
+        return found
+
     def __str__(self):
         from rich.console import Console
 
-        # As wide as its content: a report that is written to a log or a file must not be cut at 80 columns.
-        console = Console(width=1000, color_system=None, highlight=False)
+        # A report that is written to a log or a file must not depend on the width of a terminal.
+        console = Console(width=_WIDTH if self.short else 1000, color_system=None, highlight=False)
         with console.capture() as capture:
             console.print(self)
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
@@ -88,38 +121,46 @@ class Report:
     __repr__ = __str__
 
     def __rich__(self):
+        from rich import box
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
         parts = [Text(self.title, style="bold")]
-        if self.rows:
-            table = Table(header_style="bold", show_edge=False, pad_edge=False)
-            for name in self.rows[0]:
-                numeric = all(isinstance(row[name], (int, float, type(None))) for row in self.rows)
-                table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
-            for row in self.rows:
-                table.add_row(*(Text(self._format(name, value)) for name, value in row.items()))
-            parts.append(table)
         if self.totals:
             parts.append(Text(", ".join(f"{k.replace('_', ' ')} {self._format(k, v)}" for k, v in self.totals.items())))
-        parts.extend(Text(f"- {note}") for note in self.notes)
+        parts.extend(Text(f"- {_cut(note, _NOTE) if self.short else note}") for note in self.notes)
+        if self.rows:
+            names, rows = self._table(self.short)
+            table = Table(
+                header_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+            )
+            how = {"no_wrap": True, "overflow": "ellipsis"} if self.short else {"overflow": "fold"}
+            for name in names:
+                numeric = all(isinstance(row[name], (int, float, type(None))) for row in self.rows)
+                table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+            for row in rows:
+                table.add_row(*(Text(text, **how) for text in row))
+            parts.append(table)
+            hidden = self._hidden(names, rows)
+            if hidden:
+                parts.append(Text(f"{hidden}: `report.full()`, or `--full` on the command line"))
+        for part in self.below:
+            parts += [Text(), part]
         return Group(*parts)
 
     def to_html(self):
-        """The report as a fragment of HTML: a headline, tables and notes."""
+        """The report as a fragment of HTML: a headline, totals, notes and the table, all rows and columns folded in."""
 
         def cell(tag, text):
             return f'<{tag} style="text-align:left">{html.escape(text)}</{tag}>'
 
+        def whole(names, rows):
+            header = "".join(cell("th", name.replace("_", " ")) for name in names)
+            body = "".join("<tr>" + "".join(cell("td", text) for text in row) + "</tr>" for row in rows)
+            return f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>"
+
         parts = [f"<h4>{html.escape(self.title)}</h4>"]
-        if self.rows:
-            header = "".join(cell("th", name.replace("_", " ")) for name in self.rows[0])
-            body = "".join(
-                "<tr>" + "".join(cell("td", self._format(name, value)) for name, value in row.items()) + "</tr>"
-                for row in self.rows
-            )
-            parts.append(f"<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>")
         if self.totals:
             totals = "".join(
                 f"<tr>{cell('th', name.replace('_', ' '))}{cell('td', self._format(name, value))}</tr>"
@@ -128,9 +169,37 @@ class Report:
             parts.append(f"<table>{totals}</table>")
         if self.notes:
             parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in self.notes) + "</ul>")
-        return "".join(parts)
+        if self.rows:
+            names, rows = self._table(self.short)
+            parts.append(whole(names, rows))
+            hidden = self._hidden(names, rows)
+            if hidden:
+                parts.append(f"<details><summary>{hidden}</summary>{whole(*self._table(short=False))}</details>")
+        return "".join(parts) + "".join(part.to_html() for part in self.below)
 
-    _repr_html_ = to_html  # what notebooks ask for
+    def _repr_html_(self):
+        return self.to_html()  # what notebooks ask for
+
+    def _table(self, short):
+        """The names of the columns to show, and the rows as lists of texts."""
+        if not short:
+            names = list(self.rows[0])
+            return names, [[self._format(name, row[name]) for name in names] for row in self.rows]
+        shown = list(filter(self._shown, self.rows)) or self.rows
+        table = {name: [self._short_text(name, row) for row in shown] for name in self._columns or self.rows[0]}
+        table = {name: texts for name, texts in table.items() if any(texts)}
+        return list(table), list(map(list, zip(*table.values(), strict=True)))
+
+    def _short_text(self, name, row):
+        shorten = self._columns.get(name)
+        return _cut(self._format(name, row[name]) if shorten is None else shorten(row), _CELL)
+
+    def _hidden(self, names, rows):
+        """What the short form leaves out, in words."""
+        columns = [n for n in self.rows[0] if n not in names and any(self._format(n, row[n]) for row in self.rows)]
+        counts = {"row": len(self.rows) - len(rows), "column": len(columns)}
+        more = " and ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in counts.items() if n)
+        return f"{more} more" if more else ""
 
     def _format(self, name, value):
         how = self._formats.get(name)
@@ -141,7 +210,14 @@ class Report:
         return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
     def _label(self, row):
-        return str(next(iter(row.values())))
+        return self._short_text(next(iter(self._columns or row)), row)
+
+
+def _cut(text, limit):
+    """A text of at most `limit` characters; what stays of a path is its end."""
+    if len(text) <= limit:
+        return text
+    return f"…{text[1 - limit :]}" if "/" in text and " " not in text else f"{text[: limit - 1]}…"
 
 
 def figure_class():
@@ -277,7 +353,13 @@ def report(model, notes=()):
     notes = [*notes, *emptied([w for w in weights if w.kernel]), *_filled_by_lora(weights)]
     counts = dict.fromkeys(("size", "zeros", "parameters", "nonzero_parameters"), ",d")
     formats = counts | {"sparsity": ".1%", "density": ".1%", "shape": lambda shape: "x".join(map(str, shape))}
-    return Report(f"Sparsity of {model.name}", rows, totals, notes, formats)
+    columns = dict.fromkeys(("path", "shape", "size", "sparsity", "pattern", "dead_units", "reason"))
+    columns["reason"] = lambda row: row["reason"].partition(": ")[0]
+    return Report(f"Sparsity of {model.name}", rows, totals, notes, formats, columns, _is_of_kernel)
+
+
+def _is_of_kernel(row):
+    return row["dead_units"] is not None or row["status"] == "pruned"
 
 
 def _filled_by_lora(weights):

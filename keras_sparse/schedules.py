@@ -9,7 +9,7 @@ from keras_sparse.registry import Configurable, Registry, is_real
 
 __all__ = ["Cosine", "Exponential", "Linear", "OneShot", "Polynomial", "Schedule", "get"]
 
-_REGISTRY = Registry("schedule")
+SCHEDULES = Registry("schedule")
 
 
 class Schedule(Configurable):
@@ -43,7 +43,7 @@ def _positive(name, value):
     return float(value)
 
 
-@_REGISTRY.register("polynomial")
+@SCHEDULES.register("polynomial")
 class Polynomial(Schedule):
     """Fast at first, slow near the target: `1 - (1 - p) ** power`.
 
@@ -66,7 +66,7 @@ class Polynomial(Schedule):
         return 1.0 - (1.0 - progress) ** self.power
 
 
-@_REGISTRY.register("linear")
+@SCHEDULES.register("linear")
 class Linear(Schedule):
     """Equal steps: `p`.
 
@@ -81,7 +81,7 @@ class Linear(Schedule):
         return progress
 
 
-@_REGISTRY.register("cosine")
+@SCHEDULES.register("cosine")
 class Cosine(Schedule):
     """Slow at both ends: `(1 - cos(pi * p)) / 2`, as in Loshchilov & Hutter, "SGDR" (2017), equation 5.
 
@@ -97,7 +97,7 @@ class Cosine(Schedule):
         return (1.0 - math.cos(math.pi * progress)) / 2.0
 
 
-@_REGISTRY.register("exponential")
+@SCHEDULES.register("exponential")
 class Exponential(Schedule):
     """The distance to the target decays exponentially: `(1 - exp(-rate * p)) / (1 - exp(-rate))`.
 
@@ -118,7 +118,7 @@ class Exponential(Schedule):
         return math.expm1(-self.rate * progress) / math.expm1(-self.rate)
 
 
-@_REGISTRY.register("one_shot")
+@SCHEDULES.register("one_shot")
 class OneShot(Schedule):
     """All at once: 1 from the start, so that `Pruning` reaches its target at `begin`.
 
@@ -144,4 +144,4 @@ def get(identifier):
     >>> ks.schedules.get("linear")(0.5)
     0.5
     """
-    return _REGISTRY.get(identifier, Schedule)
+    return SCHEDULES.get(identifier, Schedule)

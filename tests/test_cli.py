@@ -11,8 +11,13 @@ import pytest
 
 import keras_sparse as ks
 from keras_sparse.cli import main
-
-COMMANDS = ["quickstart", "prune", "report", "export", "inspect", "benchmark", "compare", "search"]
+from keras_sparse.cli.command import COMMANDS, argument, command
+from keras_sparse.criteria import CRITERIA
+from keras_sparse.pruning.allocation import ALLOCATIONS
+from keras_sparse.search.goals import CONSTRAINTS
+from keras_sparse.search.searchers import SEARCHERS
+from keras_sparse.tflite.benchmark import RUNTIMES
+from keras_sparse.tflite.targets import TARGETS
 
 
 def small_model(compile=True):
@@ -210,7 +215,9 @@ def test_export_and_inspect(saved, tmp_path, capsys, options, encoding, dtype):
 
 
 def test_inspect_prints_the_table_of_the_library(sparse_file, capsys):
-    assert run_ok(["inspect", sparse_file], capsys) == f"{ks.tflite.inspect(sparse_file)}\n"
+    report = ks.tflite.inspect(sparse_file)
+    assert run_ok(["inspect", sparse_file], capsys) == f"{report}\n"
+    assert run_ok(["inspect", sparse_file, "--full"], capsys) == f"{report.full()}\n"
 
 
 def test_benchmark(sparse_file, capsys):
@@ -287,7 +294,7 @@ def test_compare(saved, sparse_file, tmp_path, capsys):
     assert "Against model.keras" in html.read_text(encoding="utf-8")
     assert plot.read_bytes().startswith(b"\x89PNG")
     text = run_ok(["compare", saved, again, "--data", tmp_path / "data.npz", "--seconds", 0, "--metrics"], capsys)
-    assert str(again) in text  # two files of one name go by their paths
+    assert "other/model.keras" in text  # two files of one name go by their paths
     assert "accuracy" not in text
     check_error(run([*arguments, "--metrics", "nope"], capsys), "nope")
 
@@ -434,16 +441,46 @@ def test_wrong_usage(arguments, capsys):
     assert capsys.readouterr().err.startswith("usage: keras-sparse")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_each_command_has_an_example_that_parses(command, capsys):
+def help_of(command, capsys):
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])
     assert exit.value.code == 0
-    example = capsys.readouterr().out.split("example:\n  ")[1].splitlines()[0]
-    words = example.split()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_of_each_command_has_an_example_that_parses(command, capsys):
+    words = help_of(command, capsys).split("example:\n  ")[1].splitlines()[0].split()
     assert words[:2] == ["keras-sparse", command]
-    if command != "quickstart":  # the files of the example do not exist, which is found out after parsing
-        check_error(run(words[1:], capsys), "There is no such file")
+    if any(word.endswith((".keras", ".tflite")) for word in words):
+        check_error(run(words[1:], capsys), "There is no such file")  # which is found out after parsing
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("prune", [*CRITERIA, *ALLOCATIONS]),
+        ("check", [target.name for target in TARGETS]),
+        ("benchmark", RUNTIMES),
+        ("search", [*SEARCHERS, *(f"--{name.replace('_', '-')} N" for name in CONSTRAINTS)]),
+    ],
+)
+def test_choices_are_what_the_library_has(command, names, capsys):
+    text = " ".join(help_of(command, capsys).split())
+    assert [name for name in names if name not in text] == []
+
+
+def test_a_command_is_registered_with_its_arguments(capsys):
+    @command(argument("--size", type=int, default=3), example="--size 5")
+    def _count_sheep(options, stderr):
+        """Count sheep."""
+        return ks.reports.Report("Sheep", [], {"sheep": options.size})
+
+    try:
+        assert run_json(["count-sheep", "--size", 4], capsys)["totals"] == {"sheep": 4}
+        assert "keras-sparse count-sheep --size 5" in help_of("count-sheep", capsys)
+    finally:
+        del COMMANDS["count-sheep"]
 
 
 def test_version(capsys):
@@ -469,6 +506,33 @@ def process(arguments, **options):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TF_", "CUDA_", "PYTHONWARN"))}
     command = [sys.executable, "-m", "keras_sparse", *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "--help"]], ids=" ".join)
+def test_help_answers_before_keras_is_imported(arguments):
+    code = (
+        "import runpy, sys\n"
+        "sys.argv[:1] = sys.orig_argv = ['keras-sparse']\n"  # as its script starts
+        "try:\n    runpy.run_module('keras_sparse', run_name='__main__')\n"
+        "except SystemExit as exit:\n    assert exit.code == 0\n"
+        "print(sorted({'keras', 'numpy', 'rich'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "keras-sparse" in done.stdout
+
+
+def test_public_names_and_registered_classes_are_there_on_the_command_line():
+    code = (
+        "import sys\n"
+        "sys.argv[:] = sys.orig_argv = ['keras-sparse']\n"
+        "import keras_sparse as ks\nassert 'keras' not in sys.modules\n"
+        "functions = [name for name in ks.__all__ if callable(getattr(ks, name))]\n"
+        "import keras\nassert 'keras_sparse>L0' in keras.saving.get_custom_objects()\nprint(functions)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str([name for name in ks.__all__ if callable(getattr(ks, name))])
 
 
 def test_nothing_but_the_report_reaches_the_terminal(saved, tmp_path):

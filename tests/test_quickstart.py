@@ -103,12 +103,10 @@ def test_wrong_arguments_leave_nothing(arguments, message, tmp_path):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("missing", ["sklearn.datasets", "matplotlib.figure"])
-def test_what_is_not_installed_is_named_before_any_training(missing, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, missing, None)  # importing it raises
-    with pytest.raises(ImportError, match=r"pip install") as error:
+def test_what_is_not_installed_is_named_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it raises
+    with pytest.raises(ImportError, match="matplotlib.*pip install"):
         quickstart.run(output=tmp_path / "out")
-    assert {"sklearn.datasets": "scikit-learn", "matplotlib.figure": "matplotlib"}[missing] in str(error.value)
     assert os.listdir(tmp_path) == []
 
 

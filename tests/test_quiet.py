@@ -58,6 +58,11 @@ def test_everything_is_put_back_after_an_error(capfd):
     assert not descriptors or len(os.listdir("/proc/self/fd")) == len(descriptors)
 
 
+def test_importing_the_library_leaves_the_descriptors_alone():
+    code = "import os\ndel os.dup2\nimport keras_sparse\nassert callable(keras_sparse.prune)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
 def test_a_process_without_a_terminal(closed, tmp_path):

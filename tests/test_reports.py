@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import keras
 import numpy as np
@@ -199,6 +200,49 @@ def test_forms(model):
     html = report.to_html()
     assert html.count("<tr>") >= 9 and "35.0%" in html
     assert report._repr_html_() == html
+
+
+LONG = "net/" + "block/" * 30 + "kernel"
+
+
+def wide(rows=60, notes=()):
+    """A report as of a real network, with names as the converter makes them."""
+    rows = [{"tensor": f"{LONG}_{i}", "size": 10**9, "reason": "because of " * 20, "empty": ""} for i in range(rows)]
+    return Report("Wide", rows, {f"total_{i}": 10**9 for i in range(30)}, notes, {"size": ",d"})
+
+
+def test_a_report_fits_a_terminal_of_120_columns():
+    report = wide(notes=["a sentence " * 100])
+    lines = str(report).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert lines[0] == "Wide" and lines[1].startswith("total 0")  # What sums it up comes first.
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("tensor")) + 2 :]
+    assert len(table) == len(report.rows)
+    assert all(re.match(rf"….*block/kernel_{i}  +1,000,000,000  because of", line) for i, line in enumerate(table))
+    assert "empty" not in str(report)
+    full = str(report.full())
+    assert f"{LONG}_59" in full and "because of " * 19 in full and "a sentence " * 50 in full and "empty" in full
+
+
+def test_what_the_short_form_leaves_out_is_in_the_full_one():
+    rows = [{"name": name, "size": size, "note": "why"} for name, size in (("a", 3), ("b", 0))]
+    report = Report("Chosen", rows, {}, columns={"name": lambda row: row["name"] * 2}, shown=lambda row: row["size"])
+    below = Report("Below", rows, {}, columns=["note"])
+    report.below = [below]
+    text = str(report)
+    assert "aa" in text and "bb" not in text and "why" in text.partition("Below")[2]
+    assert "1 row and 2 columns more" in text and "2 columns more" in text.partition("Below")[2]
+    assert "more" not in str(report.full()) and str(report.full()).count("size") == 2
+    assert report.to_dict()["rows"] == rows
+    html = report.to_html()
+    assert html.count("<details>") == 2 and html.index("aa") < html.index("<details>") < html.index("why")
+    assert "<details>" not in report.full().to_html()
+
+
+def test_report_of_a_model_has_a_line_for_each_kernel(model):
+    text = str(ks.report(model))
+    assert "gamma" not in text and len(re.findall(r"^\S*kernel", text, re.M)) == 2
+    assert "6 rows and" in text and "gamma of BatchNormalization: not a kernel" in str(ks.report(model).full())
 
 
 def test_html_is_escaped():

@@ -90,6 +90,9 @@ def test_all_parts_are_shown(folder):
     assert data["operators"] == report.operators.rows and data["commands"] == report.commands
     for text in (str(report), report.to_html()):
         assert all(part in text for part in ("median", "FULLY_CONNECTED", "adb shell"))
+    assert max(map(len, str(report).splitlines())) <= 120
+    commands = str(report).partition("The same on a phone\n")[2].replace("\\\n", "")  # as a shell reads it
+    assert commands.splitlines() == report.commands
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2", True, None])

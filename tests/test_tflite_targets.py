@@ -88,7 +88,7 @@ def test_the_table():
     report = ks.tflite.targets()
     data = json.loads(report.to_json())
     assert {row["target"] for row in data["rows"]} == {target["name"] for target in data["targets"]}
-    assert "1x1 convolutions" in str(report) and "src/subgraph.c" in str(report)
+    assert "1x1 convolutions" in str(report) and "src/subgraph.c" in str(report.full())
 
 
 def test_the_guide_names_them_all():

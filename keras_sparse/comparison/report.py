@@ -33,9 +33,11 @@ class CompareReport(reports.Report):
         formats |= dict.fromkeys(("latency_ms", "spread_ms"), ".4f") | dict.fromkeys(metrics, _number)
         shares = [name for name in metrics if any(name == c or name.endswith(f"_{c}") for c in CLASSIFICATION)]
         formats |= dict.fromkeys(shares, ".2%")
-        super().__init__("Comparison", rows, {"samples": samples}, notes, formats)
+        columns = ("model", "form", *metrics, "sparsity", "bytes", "gzip_bytes", "latency_ms")
+        super().__init__("Comparison", rows, {"samples": samples}, notes, formats, columns)
         self.metrics = list(metrics)
         self.differences = _differences(self.rows, self.metrics, shares)
+        self.below = [self.differences] if self.differences.rows else []
 
     def to_dict(self):
         """The report as plain data: `{"title", "rows", "totals", "notes", "differences"}`."""
@@ -67,18 +69,6 @@ class CompareReport(reports.Report):
         left.set_ylabel(numbers[0].replace("_", " "))
         figure.suptitle(self.title)
         return figure
-
-    def __rich__(self):
-        from rich.console import Group
-        from rich.text import Text
-
-        return Group(super().__rich__(), *([Text(), self.differences] if self.differences.rows else []))
-
-    def to_html(self):
-        """The report as a fragment of HTML: the models, and the differences to the first."""
-        return super().to_html() + (self.differences.to_html() if self.differences.rows else "")
-
-    _repr_html_ = to_html
 
 
 def _number(value):

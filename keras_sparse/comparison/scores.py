@@ -10,6 +10,7 @@ from keras_sparse import selection
 __all__ = ["CLASSIFICATION", "Scores", "resolve"]
 
 CLASSIFICATION = ("accuracy", "precision", "recall", "f1")
+_NONE = -1  # the class that NaN predicts
 _COLUMNS = {"model", "form", "sparsity", "parameters", "bytes", "gzip_bytes", "latency_ms", "spread_ms"}
 
 
@@ -161,10 +162,10 @@ class Scores:
 
     def results(self):
         """The metrics over all batches, `{name: float}`, or a list of floats for a metric that has several."""
-        found = {}
+        found, shares = {}, {} if self._classes is None else self._classes.results()
         for metric in self._metrics:
             if isinstance(metric, str):
-                found[metric] = self._classes.results()[metric]
+                found[metric] = shares[metric]
                 continue
             self._resume(metric)
             value = np.asarray(keras.ops.convert_to_numpy(metric.result()), "float64")
@@ -174,25 +175,23 @@ class Scores:
 
 
 class _Classes:
-    """Right, predicted and actual members of each class. Which kind of targets it is, all batches decide together."""
+    """True and predicted classes, for scikit-learn. Which kind of targets it is, all batches decide together."""
 
     def __init__(self, threshold):
         self._threshold, self._any = (0.5, False) if threshold is None else (threshold, True)
-        self._single = self._labels = None
-        self._one_hot = True
+        self._single, self._labels = [], []  # (targets, predicted, weights) of each batch
+        self._one_hot, self._outside = True, False
 
     def update(self, targets, outputs, sample_weight):
         columns = outputs.shape[-1] if outputs.ndim > 1 else 1
         if columns == 1 and targets.size == outputs.size:
             labels, scores = _whole(targets.reshape(-1), 2), outputs.reshape(-1)
-            self._check_range(scores)
-            predicted = np.where(np.isnan(scores), -1, scores > self._threshold).astype(int)
-            weights = _weights(sample_weight, outputs.shape[:-1] or outputs.shape)
-            self._single = self._single or _Counts(2)
-            self._single.add(labels, predicted, weights)
+            self._check_range(np.any((scores < 0) | (scores > 1)))
+            predicted = np.where(np.isnan(scores), _NONE, scores > self._threshold)
+            self._single.append((labels, predicted, _weights(sample_weight, outputs.shape[:-1] or outputs.shape)))
             return
         rows = outputs.reshape(-1, columns)
-        predicted = np.where(np.isnan(rows).any(axis=1), -1, np.argmax(rows, axis=1))
+        predicted = np.where(np.isnan(rows).any(axis=1), _NONE, np.argmax(rows, axis=1))
         weights = _weights(sample_weight, outputs.shape[:-1])
         if columns > 1 and targets.shape in (outputs.shape[:-1], (*outputs.shape[:-1], 1)):
             labels = _whole(targets.reshape(-1), columns)
@@ -200,69 +199,35 @@ class _Classes:
             truth = _whole(targets.reshape(-1, columns), 2)
             labels = np.argmax(truth, axis=1)
             self._one_hot &= bool(np.all(truth.sum(axis=1) == 1))
-            self._labels = self._labels or _Counts(columns, multilabel=True)
-            self._labels.add(truth, np.where(np.isnan(rows), 1 - truth, rows > self._threshold).astype(int), weights)
-            self._labels.outside |= bool(np.any((rows < 0) | (rows > 1)))
-            if not self._one_hot and self._labels.outside and not self._any:
-                self._check_range(None)
+            self._labels.append((truth, np.where(np.isnan(rows), 1 - truth, rows > self._threshold), weights))
+            self._outside |= bool(np.any((rows < 0) | (rows > 1)))
+            self._check_range(self._outside and not self._one_hot)
         else:
             raise ValueError(
                 "Targets must be classes as whole numbers, of the outputs' shape without its last axis, or 0 and 1 in "
                 f"the outputs' shape. Received: targets of shape {targets.shape}, outputs of shape {outputs.shape}"
             )
-        self._single = self._single or _Counts(columns)
-        self._single.add(labels, predicted, weights)
+        self._single.append((labels, predicted, weights))
 
-    def _check_range(self, scores):
-        if not self._any and (scores is None or np.any((scores < 0) | (scores > 1))):
+    def _check_range(self, outside):
+        if outside and not self._any:
             raise ValueError(
                 "The outputs are no probabilities in [0, 1], so 0.5 does not tell the classes apart: pass "
                 "`threshold=0.0` for logits. Received: outputs outside of [0, 1]"
             )
 
     def results(self):
-        return (self._single if self._one_hot else self._labels).results()
+        from sklearn import metrics
 
-
-class _Counts:
-    def __init__(self, classes, multilabel=False):
-        self._classes, self._multilabel = classes, multilabel
-        self._right, self._predicted, self._actual = np.zeros((3, classes))
-        self._present = np.full(classes, multilabel)  # scikit-learn averages over labels that occur; or over columns
-        self._hits = self._total = 0.0
-        self.outside = False
-
-    def add(self, labels, predicted, weights):
-        if self._multilabel:
-            self._right += weights @ (labels & predicted)
-            self._predicted += weights @ predicted
-            self._actual += weights @ labels
-            hit = np.all(labels == predicted, axis=1)
-        else:
-            hit, valid = labels == predicted, predicted >= 0
-            self._right += self._count(labels[hit], weights[hit])
-            self._predicted += self._count(predicted[valid], weights[valid])
-            self._actual += self._count(labels, weights)
-            self._present[labels] = self._present[predicted[valid]] = True
-        self._hits += float(weights[hit].sum())
-        self._total += float(weights.sum())
-
-    def _count(self, classes, weights):
-        return np.bincount(classes, weights, self._classes)
-
-    def results(self):
-        shares = (
-            _share(self._right, self._predicted),
-            _share(self._right, self._actual),
-            _share(2 * self._right, self._predicted + self._actual),
+        batches = self._single if self._one_hot else self._labels
+        truth, predicted, weights = map(np.concatenate, zip(*batches, strict=True))
+        # The classes that occur, as scikit-learn has it; what is no class is not one of them.
+        classes = np.setdiff1d(np.concatenate([truth, predicted]), [_NONE]) if self._one_hot else None
+        means = metrics.precision_recall_fscore_support(
+            truth, predicted, labels=classes, average="macro", sample_weight=weights, zero_division=0
         )
-        accuracy = float(_share(np.array(self._hits), np.array(self._total)))
-        means = (float(share[self._present].mean()) for share in shares)
-        return dict(zip(CLASSIFICATION, (accuracy, *means), strict=True))
-
-
-def _share(part, whole):
-    return np.divide(part, whole, out=np.zeros_like(part, dtype=float), where=whole != 0)
+        accuracy = metrics.accuracy_score(truth, predicted, sample_weight=weights)
+        return dict(zip(CLASSIFICATION, map(float, (accuracy, *means[:3])), strict=True))
 
 
 def _whole(targets, classes):

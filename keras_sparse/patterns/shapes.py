@@ -28,7 +28,7 @@ __all__ = [
     "to_matrix",
 ]
 
-_REGISTRY = Registry("pattern")
+PATTERNS = Registry("pattern")
 
 
 def keep_highest(scores, count):
@@ -198,7 +198,7 @@ class Pattern(Configurable):
         return self.expand(keep_highest(pooled, self.count(sparsity, [pooled.shape])), scores.shape)
 
 
-@_REGISTRY.register("unstructured")
+@PATTERNS.register("unstructured")
 class Unstructured(Pattern):
     """Zeros anywhere: every weight is its own group.
 
@@ -255,7 +255,7 @@ def _ranks(groups):
     return np.moveaxis(ranks, 0, -1)
 
 
-@_REGISTRY.register("channel")
+@PATTERNS.register("channel")
 class Channel(Pattern):
     """Whole output units: a row of the matrix view, which is a unit of a dense layer or a filter of a convolution.
 
@@ -285,7 +285,7 @@ class Channel(Pattern):
         return np.broadcast_to(groups[:, None], shape)
 
 
-@_REGISTRY.register("block")
+@PATTERNS.register("block")
 class Block(Pattern):
     """Blocks of `rows` output units by `cols` consecutive inputs, in the matrix view.
 
@@ -409,4 +409,4 @@ def get(identifier):
             sizes = re.fullmatch(form, identifier)
             if sizes:
                 return cls(*map(int, sizes.groups()))
-    return _REGISTRY.get("unstructured" if identifier is None else identifier, Pattern)
+    return PATTERNS.get("unstructured" if identifier is None else identifier, Pattern)

@@ -11,7 +11,7 @@ from keras_sparse.registry import Configurable, Registry, is_real
 
 __all__ = ["ERK", "Allocation", "Global", "Goal", "Uniform", "erk_counts", "get"]
 
-_REGISTRY = Registry("allocation")
+ALLOCATIONS = Registry("allocation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ class Allocation(Configurable):
         raise TypeError(f"`{type(self).__name__}` must implement `keep(self, goals, scores, fraction)`.")
 
 
-@_REGISTRY.register("uniform")
+@ALLOCATIONS.register("uniform")
 class Uniform(Allocation):
     """Every weight gets the target.
 
@@ -104,7 +104,7 @@ class Uniform(Allocation):
         ]
 
 
-@_REGISTRY.register("global")
+@ALLOCATIONS.register("global")
 class Global(Allocation):
     """One ranking over all weights, so that the whole gets the target, with an optional floor for each.
 
@@ -172,7 +172,7 @@ class Global(Allocation):
         return np.where(best, np.nan, groups)
 
 
-@_REGISTRY.register("erk")
+@ALLOCATIONS.register("erk")
 class ERK(Uniform):
     """Each weight gets its share of the target by its shape: the Erdos-Renyi-Kernel rule, see `erk_counts`.
 
@@ -201,7 +201,7 @@ def get(identifier):
     >>> ks.pruning.allocation.get("global").get_config()
     {'floor': 0}
     """
-    return _REGISTRY.get(identifier, Allocation)
+    return ALLOCATIONS.get(identifier, Allocation)
 
 
 def erk_counts(shapes, sizes, sparsity):

@@ -84,18 +84,7 @@ class SearchResults(Report):
         ]
         title = f"Best allocation: candidate {self.best.number}"
         self.allocation = Report(title, rows, {}, formats={"sparsity": ".2%"})
-
-    def __rich__(self):
-        from rich.console import Group
-        from rich.text import Text
-
-        return Group(super().__rich__(), Text(), self.allocation)
-
-    def to_html(self):
-        """The results as a fragment of HTML: two tables, and notes."""
-        return super().to_html() + self.allocation.to_html()
-
-    _repr_html_ = to_html
+        self.below = [self.allocation]
 
     def to_dict(self):
         """The results as plain data, with `objective`, `reference`, `best`, `front` and `candidates`."""

@@ -15,7 +15,7 @@ from keras_sparse.search.pareto import crowding, fronts
 
 __all__ = ["Evolution", "RandomSearch", "Reinforce", "Searcher", "get"]
 
-_REGISTRY = Registry("searcher")
+SEARCHERS = Registry("searcher")
 
 
 class Searcher(Configurable):
@@ -89,7 +89,7 @@ class Searcher(Configurable):
         return point
 
 
-@_REGISTRY.register("random")
+@SEARCHERS.register("random")
 class RandomSearch(Searcher):
     """Draws points at random: what other searchers must beat.
 
@@ -107,7 +107,7 @@ class RandomSearch(Searcher):
         """Random search learns nothing."""
 
 
-@_REGISTRY.register("evolution")
+@SEARCHERS.register("evolution")
 class Evolution(Searcher):
     """Evolves a population of points by mutation and selection.
 
@@ -182,7 +182,7 @@ def _ranking(members):
 _FEATURES = 7  # of a state
 
 
-@_REGISTRY.register("reinforce")
+@SEARCHERS.register("reinforce")
 class Reinforce(Searcher):
     """Learns a policy over the choices from rewards: REINFORCE with a moving-average baseline and an entropy bonus.
 
@@ -330,4 +330,4 @@ def get(identifier):
     >>> type(ks.search.searchers.get("evolution")).__name__
     'Evolution'
     """
-    return _REGISTRY.get(identifier, Searcher)
+    return SEARCHERS.get(identifier, Searcher)

@@ -57,6 +57,7 @@ class BenchmarkReport(Report):
         super().__init__(title, rows, totals, formats=formats)
         self.operators = operators
         self.commands = commands
+        self.below = [operators]
 
     def to_dict(self):
         """The report as plain data: `{"title", "rows", "totals", "notes", "operators", "commands"}`."""
@@ -66,16 +67,24 @@ class BenchmarkReport(Report):
         from rich.console import Group
         from rich.text import Text
 
-        commands = [Text(command, no_wrap=True, overflow="ignore") for command in self.commands]
-        heading = Text("The same on a phone", style="bold")
-        return Group(super().__rich__(), Text(), self.operators, Text(), heading, *commands)
+        lines = [line for command in self.commands for line in _lines(command)]
+        commands = [Text(line, no_wrap=True, overflow="ignore") for line in lines]
+        return Group(super().__rich__(), Text(), Text("The same on a phone", style="bold"), *commands)
 
     def to_html(self):
         """The report as a fragment of HTML: headlines and tables, and the commands."""
         commands = Report("The same on a phone", [{"command": command} for command in self.commands], {})
-        return super().to_html() + self.operators.to_html() + commands.to_html()
+        return super().to_html() + commands.full().to_html()
 
-    _repr_html_ = to_html
+
+def _lines(command, width=120):
+    """A shell command in lines that are no longer, broken as a shell reads it and so that it can still be copied."""
+    lines = []
+    while len(command) > width and "'" not in command:
+        end = command.rfind(" ", 0, width - 1) + 1 or width - 1
+        lines.append(command[:end] + "\\")
+        command = command[end:]
+    return [*lines, command]
 
 
 def benchmark(path, baseline=None, runtime="native", threads=1, seconds=1.0, timeout=TIMEOUT):

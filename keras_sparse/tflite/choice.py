@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from keras_sparse.tflite.encoding import OUTWEIGHED, encode
 from keras_sparse.tflite.errors import ExportError
+from keras_sparse.tflite.inspect import brief_name
 from keras_sparse.tflite.parity import Parity
 
 __all__ = ["Choice", "smallest_right"]
@@ -107,10 +108,10 @@ def _kept(encoded):
     reasons = {}
     for name, reason in encoded.kept.items():
         reasons.setdefault(reason, []).append(name)
-    notes = [f"Stored dense: {', '.join(names)}. {reason}." for reason, names in reasons.items()]
+    notes = [f"Stored dense: {', '.join(map(brief_name, names))}. {reason}." for reason, names in reasons.items()]
     if encoded.outweighed:
+        names = ", ".join(map(brief_name, encoded.outweighed))
         notes.append(
-            f"Multiplied dense, although the zeros come in blocks: {', '.join(encoded.outweighed)}. {OUTWEIGHED}: "
-            "prune those in blocks, too."
+            f"Multiplied dense, although the zeros come in blocks: {names}. {OUTWEIGHED}: prune those in blocks, too."
         )
     return notes

@@ -13,6 +13,7 @@ from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.errors import ExportError
 from keras_sparse.tflite.flatmodel import gzip_size, read
 from keras_sparse.tflite.halves import kept_whole
+from keras_sparse.tflite.inspect import brief_name
 from keras_sparse.tflite.job import CALIBRATED, QUANTIZE, Job
 from keras_sparse.tflite.matching import match, readers
 from keras_sparse.tflite.parity import in_batches_of, representative_batches
@@ -21,7 +22,7 @@ from keras_sparse.tflite.xnnpack import uses
 
 __all__ = ["ExportError", "ExportReport", "export"]
 
-_INFERENCE_TYPES = {"int8": ("int8", "uint8"), "int16x8": ("int16",)}
+INFERENCE_TYPES = {"int8": "int8", "uint8": "int8", "int16": "int16x8"}  # and the `quantize` that it goes with
 _WEIGHTS = ("float32", "float16", "bfloat16", "int8")  # types that weights are stored in
 
 
@@ -61,7 +62,10 @@ class ExportReport(Report):
         formats |= dict.fromkeys(("parity", "parity_relative"), ".1e") | {"sparsity": ".2%"}
         formats["shape"] = lambda shape: "x".join(map(str, shape))
         formats["zeros_kept"] = lambda kept: f"{kept:,d} of {totals['zeros_model']:,d}"
-        super().__init__(f"Export to {path}", rows, totals, notes, formats)
+        columns = dict.fromkeys(("weight", "shape", "dtype", "encoding", "block", "sparsity", "bytes", "runs"))
+        columns["weight"] = lambda row: row["weight"] or brief_name(row["tensor"])
+        columns["runs"] = lambda row: row["runs"].partition(",")[0]
+        super().__init__(f"Export to {path}", rows, totals, notes, formats, columns)
         self.path = path
         self.zeros = zeros
         self.runs_sparse = runs_sparse
@@ -185,7 +189,7 @@ def _check_quantize(quantize, representative_data, inference_type):
             f"quantize={quantize!r} needs `representative_data`, inputs as the model will meet them, to find the range "
             "of each activation: pass some of the training data. Received: representative_data=None"
         )
-    allowed = _INFERENCE_TYPES.get(quantize, ())
+    allowed = tuple(name for name, mode in INFERENCE_TYPES.items() if mode == quantize)
     if inference_type is not None and inference_type not in allowed:
         raise ValueError(
             "`inference_type` must be None, or 'int8' or 'uint8' with quantize='int8', or 'int16' with 'int16x8'. "

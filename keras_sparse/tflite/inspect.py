@@ -75,7 +75,22 @@ def inspect(path):
         "kernel_sparsity": ".2%",
         "shape": lambda shape: "x".join(map(str, shape)) or "scalar",
     }
-    return Report(f"Tensors of {os.path.basename(path)}", rows, totals, formats=formats)
+    columns = dict.fromkeys(("tensor", "shape", "dtype", "encoding", "block", "sparsity", "pattern", "bytes"))
+    columns["tensor"] = lambda row: brief_name(row["tensor"])
+    title = f"Tensors of {os.path.basename(path)}"
+    return Report(title, rows, totals, (), formats, columns, lambda row: len(row["shape"]) >= 2)
+
+
+def brief_name(tensor):
+    """What of a tensor's name, the converter's list of all that it has melted into one, tells the layer.
+
+    Example:
+
+    >>> from keras_sparse.tflite.inspect import brief_name
+    >>> brief_name("net_1/bn_1/mul;net_1/conv_1/convolution;")
+    'net_1/conv_1/convolution'
+    """
+    return next((part for part in reversed(tensor.split(";")) if part), tensor)
 
 
 def _kernels(subgraph):

@@ -334,7 +334,9 @@ class _TargetsReport(Report):
             if not target.sparse:
                 rows.append(_row(target, "nothing", "", "", (), f"{target.otherwise.text}. {target.otherwise.source}"))
         notes = [f"1x1 convolutions, {number}: {rule.text}." for number, rule in enumerate(_RULES, 1)]
-        super().__init__("Targets: what runs sparse where", rows, {}, [*notes, f"All else: {_RESTORED.text}."])
+        notes.append(f"All else: {_RESTORED.text}.")
+        columns = [name for name in rows[0] if name != "source"]
+        super().__init__("Targets: what runs sparse where", rows, {}, notes, columns=columns)
 
     def to_dict(self):
         return super().to_dict() | {"targets": [dataclasses.asdict(target) for target in TARGETS]}

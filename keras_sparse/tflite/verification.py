@@ -13,7 +13,7 @@ from keras_sparse.tflite.job import CALIBRATED, INTEGERS
 from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches
 from keras_sparse.tflite.xnnpack import hazard, touched
 
-__all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "Verification", "sparse_runtimes"]
+__all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "VERIFY", "Verification", "sparse_runtimes"]
 
 # How far an output may be from the model's, relative to that output's largest magnitude.
 # float32: two correct programs differ by the order of their sums and by the polynomials they use for exp and tanh: 1e-7
@@ -24,6 +24,7 @@ __all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "Verification", "sparse_runtimes"]
 # networks of fifty layers add that up to 0.1 and 0.3. "int16x8" rounds like "dynamic". Faults of sparse encodings are
 # 0.4 and more, and `Verification.fault` compares with the dense file, too.
 TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1, "dynamic": 2e-1, "int8": 4e-1, "int16x8": 2e-1}
+VERIFY = ("auto", "strict")  # which runtimes to compare on; see `export`
 # Where XNNPACK's sparse kernels for convolutions are on: what is said about a file that was compared there.
 SPARSE_RUNTIMES = {name: runtime.title for name, runtime in RUNTIMES.items() if runtime.verifies}
 _NATIVE = RUNTIMES["native"]
@@ -50,7 +51,7 @@ def sparse_runtimes(verify="auto"):
     >>> set(sparse_runtimes()) <= {"x86-no-avx", "wasm"}
     True
     """
-    if verify not in ("auto", "strict"):
+    if verify not in VERIFY:
         raise ValueError(f"`verify` must be 'auto' or 'strict'. Received: verify={verify!r}")
     if verify == "auto" and os.environ.get("KERAS_SPARSE_VERIFY") == _NATIVE.name:
         return []

@@ -1,0 +1,176 @@
+"""The commands that read a saved Keras model: what is sparse in it, less of it, or another form of it."""
+
+from keras_sparse.cli.command import argument, command, drawing, saved_model
+
+__all__ = []
+
+_OUTPUT = argument("-o", "--output", metavar="OUT.keras", required=True, help="file to write; may be the input")
+
+
+@command(
+    saved_model,
+    argument("--sparsity", type=float, help="share of weights to prune, in [0, 1); a pattern such as 2:4 has its own"),
+    argument(
+        "--filters",
+        nargs="+",
+        action="extend",
+        metavar="REGEX",
+        help="prune only weights whose path a regular expression matches (default: all that multiply inputs, but for "
+        "depthwise kernels and embeddings)",
+    ),
+    argument(
+        "--allocation",
+        choices="keras_sparse.pruning.allocation:ALLOCATIONS",
+        default="uniform",
+        help="how the share is spread over the weights (default: uniform)",
+    ),
+    argument(
+        "--floor", type=float, metavar="SHARE", help="what stays of each weight at least, with --allocation global"
+    ),
+    argument("--pattern", help="unstructured (default), channel, or such as block_1x4 or 2:4"),
+    argument(
+        "--criterion",
+        choices="keras_sparse.criteria:CRITERIA",
+        default="magnitude",
+        help="which weights matter (default: magnitude); those that use gradients need --data",
+    ),
+    argument("--data", metavar="FILE.npz", help="arrays `x` and `y` to take gradients on"),
+    _OUTPUT,
+    example="model.keras --sparsity 0.9 --filters conv dense_1 -o sparse.keras",
+)
+def _prune(options, stderr):
+    """Prune a saved model in one shot, without training."""
+    from keras_sparse import files, pruning
+
+    allocation = options.allocation
+    if options.floor is not None:
+        if allocation != "global":
+            raise ValueError(f"`--floor` goes with `--allocation global`. Received: --allocation {allocation}")
+        allocation = pruning.Global(options.floor)
+    with files.replacing(options.output, ".keras") as path:
+        model, notes = _load_compiled(options.model)
+        report = pruning.prune(
+            model,
+            options.sparsity,
+            criterion=options.criterion,
+            pattern=options.pattern,
+            allocation=allocation,
+            filters=options.filters,
+            data=files.load_arrays(options.data) if options.data else None,
+        )
+        model.save(path)
+    report.notes += [*notes, f"Written: {options.output}"]
+    return report
+
+
+def _load_compiled(path):
+    """The model, with its optimizer and losses if they can be loaded, and notes."""
+    from keras_sparse import comparison
+
+    try:
+        return comparison.load(path, compile=True), []
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+    return comparison.load(path), [f"Optimizer and losses were left out, because they cannot be loaded. {reason}"]
+
+
+@command(
+    saved_model, drawing("the sparsity of each weight"), example="model.keras --html report.html --plot report.png"
+)
+def _report(options, stderr):
+    """Tell what is sparse in a saved model, what is not, and why."""
+    from keras_sparse import comparison, reports
+
+    return reports.report(comparison.load(options.model))
+
+
+@command(
+    saved_model,
+    argument(
+        "--target",
+        choices="keras_sparse.tflite.targets:TARGETS",
+        default="xnnpack",
+        help="see `keras-sparse targets` (default: xnnpack)",
+    ),
+    argument("--sparsity", type=float, default=0.9, help="to look at (default: 0.9)"),
+    example="model.keras --target xnnpack",
+)
+def _check(options, stderr):
+    """Say what a saved model would gain on a target if it were pruned, and what stands in its way."""
+    from keras_sparse import comparison, tflite
+
+    return tflite.check(comparison.load(options.model), options.target, options.sparsity)
+
+
+@command(
+    saved_model,
+    _OUTPUT,
+    argument(
+        "--target",
+        choices="keras_sparse.tflite.targets:TARGETS",
+        default="xnnpack",
+        help="where it should run sparse (default: xnnpack)",
+    ),
+    example="model.keras -o adapted.keras",
+)
+def _adapt(options, stderr):
+    """Bring a saved model into the form that a runtime's sparse kernels take; the weights stay the same."""
+    from keras_sparse import comparison, files, tflite
+
+    with files.replacing(options.output, ".keras") as path:
+        model, report = tflite.adapt(comparison.load(options.model), options.target, verbose=0, return_report=True)
+        model.save(path)
+    report.notes.append(f"Written: {options.output}")
+    return report
+
+
+@command(
+    saved_model,
+    argument("output", metavar="OUT.tflite", help="file to write"),
+    argument("--dense", action="store_true", help="do not use a sparse encoding, however small"),
+    argument(
+        "--quantize",
+        choices="keras_sparse.tflite.job:QUANTIZE",
+        help="how to store the weights (default: float32); int8 and int16x8 need --representative-data",
+    ),
+    argument(
+        "--inference-type",
+        choices="keras_sparse.tflite.export:INFERENCE_TYPES",
+        help="of inputs and outputs, as integers (default: float32)",
+    ),
+    argument("--batch-size", type=int, metavar="N", help="of the file (default: open, if the model's is)"),
+    argument(
+        "--representative-data",
+        metavar="FILE.npz",
+        help="inputs, by name or as `x`, to compare on and to calibrate int8",
+    ),
+    argument(
+        "--verify",
+        choices="keras_sparse.tflite.verification:VERIFY",
+        default="auto",
+        help="strict: runtimes with sparse kernels must agree (default: auto)",
+    ),
+    example="model.keras model.tflite --quantize float16",
+)
+def _export(options, stderr):
+    """Write a saved model as a .tflite file that is verified against it."""
+    from keras_sparse import comparison, files, tflite
+
+    data = None
+    if options.representative_data:
+        data = files.load_arrays(options.representative_data, "inputs, by name or as `x`", _inputs)
+    return tflite.export(
+        comparison.load(options.model),
+        options.output,
+        sparse=not options.dense,
+        quantize=options.quantize,
+        representative_data=data,
+        verify=options.verify,
+        inference_type=options.inference_type,
+        batch_size=options.batch_size,
+    )
+
+
+def _inputs(file):
+    arrays = {name: file[name] for name in file.files if name != "y"}
+    return arrays["x"] if list(arrays) == ["x"] else arrays

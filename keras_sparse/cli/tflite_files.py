@@ -1,0 +1,55 @@
+"""The commands about .tflite files and the programs that run them."""
+
+from keras_sparse.cli.command import argument, command
+
+__all__ = []
+
+
+@command()
+def _targets(options, stderr):
+    """List the runtimes: what each multiplies sparse, from which sparsity, and where that is known from."""
+    from keras_sparse import tflite
+
+    return tflite.targets()
+
+
+@command(argument("file", metavar="FILE.tflite"), example="model.tflite")
+def _inspect(options, stderr):
+    """List the tensors of a .tflite file: how they are stored, how sparse they are."""
+    from keras_sparse import tflite
+
+    return tflite.inspect(options.file)
+
+
+@command(
+    argument("file", metavar="FILE.tflite"),
+    argument("--baseline", metavar="FILE.tflite", help="another file to compare with, run in turns"),
+    argument(
+        "--runtime",
+        choices="keras_sparse.tflite.commands:MEASURING",
+        default="native",
+        help="this CPU (native, the default), LiteRT.js in Node, or an emulated ARM64 CPU that counts instructions",
+    ),
+    argument("--threads", type=int, default=1, help="threads of the interpreter (default: 1)"),
+    argument("--seconds", type=float, default=1.0, help="of measuring, for each file (default: 1)"),
+    example="sparse.tflite --baseline dense.tflite --runtime wasm",
+)
+def _benchmark(options, stderr):
+    """Measure the latency of a .tflite file, or its instructions. It is run: use files that you trust."""
+    from keras_sparse import tflite
+
+    return tflite.benchmark(
+        options.file,
+        baseline=options.baseline,
+        runtime=options.runtime,
+        threads=options.threads,
+        seconds=options.seconds,
+    )
+
+
+@command()
+def _setup_arm64(options, stderr):
+    """Set up the emulated ARM64 CPU of `benchmark --runtime arm64`, on Debian with qemu-user and a C compiler."""
+    from keras_sparse import reports, tflite
+
+    return reports.Report("ARM64 runtime", [{"folder": str(tflite.setup_arm64())}], {})
