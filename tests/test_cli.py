@@ -108,6 +108,7 @@ def test_prune(saved, tmp_path, capsys, allocation, criterion):
 
 
 @pytest.mark.parametrize("criterion", ["snip", "taylor", "gradient", "movement"])
+@pytest.mark.thorough(1)
 def test_prune_by_gradients(saved, tmp_path, capsys, criterion):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(50, 40)), rng.normal(size=(50, 5))
@@ -353,6 +354,7 @@ def test_search_in_two_processes(searched, capsys):
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "flipped", "folder", "other zip"])
 @pytest.mark.parametrize("command", ["prune", "report", "export"])
+@pytest.mark.thorough(6)
 def test_damaged_model(command, kind, saved, tmp_path, capsys):
     path = damaged(kind, saved, tmp_path)
     before = sorted(os.listdir(tmp_path))

@@ -1,5 +1,6 @@
 """What holds whatever people do to a model between fits and in them: random sequences, each from its seed."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -21,6 +22,7 @@ OPTIMIZERS = {
     "RMSprop": lambda: keras.optimizers.RMSprop(0.01, clipnorm=1.0),
 }
 STEPS = 4  # in an epoch
+SEEDS = int(os.environ.get("SEEDS", 40))  # 200 take half an hour
 
 
 class Interrupt(keras.callbacks.Callback):
@@ -223,7 +225,7 @@ class Life:
 # Keras, of a file of a model that was compiled and not trained.
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer")
 @pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 6 else []) for seed in range(200)]
+    "seed", [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 6 else []) for seed in range(SEEDS)]
 )
 def test_whatever_is_done_to_a_model_its_zeros_and_its_optimizer_are_in_order(seed, tmp_path):
     life = Life(seed, tmp_path)

@@ -139,6 +139,7 @@ CONSTANT = {
 
 
 @pytest.mark.parametrize("name", CONSTANT)
+@pytest.mark.thorough(2)
 def test_constants_of_places(name):
     adapted, report = check(model_of(CONSTANT[name]), exact=False)
     assert [row["exact"] for row in report.rows].count(False) == 1 and adapted.count_params()
@@ -178,6 +179,7 @@ def test_several_inputs(structure):
 @pytest.mark.parametrize(
     "layer", [layers.Softmax(axis) for axis in (-1, 1, 3)] + [layers.Dropout(0.5, (None, 1, 1, 16))]
 )
+@pytest.mark.thorough(2)
 def test_layers_on_images_of_one_pixel(layer):
     def body(x):
         y = layers.GlobalAveragePooling2D(keepdims=True)(block(stem(x), 16, 2))
@@ -205,6 +207,7 @@ def test_weights_that_are_nan_are_no_change():
 
 
 @pytest.mark.parametrize("name", EXACT)
+@pytest.mark.thorough(4)
 def test_exact_changes(name):
     adapted, report = check(model_of(EXACT[name]))
     assert report.totals["changes"] == len(report.rows) >= 3 and report.totals["difference"] < 1e-4

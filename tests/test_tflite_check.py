@@ -70,6 +70,7 @@ NAMES = {  # of the layer that stands in the way
 
 
 @pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.thorough(3)
 def test_networks_that_fit_in_part(name):
     report = ks.tflite.check(image_model(BROKEN[name]))
     assert any(one["layer"].startswith(NAMES[name]) and one["mend"] for one in report.violations), report.violations
@@ -186,6 +187,7 @@ def reversed_names():
         mlp,
     ],
 )
+@pytest.mark.thorough(2)
 def test_rows_name_the_weight_that_a_tensor_holds(build):
     model = build()
     file = read(convert(Job(model)).content)

@@ -221,6 +221,7 @@ def adjacency():
 
 @pytest.mark.parametrize("quantize", [None, "float16"])
 @pytest.mark.parametrize("build", [embedding, adjacency])
+@pytest.mark.thorough(2)
 def test_tables_are_restored(build, quantize):
     """Right on every runtime that is here."""
     model = build()

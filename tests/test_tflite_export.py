@@ -47,6 +47,7 @@ def clean(folder):
         for quantize in (None, "float16", "dynamic")
     ],
 )
+@pytest.mark.thorough(5)
 def test_every_kind_of_model(kind, quantize, tmp_path):
     keras.utils.set_random_seed(1)
     model = sparsify(MODELS[kind](), 0.9)
@@ -65,6 +66,7 @@ def test_every_kind_of_model(kind, quantize, tmp_path):
 
 @tensorflow_only
 @pytest.mark.parametrize("kind", ["cnn", "lstm", "nested"])
+@pytest.mark.thorough(1)
 def test_dense_encoding(kind, tmp_path):
     model = sparsify(MODELS[kind](), 0.9)
     report = ks.tflite.export(model, tmp_path / "m.tflite", sparse=False)
@@ -157,6 +159,7 @@ def test_static_batch_is_kept(tmp_path):
 @tensorflow_only
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
 @pytest.mark.parametrize("build", [mlp, cnn, subclassed])
+@pytest.mark.thorough(3)
 def test_half_precision_policies(policy, build, tmp_path):
     before = keras.config.dtype_policy()
     try:
@@ -243,6 +246,7 @@ def blocks_of_16():
         ({"a|b|c": 0.8}, []),
     ],
 )
+@pytest.mark.thorough(2)
 def test_sparse_kernels_of_dense_layers_are_used_where_the_network_gains(goal, runs, tmp_path):
     inputs = keras.Input((64,))
     hidden = layers.Dense(64, activation="relu", name="b")(layers.Dense(64, activation="relu", name="a")(inputs))
@@ -314,6 +318,7 @@ def filters():
 @tensorflow_only
 @pytest.mark.parametrize(("build", "encoding"), [(filters, "sparse"), (mlp, "dense")])
 @pytest.mark.parametrize("inference_type", [None, pytest.param("int16", marks=pytest.mark.slow)])
+@pytest.mark.thorough(1)
 def test_integers_of_16_bits(build, encoding, inference_type, tmp_path):
     """Activations of 16 bits leave the rounding of the weights; Dense layers do not read restored weights there."""
     keras.utils.set_random_seed(1)
@@ -359,6 +364,7 @@ def test_a_crash_of_the_converter_is_an_error(tmp_path):
 
 @tensorflow_only
 @pytest.mark.parametrize(("size", "quantize"), [(1, None), (5, None), (200, None), (5, "int8")])
+@pytest.mark.thorough(1)
 def test_representative_data_and_a_fixed_batch(size, quantize, tmp_path):
     inputs = keras.Input((4, 4, 2), batch_size=size, name="x")
     # A shape that names the batch size: the file cannot be run with another one.

@@ -18,6 +18,7 @@ def tensors(content):
     return [t for graph in read(content).subgraphs for t in graph.tensors if t.stored is not None]
 
 
+@pytest.mark.thorough(4)
 def test_decoding_equals_the_dense_file(files):
     seen = 0
     for key, made in files.items():

@@ -37,6 +37,7 @@ def masked(x):
         (layers.Normalization(mean=0.0, variance=1e-12), 1e-6),
     ],
 )
+@pytest.mark.thorough(2)
 def test_scales_are_kept(first, scale, tmp_path):
     model = scaled(first)
     report = ks.tflite.export(model, tmp_path / "m.tflite", quantize="float16")

@@ -44,6 +44,7 @@ def test_report(encoding, files, tmp_path):
     [(cnn, "block_1x4"), (cnn, "channel"), (transposed, "2:4"), (conv3d, "block_2x4"), (attention, "block_1x4"),
      (lstm, "2:4"), (conv1d, "unstructured")],
 )  # fmt: skip
+@pytest.mark.thorough(4)
 def test_patterns_are_those_of_the_model(build, pattern, quantize, tmp_path):
     model = build()
     report = ks.prune(model, None if pattern == "2:4" else 0.6, pattern=pattern, filters=".")

@@ -78,6 +78,7 @@ def named(path, inputs, runtime="native"):
 
 @each_runtime("native", "x86-no-avx", "wasm", "arm64")
 @pytest.mark.parametrize("kind", ["mlp", "several", "attention", "lstm", "qualifying"])
+@pytest.mark.thorough(5)
 def test_outputs_are_those_of_the_interpreter(kind, runtime, files):
     inputs = named(files[kind], inputs_of(kind), runtime)
     expected = interpreted(files[kind], inputs)

@@ -47,6 +47,7 @@ def test_strict_needs_a_runtime(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.thorough(2)
 def test_strict_verification(sparse, runtime, tmp_path):
     report = ks.tflite.export(sparsify(mlp(), 0.9), tmp_path / "m.tflite", sparse, verify="strict")
     assert verification.SPARSE_RUNTIMES[runtime] in report.verified_on[1:]

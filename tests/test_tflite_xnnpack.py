@@ -139,6 +139,7 @@ def test_untouched_graphs_are_safe(name):
 
 
 @pytest.mark.parametrize(("name", "bodies"), [*((n, BROKEN) for n in BROKEN), *((n, DOUBTFUL) for n in DOUBTFUL)])
+@pytest.mark.thorough(5)
 def test_partial_clusters_are_found(name, bodies):
     _, _, reason, operators = verdict(bodies[name])
     assert name in reason and "a part of the graph" in reason and operators == []
@@ -154,6 +155,7 @@ def test_what_a_cpu_without_avx_cannot_load_is_no_missing_runtime():
 
 @pytest.mark.parametrize("name", ["MAX_POOL_2D", "keepdims=True", "SHAPE"])
 @pytest.mark.parametrize("size", [32, None], ids=["even", "open"])
+@pytest.mark.thorough(2)
 def test_export_does_not_hand_out_a_partial_cluster(name, size, tmp_path):
     """At even sizes the way into the cluster can be closed; at unknown ones the file is stored dense."""
     model = image_model(BROKEN[name], size)
