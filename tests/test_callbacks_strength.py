@@ -29,7 +29,7 @@ def test_the_loss_follows(jit):
     assert history["strength"] == [0.0, 0.25, 0.5, 0.5]
     np.testing.assert_allclose(history["loss"], [0, 3, 6, 6], rtol=1e-6)
     np.testing.assert_allclose(history["val_loss"], [0, 3, 6, 6], rtol=1e-6)
-    assert model.layers[0].get_config()["kernel_regularizer"]["config"] == {"strength": 0.5}
+    assert model.layers[0].get_config()["kernel_regularizer"]["config"] == {"l1": 0.5}
 
 
 def test_resumed_and_ended_early():
