@@ -64,7 +64,8 @@ def _verified_here(request, monkeypatch):
 
     An emulator takes seconds for what a CPU does in milliseconds.
     """
-    if not any(map(request.node.get_closest_marker, ("everywhere", "slow"))):
+    marked = request.node.get_closest_marker
+    if not marked("everywhere") and (marked("thorough") or not marked("slow")):
         monkeypatch.setenv("KERAS_SPARSE_VERIFY", "native")
 
 
