@@ -16,7 +16,7 @@ from keras_sparse.criteria import CRITERIA
 from keras_sparse.pruning.allocation import ALLOCATIONS
 from keras_sparse.search.goals import CONSTRAINTS
 from keras_sparse.search.searchers import SEARCHERS
-from keras_sparse.tflite.benchmark import RUNTIMES
+from keras_sparse.tflite.commands import MEASURING
 from keras_sparse.tflite.targets import TARGETS
 
 
@@ -463,7 +463,7 @@ def test_help_of_each_command_has_an_example_that_parses(command, capsys):
     [
         ("prune", [*CRITERIA, *ALLOCATIONS]),
         ("check", [target.name for target in TARGETS]),
-        ("benchmark", RUNTIMES),
+        ("benchmark", MEASURING),
         ("search", [*SEARCHERS, *(f"--{name.replace('_', '-')} N" for name in CONSTRAINTS)]),
     ],
 )

@@ -38,7 +38,7 @@ def test_strict_needs_a_runtime(tmp_path, monkeypatch):
     for name in ("PATH", "KERAS_SPARSE_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / "empty"))
     monkeypatch.chdir(tmp_path / "empty")
-    assert verification.verification.sparse_runtimes() == []
+    assert verification.sparse_runtimes() == []
     with pytest.raises(ks.tflite.runtimes.RuntimeMissing, match="one is enough. .*Node.js"):
         ks.tflite.export(mlp(), tmp_path / "m.tflite", verify="strict")
     with pytest.raises(ValueError, match="'auto' or 'strict'"):
