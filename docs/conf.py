@@ -47,6 +47,8 @@ autodoc_typehints = "none"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+# A type in a dataclass is looked up as a name of ours otherwise: `bytes` is an attribute, too.
+napoleon_attr_annotations = False
 default_role = "code"  # Docstrings are written with Markdown's single backquotes.
 
 html_theme = "furo"

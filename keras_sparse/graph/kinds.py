@@ -133,17 +133,17 @@ class Kind:
         grouped: Whether the attribute `groups` says that each filter reads a part of the input channels.
         gates: `"inputs"` or `"outputs"`: what a gate of `ks.layers.L0(granularity="unit")` switches off.
         positions: How often one sample uses each weight: `"outputs"`, once for each position of the output;
-            `"inputs"`, of the input; or a function `(layer, input's shape, output's shape) -> int`.
+            `"inputs"`, of the input; or a function of the layer, the input's shape and the output's shape.
         holder: For layers that run another one at each time step: a function from the layer to the one that makes its
             outputs.
         recurrent: Whether each of these steps needs the one before it.
         pointwise: Whether it treats all positions of an image alike.
-        operators: The operators of TFLite that it becomes: `{name: axes of the operator's kernel that count output
-            units, or None without a kernel}`.
+        operators: The operators of TFLite that it becomes: dict from a name to the axes of the operator's kernel that
+            count output units, or to `None` without a kernel.
 
     Raises:
         ValueError: If a string is none of those above.
-        TypeError: If `kernels` holds something else than `Kernel`s.
+        TypeError: If `kernels` holds something else than a `Kernel`.
 
     Example:
 
