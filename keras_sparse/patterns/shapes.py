@@ -126,6 +126,7 @@ class Pattern(Configurable):
     Attributes:
         matrix: Whether the pattern is defined on the matrix view.
         sparsity: The sparsity that the pattern stands for, or `None` if it goes with any.
+        whole_units: Whether a group is all that an output unit has, so that biases and the like go with it.
 
     Example:
 
@@ -142,6 +143,7 @@ class Pattern(Configurable):
 
     matrix = False
     sparsity = None
+    whole_units = False
 
     def pool(self, scores):
         """Return one score for each group of weights that must leave together, as an array of any shape."""
@@ -277,6 +279,7 @@ class Channel(Pattern):
     """
 
     matrix = True
+    whole_units = True
 
     def pool(self, scores):
         return _means(scores, 1, scores.shape[1])[:, 0]

@@ -66,6 +66,7 @@ class Allocation(Configurable):
 
     Attributes:
         shared: Whether the target is one for all weights together, not one for each.
+        redistributes: Whether `share` gives weights other targets than they came with.
 
     Example:
 
@@ -75,6 +76,7 @@ class Allocation(Configurable):
     """
 
     shared = False
+    redistributes = False
 
     def share(self, goals):
         """Return the goals with the sparsity that each weight should have by this allocation."""
@@ -184,6 +186,8 @@ class ERK(Uniform):
     >>> [row["zeros"] for row in report.rows if row["size"] > 50]
     [550, 0]
     """
+
+    redistributes = True
 
     def share(self, goals):
         counts = erk_counts(

@@ -27,7 +27,7 @@ def check_target(target_sparsity, allocation="uniform"):
         return
     if not target_sparsity:
         raise ValueError("A dict of target sparsities must have at least one key. Received: {}")
-    if type(allocation) is not allocations.Uniform:
+    if allocation.shared or allocation.redistributes:
         raise ValueError(
             "A dict of target sparsities says itself how the budget is shared: it goes with allocation='uniform'. "
             f"Received: allocation={allocation!r}, target={target_sparsity!r}"
@@ -58,9 +58,8 @@ def final_target(target_sparsity, allocation, pattern, on_the_way=False):
         own = pattern if own is None else patterns.get(own)
         if own.sparsity is None:
             continue
-        shared_out = isinstance(allocations.get(allocation), allocations.ERK)
         fits = math.isclose(sparsity, own.sparsity, abs_tol=1e-6) or (on_the_way and sparsity < own.sparsity)
-        if shared_out or not fits:
+        if allocations.get(allocation).redistributes or not fits:
             raise ValueError(
                 f"The pattern {own.get_config()} is a sparsity of {own.sparsity:g} in each weight: leave the target "
                 f"out, or give this one{' or less' * on_the_way}, with allocation='uniform'. "

@@ -75,12 +75,12 @@ class Plan:
 
     def _complete_units(self, model):
         """Find what belongs to whole channels; drop the goals for which that fails and return `{id: reason}`."""
-        if not any(isinstance(goal.pattern, patterns.Channel) for goal in self.goals):
+        if not any(goal.pattern.whole_units for goal in self.goals):
             return {}
         reasons, goals = {}, []
         found = graph.unit_variables(model, [goal.weight for goal in self.goals])
         for goal, units in zip(self.goals, found, strict=True):
-            if not isinstance(goal.pattern, patterns.Channel):
+            if not goal.pattern.whole_units:
                 goals.append(goal)
             elif isinstance(units, str):
                 reasons[id(goal.weight.variable)] = units

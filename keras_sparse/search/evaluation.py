@@ -397,7 +397,7 @@ def _take(x, which):
 
 
 def _silences(pattern):
-    return isinstance(patterns.get(pattern), patterns.Channel)
+    return patterns.get(pattern).whole_units
 
 
 def _one_thread():

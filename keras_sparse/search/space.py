@@ -419,7 +419,7 @@ def _options(sparsities, kinds):
 
 def _possible(options, removed, model, weights):
     """The options without whole channels, where their units could not be silenced; with removal, where it is wanted."""
-    channel = [isinstance(patterns.get(pattern), patterns.Channel) for _, pattern in options]
+    channel = [patterns.get(pattern).whole_units for _, pattern in options]
     if not removed and not any(channel):
         return options
     reasons = [found for found in graph.unit_variables(model, weights) if isinstance(found, str)]
