@@ -38,9 +38,11 @@ collect_ignore_glob = [] if keras.backend.backend() == "tensorflow" else _BACKEN
 # What these do with a backend the first of their cases show.
 _BACKEND_MATTERS_LITTLE = {
     "test_baking",
+    "test_callbacks_gates",
     "test_comparison",
     "test_contracts",
     "test_graph",
+    "test_optimizers_proximal",
     "test_search",
     "test_selection",
 }

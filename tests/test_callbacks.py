@@ -711,8 +711,9 @@ RESUMED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("callback", RESUMED)
-@pytest.mark.parametrize("order", ["backup first", "backup last"])
+@pytest.mark.parametrize(
+    ("callback", "order"), zip(RESUMED, ["backup first", "backup last", "backup last", "backup first"], strict=True)
+)
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, order, callback):
     def run(folder, kill):
         folder.mkdir(exist_ok=True)

@@ -266,6 +266,7 @@ model.fit(np.ones((8, 12)), np.ones((8, 3)), verbose=0, callbacks=[pruning, Inte
 """
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="about notebooks")
 def test_an_interrupted_fit_ends_with_its_cell_of_a_notebook(tmp_path):
     pytest.importorskip("IPython")
     (tmp_path / "cell.py").write_text(CELL)
