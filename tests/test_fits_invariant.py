@@ -22,7 +22,7 @@ OPTIMIZERS = {
     "RMSprop": lambda: keras.optimizers.RMSprop(0.01, clipnorm=1.0),
 }
 STEPS = 4  # in an epoch
-SEEDS = int(os.environ.get("SEEDS", 20))  # 200 take half an hour
+SEEDS = int(os.environ.get("SEEDS", 12))  # 200 take half an hour
 
 
 class Interrupt(keras.callbacks.Callback):
