@@ -1,4 +1,4 @@
-"""A job is a conversion to be done: the model, how it is signature, and the file that is wanted.
+"""A job is a conversion to be done: the model, how it is called, and the file that is wanted.
 
 It can be written to a folder, where another process finds it.
 """
