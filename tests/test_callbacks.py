@@ -712,7 +712,8 @@ RESUMED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("callback", "order"), zip(RESUMED, ["backup first", "backup last", "backup last", "backup first"], strict=True)
+    ("callback", "order"),
+    list(zip(RESUMED, ["backup first", "backup last", "backup last", "backup first"], strict=True)),
 )
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, order, callback):
     def run(folder, kill):
