@@ -719,17 +719,22 @@ class Traced(keras.layers.Layer):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="nothing is compiled")
-def test_fits_of_a_loop_compile_once():
+@pytest.mark.parametrize("order", ["plain first", "ours first"])
+def test_fits_of_a_loop_compile_once(order):
     model = keras.Sequential([keras.Input((12,)), Traced(), keras.layers.Dense(10), keras.layers.Dense(3)])
     model.compile(keras.optimizers.SGD(0.0), LOSS, **QUICK)
     ks.prune(model, 0.5)
 
-    def traces(*callbacks):
+    def traces(ours):
         before = Traced.count
-        fit(model, *callbacks, epochs=1)
+        fit(model, *([ks.callbacks.KeepSparsity()] if ours else []), epochs=1)
         return Traced.count - before
 
-    for first, ours in ((True, False), (True, True), (False, True), (False, False), (False, True), (False, False)):
-        found = traces(*([ks.callbacks.KeepSparsity()] if ours else []))
-        assert (found > 0) == first
+    if order == "plain first":
+        assert traces(ours=False)
+    assert traces(ours=True)
+    assert not traces(ours=True)
+    # On JAX the first fit with masks takes the place of the function that was compiled before it.
+    assert bool(traces(ours=False)) == (order == "ours first" or BACKEND == "jax")
+    assert not any(traces(ours) for ours in (True, False, False, True, True, False))
     assert zeros(model) == rounded(0.5)

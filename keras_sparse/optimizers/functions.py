@@ -96,7 +96,7 @@ class Kept:
         """Take the function with parts off the model, and put the plain one back."""
         self.function = model.train_function
         # A placeholder for a plain function that was never made: `compile` is known by what it puts in this place.
-        self.left = self._plain if callable(self._plain) else _Placeholder(model, self)
+        self.left = self._plain if callable(self._plain) else _Placeholder(model)
         model.train_function = self.left
 
     def forget_plain(self):
@@ -119,16 +119,16 @@ def innermost_of(model):
 
 
 class _Placeholder:
-    """A train function that makes the real one when it is called."""
+    """A train function that makes the real one when it is called, which may be several fits later."""
 
-    def __init__(self, model, kept):
-        self._model, self._kept = model, kept
+    def __init__(self, model):
+        self._model = model
 
     def __call__(self, *arguments):
         model = self._model
         model.train_function = None
         model.make_train_function()
-        self._kept.left = model.train_function
+        KEPT[model].left = model.train_function
         return model.train_function(*arguments)
 
 

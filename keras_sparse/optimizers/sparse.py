@@ -168,7 +168,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         super().finalize_variable_values(var_list)
         if self.use_ema:  # The weights are their moving averages now: what was zero at last is zero in them, too.
             for variable, mask in zip(shrunk, alive, strict=True):
-                variable.assign(keras.ops.where(mask, variable, keras.ops.zeros_like(variable)))
+                variable.assign(keras.ops.where(mask, keras.ops.convert_to_tensor(variable), 0.0))
             self.sparse_parts.masks.apply()
 
     # State and files
