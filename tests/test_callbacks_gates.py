@@ -59,6 +59,19 @@ def test_logs(tmp_path, capsys):
         assert [float(row["expected_l0"]) for row in csv.DictReader(file)] == pytest.approx(history["expected_l0"])
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_sparsity_has_one_meaning_beside_masks(order):
+    gated = L0(layers.Dense(8, "relu"), 0.01, seed=1)
+    model = keras.Sequential([keras.Input((6,)), gated, layers.Dense(4), layers.Dense(1)])
+    gated.log_alphas[0].assign(3 * RNG.normal(size=(6, 8)))
+    model.compile("sgd", "mse", run_eagerly=True)
+    callbacks = [ks.callbacks.Pruning(0.5, schedule="one_shot", filters="dense_1"), ks.callbacks.L0Penalty()][::order]
+    history = model.fit(X, Y, verbose=0, callbacks=callbacks).history
+    closed = (gated.gates()[0] == 0).sum()
+    assert 0 < closed < 48
+    assert history["sparsity"][-1] == pytest.approx((closed + 16) / (48 + 32))
+
+
 @pytest.mark.parametrize("accumulate", [None, 2])
 def test_penalty_follows_the_schedule(accumulate):
     model = make(optimizer=keras.optimizers.Adam(0.01, gradient_accumulation_steps=accumulate))

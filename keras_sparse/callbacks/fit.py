@@ -16,8 +16,9 @@ import keras
 import numpy as np
 
 from keras_sparse import optimizers, selection, zeros
+from keras_sparse.identity import IdentityDict
 
-__all__ = ["Fit", "Run", "count_zeros"]
+__all__ = ["Fit", "Run"]
 
 
 class Run:
@@ -283,7 +284,7 @@ class Fit:
 
     def _break_off(self):
         """End a fit that nobody has ended, and say so."""
-        zero, size = count_zeros(self.parts) if self._settled and self._has_optimizer else (0, 0)
+        zero, size = self.count_zeros() if self._settled and self._has_optimizer else (0, 0)
         self.end()
         if not zero:
             return
@@ -294,6 +295,21 @@ class Fit:
                 "`ks.callbacks.KeepSparsity()` or another sparse callback.",
                 stacklevel=2,
             )
+
+    def count_zeros(self):
+        """How many of the weights that this fit makes sparse are zero in inference, and how many there are.
+
+        These are the weights that have masks, and those of gates; biases and the like do not count.
+        """
+        found = IdentityDict(
+            (variable, selection.as_array(variable) == 0)
+            for variable, _ in self.parts.masks.pairs
+            if variable.name not in selection.NO_KERNELS
+        )
+        for callback in self.callbacks:
+            for variable, zero in callback.zeros():
+                found[variable] = found.get(variable, False) | zero
+        return sum(int(zero.sum()) for zero in found.values()), sum(zero.size for zero in found.values())
 
     def _mask_revived(self):
         """Apply the masks again if another callback has put back weights that have none of the zeros."""
@@ -378,17 +394,3 @@ def _goes_on(before, epochs, epoch):
     """
     done, left = before["epoch"], before["epochs"] - before["epoch"]
     return left > 0 and ((epoch > 0 and epoch in (done, done + 1)) or epochs - epoch in (left, left - 1))
-
-
-def count_zeros(parts):
-    """Return how many weights that have masks are zero, and how many there are; biases and the like do not count.
-
-    Example:
-
-    >>> import keras_sparse as ks
-    >>> ks.callbacks.fit.count_zeros(ks.optimizers.SparseOptimizer("adam").sparse_parts)
-    (0, 0)
-    """
-    values = [selection.as_array(v) for v, _ in parts.masks.pairs if v.name not in selection.NO_KERNELS]
-    size = sum(value.size for value in values)
-    return size - sum(int(np.count_nonzero(value)) for value in values), size

@@ -3,7 +3,6 @@
 import warnings
 
 from keras_sparse import pruning, selection
-from keras_sparse.callbacks.fit import count_zeros
 from keras_sparse.callbacks.sparse_callback import SparseCallback
 from keras_sparse.registry import serializable
 
@@ -60,7 +59,3 @@ class KeepSparsity(SparseCallback):
         run.plan = pruning.Plan(model, 0.0, filters=lambda variable: id(variable) in chosen)
         run.plan.keep_units(model)
         run.plan.attach(run.parts)
-
-    def log(self, run):
-        zeros, size = count_zeros(run.parts)
-        return {"sparsity": zeros / size} if size else {}

@@ -24,8 +24,8 @@ class L0Penalty(SparseCallback):
     """Logs the expected L0 norm and the sparsity of a model with `ks.layers.L0`, and moves the penalty if asked.
 
     At the end of each epoch `logs["expected_l0"]` is the expected number of gated weights that are not zero (equation
-    12 of Louizos, Welling & Kingma, 2018, summed over all layers), `logs["sparsity"]` the share of the gated weights
-    that are zero in inference, as `ks.bake` would leave them.
+    12 of Louizos, Welling & Kingma, 2018, summed over all layers), `logs["sparsity"]` the share of zeros in
+    inference, as `ks.bake` would leave them, over the gated weights and those that other callbacks of the fit mask.
 
     Args:
         schedule: How the penalty of each layer rises from 0 at `begin` to its own value, the one it was created with,
@@ -109,7 +109,11 @@ class L0Penalty(SparseCallback):
             layer.penalty.assign(layer.penalty_start * fraction)
 
     def log(self, run):
-        return {"expected_l0": sum(layer.expected_l0() for layer in self._layers), "sparsity": self._sparsity()}
+        return {"expected_l0": sum(layer.expected_l0() for layer in self._layers)}
+
+    def zeros(self):
+        gated = [pair for layer in self._layers for pair in zip(layer.kernels, layer.gates(), strict=True)]
+        return [(weight.variable, weight.numpy() * gate == 0) for weight, gate in gated]
 
     def _sparsity(self):
         return float(self._measure(lambda layer, gate, log_alpha: gate == 0))

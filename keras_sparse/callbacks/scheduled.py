@@ -4,7 +4,6 @@ import warnings
 
 from keras_sparse import optimizers, reports, selection
 from keras_sparse.callbacks.clock import Clock
-from keras_sparse.callbacks.fit import count_zeros
 from keras_sparse.callbacks.sparse_callback import SparseCallback
 from keras_sparse.pruning.plan import UNTRAINED
 
@@ -82,13 +81,9 @@ class ScheduledCallback(SparseCallback):
         if sentences:
             warnings.warn(" ".join(sentences), stacklevel=2)
 
-    def log(self, run):
-        zeros, size = count_zeros(run.parts)
-        return {"sparsity": zeros / size} if size else {}
-
     def share(self, run):
-        """The share of zeros over the selected weights."""
-        zeros, size = count_zeros(run.parts)
+        """The share of zeros over the weights that the fit makes sparse."""
+        zeros, size = run.fit.count_zeros()
         return zeros / size if size else 0.0
 
     def say(self, run):

@@ -21,7 +21,8 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
     * `update(run, progress)`: act at a due step of its `clock`, at `progress` in [0, 1] between begin and end;
     * `finish(run)`: act when training has ended;
     * `leave(run)`: act when the fit ends, also if it is interrupted;
-    * `log(run)`: return what goes into the logs at the end of each epoch, as a dict;
+    * `log(run)`: return what goes into the logs at the end of each epoch beside `"sparsity"`, as a dict;
+    * `zeros()`: return which weights it makes zero without a mask;
     * `reached`: whether the model is as sparse as it is to be;
     * `finished`: whether there is nothing left to do, whatever the clock says.
 
@@ -63,8 +64,12 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
         """Act when the fit ends, however it ends."""
 
     def log(self, run):
-        """Return what goes into the logs at the end of an epoch."""
+        """Return what goes into the logs at the end of an epoch, beside the sparsity."""
         return {}
+
+    def zeros(self):
+        """Return pairs of a weight and the array of booleans that says where it is zero in inference, mask or not."""
+        return []
 
     # The life cycle. `set_model` runs for `fit`, `evaluate` and `predict`; only `fit` goes on to `on_train_begin`.
 
@@ -167,7 +172,8 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
         run.epochs_done = epoch + 1
         run.fit.note_epoch(epoch + 1)
         if logs is not None and run.attached:
-            logs.update(self.log(run))
+            zeros, size = run.fit.count_zeros()
+            logs.update(self.log(run) | ({"sparsity": zeros / size} if size else {}))
 
     def on_test_end(self, logs=None):
         if self._run is not None and not self._run.fit.begun:
