@@ -11,6 +11,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # It announces itself, and makes sums depend on the CPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Exports are compared on this machine's CPU: an emulator takes seconds for what that does in milliseconds.
+os.environ["KERAS_SPARSE_VERIFY"] = "native"
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # JAX compiles the same small training step in hundreds of tests. All processes of a run share what is compiled.
@@ -70,14 +72,11 @@ def _fixed_seed():
 
 
 @pytest.fixture(autouse=True)
-def _verified_here(request, monkeypatch):
-    """Exports are compared on this machine's CPU; where sparse kernels run, too, if the test is about that, or slow.
-
-    An emulator takes seconds for what a CPU does in milliseconds.
-    """
+def _verified_everywhere(request, monkeypatch):
+    """Exports are compared on all runtimes with sparse kernels if a test is about that, or slow."""
     marked = request.node.get_closest_marker
-    if not marked("everywhere") and (marked("thorough") or not marked("slow")):
-        monkeypatch.setenv("KERAS_SPARSE_VERIFY", "native")
+    if marked("everywhere") or (marked("slow") and not marked("thorough")):
+        monkeypatch.delenv("KERAS_SPARSE_VERIFY")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What the tests of searches run in other processes must be able to import."""
 
+import functools
 import time
 
 import keras
@@ -55,11 +56,21 @@ def model(kind="sequential"):
     return made
 
 
+@functools.cache
+def trained_weights(kind):
+    keras.utils.set_random_seed(3)
+    trained = model(kind)
+    trained.fit(*data(seed=1), epochs=3, verbose=0)
+    return trained.get_weights()
+
+
 def search(directory=None, budget=24, executor=None, **options):
     """A search of a trained model, the same each time that it is called."""
+    kind = options.pop("kind", "sequential")
+    weights = trained_weights(kind)
     keras.utils.set_random_seed(3)
-    trained = model(options.pop("kind", "sequential"))
-    trained.fit(*data(seed=1), epochs=3, verbose=0)
+    trained = model(kind)
+    trained.set_weights(weights)
     options = {"objective": "loss", "constraints": {"sparsity": 0.7}, "epochs": 1, "batch_size": 32} | options
     sets = {"train": data(seed=1), "val": data(seed=2)}
     return ks.search.search(trained, sets, budget=budget, executor=executor, directory=directory, **options)

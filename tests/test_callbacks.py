@@ -551,6 +551,7 @@ def test_a_schedule_over_several_fits():
         ks.callbacks.Pruning(0.9, over="loop")
 
 
+@pytest.mark.slow
 def test_statistics_and_steps_of_broken_off_fits_go_on_in_a_schedule_over_several_fits():
     whole, parts = dense_model(), dense_model()
     make = partial(ks.callbacks.Pruning, 0.9, "taylor", begin=2, end=20, frequency=4)

@@ -228,6 +228,7 @@ def test_compile_options(grow, arguments):
     assert all(a >= b for a, b in zip(zeros(model), (92, 13), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grow", ["gradient", "random"])
 @pytest.mark.thorough(1)
 def test_mirrored_strategy(grow, two_replicas):

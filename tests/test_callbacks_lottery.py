@@ -139,6 +139,7 @@ def test_mixed_precision_and_steps_per_execution():
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
 
 
+@pytest.mark.slow
 def test_mirrored_strategy(two_replicas):
     with two_replicas.scope():
         model = dense_model(jit_compile=False)

@@ -326,6 +326,7 @@ def damaged(kind, saved, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_search(searched, tmp_path, capsys):
     output, page, plot = (tmp_path / name for name in ("best.keras", "page.html", "plot.png"))
     files = ["-o", output, "--html", page, "--plot", plot, "--directory", tmp_path / "journal"]
@@ -525,6 +526,7 @@ def test_help_answers_before_keras_is_imported(arguments):
     assert "keras-sparse" in done.stdout
 
 
+@pytest.mark.slow
 def test_public_names_and_registered_classes_are_there_on_the_command_line():
     code = (
         "import sys\n"

@@ -266,6 +266,7 @@ model.fit(np.ones((8, 12)), np.ones((8, 3)), verbose=0, callbacks=[pruning, Inte
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="about notebooks")
 def test_an_interrupted_fit_ends_with_its_cell_of_a_notebook(tmp_path):
     pytest.importorskip("IPython")
@@ -569,6 +570,7 @@ def test_a_tensorflow_checkpoint_of_the_middle_of_a_fit_is_restored_into_a_plain
         np.testing.assert_array_equal(ks.selection.as_array(a), ks.selection.as_array(b))
 
 
+@pytest.mark.slow
 def test_files_of_the_middle_of_fits_load_without_us(tmp_path):
     for index, make in enumerate((keras.optimizers.Adam, keras.optimizers.SGD)):
         model = dense_model(make(0.01), **EAGER)

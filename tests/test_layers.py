@@ -238,7 +238,7 @@ def train(how, seed=1):
 
 
 @pytest.mark.parametrize("how", WAYS)
-@pytest.mark.thorough(2)
+@pytest.mark.thorough(1)
 def test_ways_to_train(how, tmp_path):
     model, losses = train(how)
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
@@ -257,6 +257,7 @@ def test_ways_to_train(how, tmp_path):
         assert train(how, seed=2)[1] != losses
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
 def test_in_a_distribution_strategy(two_replicas):
     with two_replicas.scope():

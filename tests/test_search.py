@@ -26,6 +26,7 @@ OTHERS = ("random", "reinforce")
 SPAWN = multiprocessing.get_context("spawn")
 
 
+@pytest.mark.slow
 def test_found_allocation_goes_into_pruning_and_beats_uniform():
     body = [keras.layers.Dense(40, activation="relu"), keras.layers.Dense(40, activation="relu"), keras.layers.Dense(3)]
     model = keras.Sequential([keras.Input((6,)), *body])
@@ -229,6 +230,7 @@ def test_candidates_that_take_too_long_are_recorded():
         search(timeout=1e-9, budget=4)
 
 
+@pytest.mark.slow
 def test_time_limit_ends_between_batches():
     results = search(time_limit=1e-9, budget=100)
     assert len(results.candidates) == 8
@@ -279,6 +281,7 @@ def test_wrong_points_of_a_searcher(asked):
         search(searcher=Own(asked), budget=5, epochs=0)
 
 
+@pytest.mark.slow
 def test_numbers_may_be_of_numpy(tmp_path):
     options = {"seed": 1, "batch_size": 32, "constraints": {"macs": 50}, "epochs": 0, "budget": 2}
     found = search(tmp_path, **options)
@@ -418,7 +421,7 @@ def test_what_killed_searches_left_is_removed(tmp_path):
         ({"space": 3}, TypeError, "Space"),
     ],
 )
-@pytest.mark.thorough(6)
+@pytest.mark.thorough(3)
 def test_wrong_arguments(options, error, message):
     with pytest.raises(error, match=message):
         search(**options)

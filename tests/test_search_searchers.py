@@ -160,6 +160,7 @@ def test_less_violation_comes_first():
     assert fronts([[1, 1], [2, 2], [0, 0]], [0, 0, 0.5]) == [[0], [1], [2]]
 
 
+@pytest.mark.slow
 def test_evolution_finds_the_whole_front():
     """4,096 points, two objectives: sparsity against a sum of costs that differ by choice."""
     space = space_of(6, (0.0, 0.5, 0.75, 0.9))

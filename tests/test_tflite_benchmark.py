@@ -4,7 +4,7 @@ import json
 import shlex
 
 import pytest
-from tflite_models import lstm, mlp, qualifying, several, sparsify
+from tflite_models import exported, lstm, mlp, qualifying, several
 
 import keras_sparse as ks
 
@@ -15,9 +15,8 @@ MISSING = ks.tflite.runtimes.available()
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     for build in (mlp, lstm, several, qualifying):
-        model = build() if build is qualifying else sparsify(build(), 0.9, blocks=build is mlp)
-        ks.tflite.export(model, folder / f"{build.__name__}.tflite")
-        ks.tflite.export(model, folder / f"{build.__name__}_dense.tflite", sparse=False)
+        (folder / f"{build.__name__}.tflite").write_bytes(exported(build))
+        (folder / f"{build.__name__}_dense.tflite").write_bytes(exported(build, sparse=False))
     return folder
 
 

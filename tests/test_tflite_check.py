@@ -70,7 +70,7 @@ NAMES = {  # of the layer that stands in the way
 
 
 @pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.thorough(3)
+@pytest.mark.thorough(1)
 def test_networks_that_fit_in_part(name):
     report = ks.tflite.check(image_model(BROKEN[name]))
     assert any(one["layer"].startswith(NAMES[name]) and one["mend"] for one in report.violations), report.violations
@@ -83,6 +83,7 @@ def test_networks_that_fit_in_part(name):
 
 
 @pytest.mark.parametrize("name", UNTOUCHED)
+@pytest.mark.thorough(2)
 def test_networks_that_do_not_fit(name):
     report = ks.tflite.check(image_model(UNTOUCHED[name]))
     assert report.violations and not any(r["runs"] == "sparse" and r["operator"] == "CONV_2D" for r in report.rows)
@@ -212,6 +213,7 @@ def test_constants_are_no_weights():
     assert rows["FULLY_CONNECTED"] == "dense/kernel" and "dense" not in rows.get("MUL", "")
 
 
+@pytest.mark.slow
 def test_layers_at_the_outputs_are_named():
     """The converter calls an output after the signature, not after its layer."""
     inputs = keras.Input((32, 32, 3))

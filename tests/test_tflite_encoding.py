@@ -235,6 +235,7 @@ def test_tables_are_restored(build, quantize):
 
 
 @pytest.mark.parametrize("quantize", [None, "float16"])
+@pytest.mark.thorough(1)
 def test_zeros_are_filled_in(quantize):
     """The list of outputs that a loop begins with."""
     clip = keras.Input((20, 4), batch_size=1)

@@ -140,6 +140,7 @@ def test_quantized_blocks_are_restored(quantize, tmp_path):
     assert report.parity_relative < 1e-2
 
 
+@pytest.mark.slow
 @tensorflow_only
 def test_fixed_batch_is_said(tmp_path):
     report = ks.tflite.export(sparsify(lstm(), 0.9), tmp_path / "m.tflite")

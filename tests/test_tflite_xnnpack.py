@@ -106,11 +106,13 @@ def verdict(body, batch_size=None):
 
 
 @pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.thorough(2)
 def test_whole_clusters_run_sparse(name):
     _, _, reason, operators = verdict(WHOLE[name], batch_size=1)
     assert reason is None and set(operators) == {"CONV_2D"} and len(operators) >= 2
 
 
+@pytest.mark.slow
 def test_squeeze_and_excite_of_an_open_batch(tmp_path):
     """Sparse kernels are right for the first sample of it, and for whole batches of a fixed size."""
     model, content, reason, operators = verdict(excited)
@@ -133,18 +135,20 @@ def test_squeeze_and_excite_of_an_open_batch(tmp_path):
 
 
 @pytest.mark.parametrize("name", UNTOUCHED)
+@pytest.mark.thorough(2)
 def test_untouched_graphs_are_safe(name):
     _, _, reason, operators = verdict(UNTOUCHED[name])
     assert reason is None and operators == []
 
 
 @pytest.mark.parametrize(("name", "bodies"), [*((n, BROKEN) for n in BROKEN), *((n, DOUBTFUL) for n in DOUBTFUL)])
-@pytest.mark.thorough(5)
+@pytest.mark.thorough(2)
 def test_partial_clusters_are_found(name, bodies):
     _, _, reason, operators = verdict(bodies[name])
     assert name in reason and "a part of the graph" in reason and operators == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(MISSING["x86-no-avx"] is not None, reason="needs qemu-x86_64")
 def test_what_a_cpu_without_avx_cannot_load_is_no_missing_runtime():
     model, content, _, _ = verdict(BROKEN["keepdims=True"])

@@ -1,9 +1,14 @@
 """Models for the tests of the TFLite stage, made sparse by plain NumPy."""
 
+import functools
+import pathlib
+import tempfile
+
 import keras
 import numpy as np
 from keras import layers
 
+import keras_sparse as ks
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.job import Job
@@ -184,6 +189,18 @@ def qualifying():
     return image_model(body)
 
 
+@functools.cache
+def exported(build, sparse=True):
+    """The bytes of a model's file at 90 % zeros, made once for all tests of a process."""
+    keras.utils.set_random_seed(0)
+    model = build() if build is qualifying else sparsify(build(), 0.9, blocks=build is mlp)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "model.tflite"
+        ks.tflite.export(model, path, sparse=sparse)
+        return path.read_bytes()
+
+
+@functools.cache
 def encodings():
     """Dense and sparse encodings of models at 90 % zeros: `encodings()[kind, blocks, quantize][encoding]`."""
     keras.utils.set_random_seed(0)
