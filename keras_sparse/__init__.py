@@ -19,6 +19,7 @@ if not _is_command_line():
         baking,
         batches,
         callbacks,
+        channels,
         criteria,
         gates,
         graph,
@@ -33,6 +34,7 @@ if not _is_command_line():
         selection,
     )
     from keras_sparse.baking import add_l0, bake
+    from keras_sparse.channels import channel_groups, shrink
     from keras_sparse.neurons import neuron_sparsity
     from keras_sparse.pruning import prune, update_masks
     from keras_sparse.regularizers import regularize
@@ -46,6 +48,8 @@ __all__ = [
     "baking",
     "batches",
     "callbacks",
+    "channel_groups",
+    "channels",
     "compare",
     "comparison",
     "criteria",
@@ -65,6 +69,7 @@ __all__ = [
     "schedules",
     "search",
     "selection",
+    "shrink",
     "tflite",
     "update_masks",
 ]
@@ -72,11 +77,13 @@ __all__ = [
 _FUNCTIONS = {
     "add_l0": "baking",
     "bake": "baking",
+    "channel_groups": "channels",
     "compare": "comparison",
     "neuron_sparsity": "neurons",
     "prune": "pruning",
     "regularize": "regularizers",
     "report": "reports",
+    "shrink": "channels",
     "update_masks": "pruning",
 }
 
