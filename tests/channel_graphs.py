@@ -54,7 +54,9 @@ class Builder:
         if kind == "leaky":
             return layers.LeakyReLU()(x)
         if kind == "prelu":
-            shared = [] if len(x.shape) == 2 else [2, 3][: len(x.shape) - 2] if self.first else [1, 2][: len(x.shape) - 2]
+            shared = (
+                [] if len(x.shape) == 2 else [2, 3][: len(x.shape) - 2] if self.first else [1, 2][: len(x.shape) - 2]
+            )
             return layers.PReLU("random_normal", shared_axes=shared or None)(x)
         if kind == "relu6":
             return ops.relu6(x)
@@ -83,7 +85,9 @@ class Builder:
             "nested", "conv3d", "dense",
         )  # fmt: skip
         if name == "conv":
-            return self.activation(self.norm(self.conv(x, padding=self.pick("same", "valid") if x.shape[2] > 3 else "same")))
+            return self.activation(
+                self.norm(self.conv(x, padding=self.pick("same", "valid") if x.shape[2] > 3 else "same"))
+            )
         if name == "residual":
             y = self.activation(self.norm(self.conv(x)))
             return self.pick(layers.add, layers.subtract, layers.maximum, layers.average)([x, self.conv(y, channels)])
@@ -175,7 +179,9 @@ class Builder:
         if name == "time":
             return layers.TimeDistributed(layers.Dense(6, self.pick("relu", "sigmoid")))(x)
         if name == "attention":
-            layer = layers.MultiHeadAttention(3, 4, value_dim=int(self.pick(4, 3)), use_bias=bool(self.rng.random() < 0.7), **bias)
+            layer = layers.MultiHeadAttention(
+                3, 4, value_dim=int(self.pick(4, 3)), use_bias=bool(self.rng.random() < 0.7), **bias
+            )
             return layers.add([x, layer(x, x)])
         if name == "grouped":
             return layers.GroupQueryAttention(4, 4, int(self.pick(2, 4)), **bias)(x, x)

@@ -80,7 +80,9 @@ def listing(channels, title):
         totals |= {name: whole[name], f"{name}_left": left[name]}
     formats = dict.fromkeys(("macs", "parameters", "macs_left", "parameters_left", "channels"), ",d")
     columns = dict.fromkeys(("group", "layers", "channels", "dead", "removable", "macs", "parameters", "reason"))
-    columns["layers"] = lambda row: f"{len(row['layers'])} layers" if len(row["layers"]) > 3 else ", ".join(row["layers"])
+    columns["layers"] = lambda row: (
+        f"{len(row['layers'])} layers" if len(row["layers"]) > 3 else ", ".join(row["layers"])
+    )
     notes = []
     if not rows:
         kinds = sorted({type(layer).__name__ for layer in selection.layers(channels.labelled.model)})

@@ -163,9 +163,7 @@ def _copy_compilation(source, target, variables, kept):
     target.optimizer.build(target.trainable_variables)
     old_own, new_own = source.trainable_variables, target.trainable_variables
     positions = {id(variable): i for i, variable in enumerate(new_own)}
-    new_slots = {
-        (index, kind): slot for index, kind, slot in optimizers.slots(target.optimizer, new_own)
-    }
+    new_slots = {(index, kind): slot for index, kind, slot in optimizers.slots(target.optimizer, new_own)}
     done = set()
     for index, kind, slot in optimizers.slots(source.optimizer, old_own):
         new, part = variables[old_own[index]]

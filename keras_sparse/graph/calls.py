@@ -7,7 +7,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-__all__ = ["Call", "Condition", "Elementwise", "Part", "Tensor", "filled_with", "run"]
+__all__ = ["Call", "Condition", "Elementwise", "Part", "Tensor", "filled_with", "run", "uniform"]
 
 _OPEN = 8  # stands for a size that is not known
 
@@ -148,10 +148,10 @@ class Call:
 
     def fill_constants(self):
         """The same, where an input has constants."""
-        known = IdentitySet(self, [tensor.constants for tensor in self.inputs])
+        known = _Known(self, [tensor.constants for tensor in self.inputs])
         for output, value in zip(self.outputs, self._evaluated(), strict=True):
             where = known.constant(output)
-            output.constant = _uniform(value, output.labels, where)
+            output.constant = uniform(value, output.labels, where)
 
     def _evaluated(self):
         values = [filled_with(tensor, np.nan_to_num(tensor.constants, nan=0.7)) for tensor in self.inputs]
@@ -190,7 +190,7 @@ class Call:
         return found
 
 
-class IdentitySet:
+class _Known:
     """Which classes are constant in all inputs of a call."""
 
     def __init__(self, call, constants):
@@ -245,7 +245,7 @@ class Elementwise(Call):
         where = ~np.any(np.isnan(values), axis=0)
         if not any(v.shape == output.labels.shape for v in values):
             return None
-        evaluated = _uniform(self._evaluated()[0], output.labels, where)
+        evaluated = uniform(self._evaluated()[0], output.labels, where)
         if self.product:
             zero = np.any(np.asarray(values) == 0, axis=0)
             evaluated = np.where(zero, 0.0, np.full(output.labels.shape, np.nan) if evaluated is None else evaluated)
@@ -259,7 +259,7 @@ def _channel_axis(output, inputs):
     return rank - widest.ndim + int(np.argmax(widest.shape))
 
 
-def _uniform(value, labels, where):
+def uniform(value, labels, where):
     """The values of elements, in the shape of labels, where they are the same along the axes that do not matter."""
     axes = tuple(axis for axis, size in enumerate(labels.shape) if size == 1)
     if value.dtype.kind != "f" or not where.any():

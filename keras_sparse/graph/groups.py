@@ -21,7 +21,7 @@ class ChannelGroup:
         members: List of `(layer, part)`: the weights, and where the channels lie in them.
         channels: The representatives of the classes of labels: one for each channel, a vector.
         removable: Which channels can be removed without a trace, a boolean for each.
-        dead: Which are zero in all weights that make them, or removable.
+        dead: Which are zero in all kernels that make them, whatever their biases are, or removable.
         reasons: Why channels must stay that are dead, or all of them, a list of sentences.
 
     Example:
@@ -85,10 +85,10 @@ class Channels:
             group.reasons = self._why(group)
 
     def _zero(self):
-        """For each label whether all weights that make its class are zero there, if there are any."""
+        """For each label whether all kernels that make its class are zero there, if there are any."""
         live, made = np.zeros(len(self.roots), bool), np.zeros(len(self.roots), bool)
         for _, part in self.parts():
-            if part.made is not None:
+            if part.made is not None and len(part.variable.shape) > 1:
                 value = array(part.variable)
                 others = tuple(axis for axis in range(value.ndim) if axis != part.made)
                 labels = self.roots[part.axes[part.made]]

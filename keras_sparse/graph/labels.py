@@ -8,9 +8,9 @@ others are probed: some channels are perturbed, and where the output changes is 
 import keras
 import numpy as np
 
+from keras_sparse.graph.calls import Call, Elementwise, Tensor
 from keras_sparse.graph.classes import Classes
 from keras_sparse.graph.kinds import JOINS, KEEPS, kind_of
-from keras_sparse.graph.calls import Call, Elementwise, Tensor
 from keras_sparse.graph.mixing import rule_of
 from keras_sparse.graph.probing import Moves, Probed, is_elementwise
 from keras_sparse.graph.rebuilding import packed, replay

@@ -6,7 +6,7 @@ Rules follow the rows of the table of kinds, so that a row that a user registers
 import keras
 import numpy as np
 
-from keras_sparse.graph.calls import Call, Condition, Part, _uniform, filled_with, run
+from keras_sparse.graph.calls import Call, Condition, Part, filled_with, run, uniform
 from keras_sparse.graph.kinds import DEPTHWISE, EMBEDDING, MIXES, Equation, kind_of
 from keras_sparse.graph.probing import channelwise
 
@@ -303,7 +303,11 @@ class Depthwise(Call):
         self.multiplier = y.full[1 if first else -1] // channels
         self.read, self.made = labels, np.repeat(labels, self.multiplier)
         self.grouped = grouped
-        self.parts = [Part(self.kernel, {rank - 1: self.made} if grouped else {rank - 2: labels}, rank - 1 if grouped else rank - 2)]
+        self.parts = [
+            Part(
+                self.kernel, {rank - 1: self.made} if grouped else {rank - 2: labels}, rank - 1 if grouped else rank - 2
+            )
+        ]
         self.bias = getattr(layer, self.kind.bias, None)
         if self.bias is not None:
             self.parts.append(Part(self.bias, {0: self.made}, 0))
@@ -327,7 +331,7 @@ class Depthwise(Call):
         others = ~np.isnan(known) & ~zero
         if others.any():
             filled = filled_with(x, np.nan_to_num(x.constants, nan=0.7))
-            found = _uniform(run(self, [filled])[0], y.labels, others.reshape(y.labels.shape))
+            found = uniform(run(self, [filled])[0], y.labels, others.reshape(y.labels.shape))
             value = np.where(others, value if found is None else found.reshape(-1), value)
         y.constant = None if np.isnan(value).all() else value.reshape(y.labels.shape)
 
@@ -439,7 +443,9 @@ class Normalized(Call):
         shape = [1] * rank
         shape[axis] = self.count
         y.labels = self.read.reshape(shape)
-        self.parts = [Part(v, {0: self.read}, 0 if v.name in ("gamma", "scale", "beta") else None) for v in layer.weights]
+        self.parts = [
+            Part(v, {0: self.read}, 0 if v.name in ("gamma", "scale", "beta") else None) for v in layer.weights
+        ]
         self.groups = None
         if isinstance(layer, keras.layers.GroupNormalization):
             self.groups = self.count if layer.groups == -1 else layer.groups

@@ -175,7 +175,9 @@ def _form(before, after):
     if before.ndim != after.ndim:
         return None
     for axis in range(1, before.ndim):
-        same = [n for i, n in enumerate(before.shape) if i != axis] == [n for i, n in enumerate(after.shape) if i != axis]
+        same = [n for i, n in enumerate(before.shape) if i != axis] == [
+            n for i, n in enumerate(after.shape) if i != axis
+        ]
         if not same:
             continue
         rows, wanted = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)[:, 0].tolist() for x in (before, after))
@@ -266,7 +268,10 @@ class Probed(Call):
         """`"same"`, or `None` if the operation computes something else when only some channels stay."""
         values = self._values(np.random.default_rng(9))
         try:
-            whole, part = run(self, values), run(self, [_picked(x, v, kept) for x, v in zip(self.inputs, values, strict=True)])
+            whole, part = (
+                run(self, values),
+                run(self, [_picked(x, v, kept) for x, v in zip(self.inputs, values, strict=True)]),
+            )
             for output, one, other in zip(self.outputs, whole, part, strict=True):
                 picked = _picked(output, one, kept)
                 if picked.shape != other.shape or not np.allclose(picked, other, 1e-5, 1e-6):
@@ -288,4 +293,3 @@ def _picked(tensor, value, kept):
 
 def _float(dtype):
     return "float32" if "float" in keras.backend.standardize_dtype(dtype) else keras.backend.standardize_dtype(dtype)
-

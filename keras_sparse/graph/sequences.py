@@ -155,7 +155,8 @@ class BothWays(Call):
         left, right = (way.outputs[0].labels for way in self.ways)
         if mode is None:
             every[0].labels, every[1].labels = left, right
-        elif mode == "concat":
+        elif mode == "concat":  # Keras takes its width for twice that of the one way
+            self.classes.join(left, right)
             every[0].labels = np.concatenate([left, right], axis=-1)
         else:
             self.classes.join(left, right)
@@ -232,7 +233,9 @@ class EachStep(Call):
 
 def _changed(serialized, changes):
     """A serialized layer with changes in its config."""
-    return {key: value for key, value in serialized.items() if key != "build_config"} | {"config": serialized["config"] | changes}
+    return {key: value for key, value in serialized.items() if key != "build_config"} | {
+        "config": serialized["config"] | changes
+    }
 
 
 class Reversible(Call):
