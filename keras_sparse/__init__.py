@@ -36,13 +36,14 @@ if not _is_command_line():
     from keras_sparse.baking import add_l0, bake
     from keras_sparse.channels import channel_groups, shrink
     from keras_sparse.neurons import neuron_sparsity
-    from keras_sparse.pruning import prune, update_masks
+    from keras_sparse.pruning import Budget, prune, update_masks
     from keras_sparse.regularizers import regularize
     from keras_sparse.reports import report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "add_l0",
     "bake",
     "baking",
@@ -75,6 +76,7 @@ __all__ = [
 ]
 
 _FUNCTIONS = {
+    "Budget": "pruning",
     "add_l0": "baking",
     "bake": "baking",
     "channel_groups": "channels",

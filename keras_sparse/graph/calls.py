@@ -61,14 +61,14 @@ class Part:
 
     >>> import keras, numpy as np
     >>> from keras_sparse.graph.calls import Part
-    >>> part = Part(keras.Variable([1.0, 2.0]), {0: np.array([1, 2])}, made=0)
+    >>> part = Part(keras.Variable([1.0, 2.0]), {0: np.array([1, 2])}, made=(0,))
     >>> part.keep(lambda labels: labels != 2, np.array([5.0, 6.0]))
     array([5.])
     """
 
     variable: keras.Variable
     axes: dict
-    made: int | None = None  # the axis of the channels that are zero where it is, and its like are
+    made: tuple = ()  # the axes of channels that are zero where it and what else makes them are
 
     def keep(self, kept, value):
         """An array of the variable's shape without what is removed; `kept` maps labels to booleans."""
@@ -140,6 +140,12 @@ class Call:
     def label(self):
         """Give the outputs their labels, and name parts and conditions."""
         raise NotImplementedError
+
+    def update_constants(self):
+        """Find the constants of the outputs anew, from those of the inputs and the present weights."""
+        for output in self.outputs:
+            output.constant = None
+        self.find_constants()
 
     def find_constants(self):
         """Say which elements of the outputs are constant in inference, from those of the inputs."""

@@ -75,7 +75,7 @@ class Channels:
         self.roots = self.classes.find(np.arange(len(self.classes)))
         self.reasons = self.classes.reasons()
         for call in self.calls:
-            call.find_constants()
+            call.update_constants()
         self.groups = self._grouped()
         self.removed = self._find_removed(round_to)
         zero = self._zero()
@@ -88,13 +88,34 @@ class Channels:
         """For each label whether all kernels that make its class are zero there, if there are any."""
         live, made = np.zeros(len(self.roots), bool), np.zeros(len(self.roots), bool)
         for _, part in self.parts():
-            if part.made is not None and len(part.variable.shape) > 1:
-                value = array(part.variable)
-                others = tuple(axis for axis in range(value.ndim) if axis != part.made)
-                labels = self.roots[part.axes[part.made]]
+            for own in part.made if len(part.variable.shape) > 1 else ():
+                nonzero = array(part.variable) != 0
+                labels = self.roots[part.axes[own]]
                 made[labels] = True
-                live[labels[(value != 0).any(axis=others)]] = True
+                live[labels[nonzero.any(axis=tuple(axis for axis in range(nonzero.ndim) if axis != own))]] = True
         return (made & ~live)[self.roots]
+
+    def not_silenced(self):
+        """`{class: reason}` of channels that are not zero when all that makes them is."""
+        silenced = []
+        for _, part in self.parts():
+            value = array(part.variable)
+            for axis in part.made:
+                free = ~np.isin(self.roots[part.axes[axis]], list(self.reasons))
+                value = np.where(free.reshape([-1 if i == axis else 1 for i in range(value.ndim)]), 0, value)
+            silenced.append((part.variable, keras.ops.cast(value, part.variable.dtype)))
+        found = {}
+        with keras.StatelessScope(silenced):
+            for call in self.calls:
+                call.update_constants()
+                for output in call.outputs:
+                    for root in np.unique(self.roots[output.labels][output.constants != 0]).tolist():
+                        if root not in self.reasons:
+                            name = f"{call.operation.name} ({type(call.operation).__name__})"
+                            found.setdefault(root, f"{name} is not zero where all that makes its channel is")
+        for call in self.calls:
+            call.update_constants()
+        return found
 
     def _why(self, group):
         found = [self.reasons[c] for c in group.channels.tolist() if c in self.reasons]

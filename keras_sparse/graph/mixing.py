@@ -97,13 +97,15 @@ class Linear(Call):
             classes.join(sources.reshape(self.groups, -1), sources.reshape(self.groups, -1)[:1])
         self.read = sources
         width = self.kernel.shape[self.in_kernel]
-        self.parts = [Part(self.kernel, {self.in_kernel: sources[:width], self.out_kernel: self.made}, self.out_kernel)]
+        self.parts = [
+            Part(self.kernel, {self.in_kernel: sources[:width], self.out_kernel: self.made}, (self.out_kernel,))
+        ]
         if self.bias is not None:
             axis = self._bias_axis()
             if axis is None:
                 classes.fix(self.made, f"{layer.name} shares its bias among channels")
             else:
-                self.parts.append(Part(self.bias, {axis: self.made}, axis))
+                self.parts.append(Part(self.bias, {axis: self.made}, (axis,)))
         shape = [1] * len(y.shape)
         shape[out_axis] = units
         y.labels = self.made.reshape(shape)
@@ -303,14 +305,11 @@ class Depthwise(Call):
         self.multiplier = y.full[1 if first else -1] // channels
         self.read, self.made = labels, np.repeat(labels, self.multiplier)
         self.grouped = grouped
-        self.parts = [
-            Part(
-                self.kernel, {rank - 1: self.made} if grouped else {rank - 2: labels}, rank - 1 if grouped else rank - 2
-            )
-        ]
+        axis, own = (rank - 1, self.made) if grouped else (rank - 2, labels)
+        self.parts = [Part(self.kernel, {axis: own}, (axis,))]
         self.bias = getattr(layer, self.kind.bias, None)
         if self.bias is not None:
-            self.parts.append(Part(self.bias, {0: self.made}, 0))
+            self.parts.append(Part(self.bias, {0: self.made}, (0,)))
         shape = [1] * len(y.shape)
         shape[1 if first else -1] = len(self.made)
         y.labels = self.made.reshape(shape)
@@ -363,7 +362,7 @@ class PerChannel(Call):
             self.stay(f"{layer.name} has weights of other shapes than one for each channel")
             return
         own = [v for v in (self.scale, *self.shift) if v is not None]
-        self.parts = [Part(v, {0: self.made}, 0 if any(v is w for w in own) else None) for v in layer.weights]
+        self.parts = [Part(v, {0: self.made}, (0,) if any(v is w for w in own) else ()) for v in layer.weights]
 
     def find_constants(self):
         if self.fixed:
@@ -413,7 +412,7 @@ class Lookup(Call):
         self.made = self.classes.new(self.table.shape[-1])
         self.classes.fix(self.inputs[0].labels, f"{layer.name} looks it up")
         y.labels = self.made.reshape((1,) * (len(y.shape) - 1) + (-1,))
-        self.parts = [Part(self.table, {1: self.made}, 1)]
+        self.parts = [Part(self.table, {1: self.made}, (1,))]
 
     def find_constants(self):
         if not self.fixed:
@@ -444,7 +443,7 @@ class Normalized(Call):
         shape[axis] = self.count
         y.labels = self.read.reshape(shape)
         self.parts = [
-            Part(v, {0: self.read}, 0 if v.name in ("gamma", "scale", "beta") else None) for v in layer.weights
+            Part(v, {0: self.read}, (0,) if v.name in ("gamma", "scale", "beta") else ()) for v in layer.weights
         ]
         self.groups = None
         if isinstance(layer, keras.layers.GroupNormalization):

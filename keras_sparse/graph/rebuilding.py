@@ -92,7 +92,7 @@ class Rebuilding:
         shapes = [x.shape for x in model.inputs] if shapes is None else shapes
         pairs = zip(model.inputs, shapes, strict=True)
         self.inputs = [keras.Input(shape[1:], shape[0], x.dtype, name=x.name) for x, shape in pairs]
-        self._source, self._names = model, set()
+        self._source, self._names, self._own = model, set(), []
         self._copies = IdentityDict() if around is None else around.copies
 
     @property
@@ -128,6 +128,7 @@ class Rebuilding:
                 self._names.add(operation.name)
             self._copies[operation] = new, wanted, weights
         new, known, values = self._copies[operation]
+        self._own.append(new)
         same = len(weights) == len(values) and all(
             map(functools.partial(np.array_equal, equal_nan=True), weights, values)
         )
@@ -161,8 +162,7 @@ class Rebuilding:
 
         Nothing may have been laid out by `replay`: the model does that itself.
         """
-        layers = [new for new, _, _ in self._copies.values()]
-        model = keras.Sequential([self.inputs[0], *layers], name=self._source.name)
+        model = keras.Sequential([self.inputs[0], *self._own], name=self._source.name)
         self.set_weights()
         return model
 

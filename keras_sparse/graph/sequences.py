@@ -70,11 +70,11 @@ class Recurrent(Call):
         self.gates = cell.kernel.shape[-1] // units
         rank, every = len(cell.kernel.shape), np.tile(self.made, self.gates)
         self.parts = [
-            Part(cell.kernel, {rank - 2: self.read, rank - 1: every}, rank - 1),
-            Part(cell.recurrent_kernel, {rank - 2: self.made, rank - 1: every}, rank - 1),
+            Part(cell.kernel, {rank - 2: self.read, rank - 1: every}, (rank - 1,)),
+            Part(cell.recurrent_kernel, {rank - 2: self.made, rank - 1: every}, (rank - 1,)),
         ]
         if cell.bias is not None:
-            self.parts.append(Part(cell.bias, {len(cell.bias.shape) - 1: every}, len(cell.bias.shape) - 1))
+            self.parts.append(Part(cell.bias, {len(cell.bias.shape) - 1: every}, (len(cell.bias.shape) - 1,)))
         self.conditions = [
             Condition(self.read, self._can_lose_input, f"{layer.name} reads it"),
             Condition(self.made, self._can_lose_unit, f"{layer.name} reads it"),
@@ -168,7 +168,7 @@ class BothWays(Call):
         if self.fixed:
             return
         for way in self.ways:
-            way.find_constants()
+            way.update_constants()
         left, right = (way.outputs[0].constants for way in self.ways)
         mode = self.operation.merge_mode
         if mode is None:
@@ -219,7 +219,7 @@ class EachStep(Call):
         value = self.inputs[0].constant
         self.before.constant = None if value is None else value[:, 0]
         self.inner.shared = self.shared
-        self.inner.find_constants()
+        self.inner.update_constants()
         found = self.after.constant
         self.outputs[0].constant = None if found is None else found[:, None]
 
@@ -257,7 +257,7 @@ class Reversible(Call):
             self.made = self.classes.new(width)
             self.classes.fix(x.labels, f"{layer.name} looks it up")
             y.labels = self.made.reshape((1,) * (len(y.shape) - 1) + (-1,))
-        self.parts = [Part(layer.embeddings, {1: self.made}, 1)]
+        self.parts = [Part(layer.embeddings, {1: self.made}, (1,))]
         if not layer.tie_weights:
             self.parts.append(Part(layer.reverse_embeddings, {0: self.made}))
 
@@ -317,15 +317,15 @@ class Attention(Call):
             labels = classes.join_along(tensor.labels, len(tensor.shape) - 1)
             self.read[name] = np.broadcast_to(labels, shape[name][0])
             heads, width = self._inner(name)
-            self.parts.append(Part(own[name].kernel, {0: self.read[name], 1: heads, 2: width}, made=2))
+            self.parts.append(Part(own[name].kernel, {0: self.read[name], 1: heads, 2: width}, made=(2,)))
             if own[name].bias is not None:
-                self.parts.append(Part(own[name].bias, {0: heads, 1: width}, made=1))
+                self.parts.append(Part(own[name].bias, {0: heads, 1: width}, made=(1,)))
             self.conditions.append(Condition(self.read[name], self._loses_input(name), f"{layer.name} reads it"))
         last = own["attention_output"]
         axes = {0: self.heads, 1: self.value_width, len(last.kernel.shape) - 1: self.made}
-        self.parts.append(Part(last.kernel, axes, len(last.kernel.shape) - 1))
+        self.parts.append(Part(last.kernel, axes, (0, len(last.kernel.shape) - 1)))
         if last.bias is not None:
-            self.parts.append(Part(last.bias, {len(last.bias.shape) - 1: self.made}, len(last.bias.shape) - 1))
+            self.parts.append(Part(last.bias, {len(last.bias.shape) - 1: self.made}, (len(last.bias.shape) - 1,)))
         self.conditions += [
             Condition(self.heads, self._loses_head, f"{layer.name} reads it"),
             Condition(self.key_width, self._loses_key, f"{layer.name} reads it"),
