@@ -1,4 +1,4 @@
-"""Random graphs of every operation that channels pass, with random biases and statistics, and channels killed at random.
+"""Random graphs of all operations that channels pass, random biases and statistics, and channels killed at random.
 
 Run as a program it tries many: `python tests/channel_graphs.py 0 1000`.
 """
@@ -80,9 +80,9 @@ class Builder:
         channels, axis = self.channels(x), self.axis
         last = not self.first
         name = self.pick(
-            "conv", "conv", "residual", "residual", "concat", "split", "depthwise", "separable", "grouped", "transposed",
-            "excite", "pool", "pad", "upsample", "shuffle", "space", "lambda", "slice", "scale", "shared", "permute",
-            "nested", "conv3d", "dense",
+            "conv", "conv", "residual", "residual", "concat", "split", "depthwise", "separable", "grouped",
+            "transposed", "excite", "pool", "pad", "upsample", "shuffle", "space", "lambda", "slice", "scale", "shared",
+            "permute", "nested", "conv3d", "dense",
         )  # fmt: skip
         if name == "conv":
             return self.activation(

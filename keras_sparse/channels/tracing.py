@@ -46,8 +46,8 @@ def functional(model):
         traced = keras.Model(inputs, model.call(inputs), name=model.name)
     except Exception as error:
         raise ValueError(
-            f"`call` of {type(model).__name__} cannot be run on symbolic inputs, so that nobody knows how its layers are "
-            f"wired: build the model with `keras.Model(inputs, outputs)`. Received: {model.name!r} "
+            f"`call` of {type(model).__name__} cannot be run on symbolic inputs, so that its wiring is not known: "
+            f"build the model with `keras.Model(inputs, outputs)`. Received: {model.name!r} "
             f"({type(error).__name__}: {' '.join(str(error).split())[:300]})"
         ) from error
     known = IdentityDict.fromkeys(traced.weights)

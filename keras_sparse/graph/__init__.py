@@ -17,7 +17,7 @@ from keras_sparse.graph.kinds import (
     operator_axes,
     register_kind,
 )
-from keras_sparse.graph.labels import Labelled
+from keras_sparse.graph.labels import OUTPUT, Labelled
 from keras_sparse.graph.macs import uses
 from keras_sparse.graph.rebuilding import Rebuilding, replay, substituted
 from keras_sparse.graph.weights import Weight, as_array, check_model, layers, weights
@@ -27,6 +27,7 @@ __all__ = [
     "DEPTHWISE",
     "EMBEDDING",
     "NO_KERNELS",
+    "OUTPUT",
     "Call",
     "ChannelGroup",
     "Channels",

@@ -95,24 +95,24 @@ class Channels:
                 live[labels[nonzero.any(axis=tuple(axis for axis in range(nonzero.ndim) if axis != own))]] = True
         return (made & ~live)[self.roots]
 
-    def not_silenced(self):
-        """`{class: reason}` of channels that are not zero when all that makes them is."""
+    def not_silenced(self, stay):
+        """`{class: reason}` of channels, but for those of `stay`, that readers see when all that makes them is zero."""
         silenced = []
         for _, part in self.parts():
             value = array(part.variable)
             for axis in part.made:
-                free = ~np.isin(self.roots[part.axes[axis]], list(self.reasons))
+                free = ~np.isin(self.roots[part.axes[axis]], list(stay))
                 value = np.where(free.reshape([-1 if i == axis else 1 for i in range(value.ndim)]), 0, value)
             silenced.append((part.variable, keras.ops.cast(value, part.variable.dtype)))
         found = {}
         with keras.StatelessScope(silenced):
             for call in self.calls:
                 call.update_constants()
-                for output in call.outputs:
-                    for root in np.unique(self.roots[output.labels][output.constants != 0]).tolist():
-                        if root not in self.reasons:
-                            name = f"{call.operation.name} ({type(call.operation).__name__})"
-                            found.setdefault(root, f"{name} is not zero where all that makes its channel is")
+            seen = [(tensor, call.operation.name) for call in self.calls if call.conditions for tensor in call.inputs]
+            for tensor, name in [*seen, *((tensor, "the caller") for tensor in self.labelled.outputs)]:
+                for root in np.unique(self.roots[tensor.labels][tensor.constants != 0]).tolist():
+                    if root not in stay:
+                        found.setdefault(root, f"{name} would not see zeros where all that makes the channel is zero")
         for call in self.calls:
             call.update_constants()
         return found
@@ -176,6 +176,10 @@ class Channels:
         """What nothing needs that stays: all is removed at first, and comes back if a condition does not hold."""
         removed = ~np.isin(self.roots, sorted(stay))
         removed[0] = False
+
+        def kept(labels):
+            return ~removed[labels]
+
         conditions = [condition for call in reversed(self.calls) for condition in reversed(call.conditions)]
         again = True
         while again:
@@ -185,9 +189,9 @@ class Channels:
                 asked = removed[labels]
                 if not asked.any():
                     continue
-                missed = asked & ~np.broadcast_to(condition.test(lambda x: ~removed[x]), asked.shape)
+                missed = asked & ~np.broadcast_to(condition.test(kept), asked.shape)
                 if missed.any():
-                    removed &= ~np.isin(self.roots, self.roots[labels[missed]])
+                    removed[np.isin(self.roots, self.roots[labels[missed]])] = False
                     again = True
         return removed
 

@@ -16,7 +16,10 @@ from keras_sparse.graph.probing import Moves, Probed, is_elementwise
 from keras_sparse.graph.rebuilding import packed, replay
 from keras_sparse.identity import IdentityDict
 
-__all__ = ["Labelled"]
+__all__ = ["OUTPUT", "Labelled"]
+
+# How the reason begins for which what a model returns stays.
+OUTPUT = "an output of the model"
 
 
 class Labelled:
@@ -50,7 +53,7 @@ class Labelled:
         self.inputs = [self._outside(x, f"the input {x.name!r} of the model") for x in model.inputs]
         self.outputs = self._replay(model, self.inputs)
         for output, name in zip(self.outputs, _output_names(model), strict=True):
-            self.classes.fix(output.labels, f"an output of the model ({name})")
+            self.classes.fix(output.labels, f"{OUTPUT} ({name})")
         self._make_rectangular()
         self._check_forms()
 

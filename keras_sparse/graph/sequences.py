@@ -38,7 +38,7 @@ def rules():
 
 
 class Recurrent(Call):
-    """A recurrent layer of one cell: a unit leaves with its columns in all gates and its row in the recurrent kernel."""
+    """A recurrent layer of one cell: a unit leaves with its columns of all gates and its row of states."""
 
     def label(self):
         layer = self.operation

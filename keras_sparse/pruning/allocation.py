@@ -196,7 +196,7 @@ class Isomorphic(Allocation):
 
     def keep(self, goals, scores, fraction):
         raise ValueError(
-            "allocation='isomorphic' ranks channels: it goes with pattern='channel', on functional or Sequential models. "
+            "allocation='isomorphic' ranks channels: it goes with pattern='channel' and a model whose graph is seen. "
             f"Received: pattern={goals[0].pattern!r}"
         )
 

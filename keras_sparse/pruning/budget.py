@@ -2,6 +2,8 @@
 
 import math
 
+import keras
+
 from keras_sparse import patterns, selection
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning import allocation as allocations
@@ -58,6 +60,8 @@ def final_target(target_sparsity, allocation, pattern, on_the_way=False):
     0.5
     """
     pattern = patterns.get(pattern)
+    if isinstance(target_sparsity, dict) and target_sparsity.get("registered_name") == "keras_sparse>Budget":
+        target_sparsity = keras.saving.deserialize_keras_object(target_sparsity)  # of a callback's config
     if target_sparsity is None:
         target_sparsity = pattern.sparsity
     check_target(target_sparsity, allocation)

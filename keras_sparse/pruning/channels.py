@@ -42,7 +42,11 @@ class ChannelChoice:
         self._roots, self._budget, self._allocation = channels.roots, budget, allocation
         selected = IdentityDict((goal.weight.variable, goal) for goal in goals)
         made = [(layer, part) for layer, part in channels.parts() if part.made]
-        reasons = channels.reasons | channels.not_silenced()
+        # What a model returns cannot be removed, but it can be zero, where a sparsity is asked for and not a cost.
+        reasons = {
+            c: why for c, why in channels.reasons.items() if budget is not None or not why.startswith(graph.OUTPUT)
+        }
+        reasons |= channels.not_silenced(reasons)
         reasons |= self._not_selected(made, selected, reasons)
         self._groups = []
         for group in channels.groups:

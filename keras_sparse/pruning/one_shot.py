@@ -18,8 +18,8 @@ def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="unif
 
     Args:
         model: A built Keras model, compiled or not.
-        sparsity: The target: a float in [0, 1), or a dict as in `ks.callbacks.Pruning`. `None` is the pattern's own, if
-            it has one: 1 - n/m.
+        sparsity: The target: a float in [0, 1), a `ks.Budget`, or a dict as in `ks.callbacks.Pruning`. `None` is the
+            pattern's own, if it has one: 1 - n/m.
         criterion: A `Criterion` or its name. Those that rank by gradients (`"snip"`, `"taylor"`, `"gradient"`,
             `"movement"`) need `data`.
         pattern: `None`, a name, or a `Pattern`.

@@ -88,7 +88,7 @@ class Plan:
             whole = [goal for goal in self.goals if goal.pattern.whole_units]
             self._channels = ChannelChoice(model, whole, self._budget, self.allocation)
             axes = IdentityDict(zip((g.weight.variable for g in whole), self._channels.kernels, strict=True))
-            found = [v if isinstance(v, str) else () for v in (axes.get(g.weight.variable, ()) for g in self.goals)]
+            found = [self._units_or_reason(model, goal, axes) for goal in self.goals]
         elif self._budget is not None:
             raise ValueError(
                 "A `Budget` is counted on the model without its channels, so its graph must be seen: build it with "
@@ -110,6 +110,14 @@ class Plan:
             )
         self.goals = goals
         return reasons
+
+    def _units_or_reason(self, model, goal, axes):
+        """No units of its own for a goal that is chosen by groups; else why it is not, as precisely as it is known."""
+        why = axes.get(goal.weight.variable, ())
+        if not isinstance(why, str):
+            return ()
+        (closer,) = graph.unit_variables(model, [goal.weight])
+        return closer if isinstance(closer, str) and "not known" not in closer else why
 
     def keep_units(self, model):
         """Let what belongs to dead units stay zero, in kernels whose zeros are whole channels already."""
