@@ -268,6 +268,18 @@ def test_the_score_of_a_group_is_the_sum_over_its_kernels():
     np.testing.assert_array_equal(np.flatnonzero(dead), np.sort(np.argsort(scores)[:6]))
 
 
+def test_global_compares_groups_of_different_scale():
+    model = keras.Sequential([keras.Input((6,)), dense(16), dense(16), dense(16), dense(2)])
+    for layer, scale in zip(model.layers, (1.0, 1e-3, 1e3, 1.0), strict=True):
+        layer.kernel.assign(layer.kernel * scale)
+    ks.prune(model, 0.5, pattern="channel", allocation=ks.pruning.Global(floor=3), filters=model.layers[:3])
+    gone = [row["removable"] for row in ks.channel_groups(model).rows[1:4]]
+    assert sum(gone) == 24
+    assert all(4 <= n <= 13 for n in gone)  # none is emptied because its weights are small
+    with pytest.raises(ValueError, match="Lower one of them"):
+        ks.prune(model, 0.5, pattern="channel", allocation=ks.pruning.Global(floor=12))
+
+
 def test_groups_of_which_a_part_is_left_dense_stay():
     with pytest.raises(ValueError, match="project/kernel makes them, too, and is left dense"):
         ks.prune(residual(), {"stem": 0.5}, pattern="channel")

@@ -68,7 +68,7 @@ class Plan:
         ]
         self._channels, self._budget = None, target_sparsity if isinstance(target_sparsity, Budget) else None
         reasons = self._complete_units(model) if whole_units else {}
-        if self._budget is None and not (self._channels and self.allocation.shared):
+        if self._budget is None:
             self.goals = self.allocation.share(self.goals)
         if self._channels is not None:
             self._channels.aim([goal for goal in self.goals if goal.pattern.whole_units])
