@@ -47,8 +47,8 @@ def run(dataset="digits", sparsity=0.9, epochs=None, output="quickstart", seed=0
 
     Returns:
         A `Report` with the rows `dense`, `sparse` and `small`, about the .tflite files, as `ks.compare` has them:
-        `model`, `accuracy` (on test data), `sparsity`, `bytes`, `gzip_bytes`, `latency_ms`; and `parity`, the largest absolute
-        difference between the outputs of file and Keras model. Totals: `dataset`, `epochs`, `parameters`,
+        `model`, `accuracy` (on test data), `sparsity`, `bytes`, `gzip_bytes`, `latency_ms`; and `parity`, the largest
+        absolute difference between the outputs of file and Keras model. Totals: `dataset`, `epochs`, `parameters`,
         `times_smaller` (bytes dense over bytes sparse), `accuracy_lost` (dense - sparse), `seconds`.
 
     Raises:

@@ -332,7 +332,7 @@ def difference(model, small, x):
     return found
 
 
-def check(seed, size=4):
+def check_shrunk(seed, size=4):
     """Shrink the model of a seed, and check all that is promised; return `(removed, dead, channels)`."""
     import keras_sparse as ks
 
@@ -353,7 +353,7 @@ if __name__ == "__main__":
     totals = np.zeros(3, int)
     for number in range(int(sys.argv[1]), int(sys.argv[2])):
         try:
-            totals += check(number, int(sys.argv[3]) if len(sys.argv) > 3 else 4)
+            totals += check_shrunk(number, int(sys.argv[3]) if len(sys.argv) > 3 else 4)
         except Exception as error:
             import traceback
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-__all__ = ["Call", "Condition", "Elementwise", "Part", "Tensor", "filled_with", "run", "uniform"]
+__all__ = ["Call", "Condition", "Part", "Tensor"]
 
 _OPEN = 8  # stands for a size that is not known
 

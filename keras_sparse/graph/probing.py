@@ -6,7 +6,7 @@ import numpy as np
 from keras_sparse.graph.calls import Call, run
 from keras_sparse.graph.kinds import KEEPS
 
-__all__ = ["Moves", "Probed", "channelwise", "is_elementwise"]
+__all__ = ["channelwise", "is_elementwise"]
 
 
 def channelwise(function):

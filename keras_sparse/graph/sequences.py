@@ -13,7 +13,7 @@ from keras_sparse.graph.kinds import kind_of
 from keras_sparse.graph.mixing import Linear, Refused, array, rule_of
 from keras_sparse.graph.weights import layers as layers_of
 
-__all__ = ["Attention", "Recurrent", "rules"]
+__all__ = ["rules"]
 
 _CELLS = (keras.layers.LSTMCell, keras.layers.GRUCell, keras.layers.SimpleRNNCell)
 

@@ -31,7 +31,7 @@ class ChannelChoice:
     >>> import keras, keras_sparse as ks
     >>> x = keras.Input((4,))
     >>> a, b = keras.layers.Dense(8, name="a")(x), keras.layers.Dense(8, name="b")(x)
-    >>> model = keras.Model(x, keras.layers.Dense(2, name="head")(keras.layers.add([a, b])))
+    >>> model = keras.Model(x, keras.layers.Dense(2, "softmax")(keras.layers.add([a, b])))
     >>> plan = ks.pruning.Plan(model, 0.5, pattern="channel")
     >>> [goal.weight.layer.name for goal in plan.goals]
     ['a', 'b']
