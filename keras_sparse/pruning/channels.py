@@ -218,7 +218,7 @@ class ChannelChoice:
             return all(cost[name] <= limit for name, limit in self._budget.limits(whole).items())
         if not self._shared:
             pairs = zip(counts, self._targets, strict=True)
-            return all(have >= min(self._most(n), round(share * n)) for (have, n), share in pairs)
+            return all(have >= round(share * n) for (have, n), share in pairs)
         most, wanted = sum(self._most(n) for _, n in counts), round(self._targets[0] * sum(n for _, n in counts))
         return sum(have for have, _ in counts) >= min(most, wanted)
 
@@ -227,12 +227,13 @@ class ChannelChoice:
         return self._allocation is not None and self._allocation.shared
 
     def _most(self, count):
-        """How many of the channels of a group may leave: one stays at least."""
+        """How many of the channels of a group may leave for a budget or in one ranking: one stays at least."""
         least = self._allocation.least(count) if hasattr(self._allocation, "least") else 1
         return count - max(1, least)
 
     def _count(self, share, free):
-        return min(self._most(len(free)), round(share * len(free)))
+        count = round(share * len(free))
+        return count if self._budget is None else min(self._most(len(free)), count)
 
     def _check_budget(self):
         """Raise unless the budget can be met."""
