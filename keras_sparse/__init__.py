@@ -19,6 +19,7 @@ if not _is_command_line():
         baking,
         batches,
         callbacks,
+        channels,
         criteria,
         gates,
         graph,
@@ -33,19 +34,23 @@ if not _is_command_line():
         selection,
     )
     from keras_sparse.baking import add_l0, bake
+    from keras_sparse.channels import channel_groups, shrink
     from keras_sparse.neurons import neuron_sparsity
-    from keras_sparse.pruning import prune, update_masks
+    from keras_sparse.pruning import Budget, prune, update_masks
     from keras_sparse.regularizers import regularize
     from keras_sparse.reports import report
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "add_l0",
     "bake",
     "baking",
     "batches",
     "callbacks",
+    "channel_groups",
+    "channels",
     "compare",
     "comparison",
     "criteria",
@@ -65,18 +70,22 @@ __all__ = [
     "schedules",
     "search",
     "selection",
+    "shrink",
     "tflite",
     "update_masks",
 ]
 
 _FUNCTIONS = {
+    "Budget": "pruning",
     "add_l0": "baking",
     "bake": "baking",
+    "channel_groups": "channels",
     "compare": "comparison",
     "neuron_sparsity": "neurons",
     "prune": "pruning",
     "regularize": "regularizers",
     "report": "reports",
+    "shrink": "channels",
     "update_masks": "pruning",
 }
 

@@ -1,6 +1,7 @@
 """The quickstart is the whole path on real data: a small CNN, trained dense and pruned, exported and compared.
 
-It writes `model.keras` (the pruned model), `model_dense.tflite`, `model_sparse.tflite`, `plot.png` and `report.html`.
+It writes `model.keras` (the pruned model), `model_dense.tflite`, `model_sparse.tflite`, `model_small.tflite` (with half
+of the channels removed), `plot.png` and `report.html`.
 """
 
 import base64
@@ -12,25 +13,27 @@ import time
 
 import keras
 
-from keras_sparse import callbacks, comparison, reports, tflite
+from keras_sparse import callbacks, channels, comparison, reports, tflite
 
 __all__ = ["DATASETS", "FILES", "build", "run"]
 
-FILES = ("model.keras", "model_dense.tflite", "model_sparse.tflite", "plot.png", "report.html")
+FILES = ("model.keras", "model_dense.tflite", "model_sparse.tflite", "model_small.tflite", "plot.png", "report.html")
 
 # Dataset: epochs. As many as 90 % of zeros need to cost less than a point of accuracy (digits) or so that the run ends
 # in about ten minutes on two cores (the others).
 DATASETS = {"digits": 30, "mnist": 3, "fashion_mnist": 4, "cifar10": 6}
 
 _BATCH = 64
+_CHANNELS = 0.5  # share of the channels that the small model is without
 _LEARNING_RATE = 3e-3  # decays to 0; pruning at 1e-3 leaves the weights that remain too little time to adapt
 
 
 def run(dataset="digits", sparsity=0.9, epochs=None, output="quickstart", seed=0, console=None):
-    """Train a small CNN dense and pruned, export both to .tflite, and compare them.
+    """Train a small CNN dense, with zeros, and with fewer channels, export all to .tflite, and compare them.
 
-    Both trainings start from the same weights and see the same batches for the same number of epochs. The callback
-    `ks.callbacks.Pruning` is the only difference.
+    The first two trainings start from the same weights and see the same batches for the same number of epochs. The
+    callback `ks.callbacks.Pruning` is the only difference. The third goes on from the dense model for a third of the
+    epochs and prunes half of the channels, which `ks.shrink` then removes.
 
     Args:
         dataset: `"digits"` (scikit-learn's, 8x8 pixels, needs no network), `"mnist"`, `"fashion_mnist"` or `"cifar10"`
@@ -43,9 +46,9 @@ def run(dataset="digits", sparsity=0.9, epochs=None, output="quickstart", seed=0
         console: A `rich.console.Console` for the progress bar. `None`: no progress bar.
 
     Returns:
-        A `Report` with the rows `dense` and `sparse`, about the .tflite files, as `ks.compare` has them: `model`,
-        `accuracy` (on test data), `sparsity`, `bytes`, `gzip_bytes`, `latency_ms`; and `parity`, the largest absolute
-        difference between the outputs of file and Keras model. Totals: `dataset`, `epochs`, `parameters`,
+        A `Report` with the rows `dense`, `sparse` and `small`, about the .tflite files, as `ks.compare` has them:
+        `model`, `accuracy` (on test data), `sparsity`, `bytes`, `gzip_bytes`, `latency_ms`; and `parity`, the largest
+        absolute difference between the outputs of file and Keras model. Totals: `dataset`, `epochs`, `parameters`,
         `times_smaller` (bytes dense over bytes sparse), `accuracy_lost` (dense - sparse), `seconds`.
 
     Raises:
@@ -69,16 +72,22 @@ def run(dataset="digits", sparsity=0.9, epochs=None, output="quickstart", seed=0
     if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
         raise ValueError(f"`epochs` must be a whole number, at least 1. Received: epochs={epochs!r}")
     pruning = callbacks.Pruning(sparsity, allocation="global", end=0.5)
+    fewer = callbacks.Pruning(_CHANNELS, pattern="channel", end=0.5)
     _figure_class()  # tell what is missing before training, not after it
 
     with _staged(output) as folder, _progress(console) as add_bar:
         data = _load(dataset)
         steps = epochs * -(-len(data[0]) // _BATCH)
-        bars = [add_bar("dense training", steps), add_bar("pruned training", steps), add_bar("export", 3)]
+        shorter = max(1, epochs // 3)
+        titles = {"dense training": steps, "pruned training": steps}
+        titles |= {"channels training": steps // epochs * shorter, "export": 4}
+        bars = [add_bar(title, total) for title, total in titles.items()]
         dense, dense_history = _train(data, epochs, seed, [_Advance(bars[0])])
         sparse, sparse_history = _train(data, epochs, seed, [pruning, _Advance(bars[1])])
-        exported = _export({"dense": dense, "sparse": sparse}, folder, data[2][:256], bars[2])
-        rows = _compare(exported, data, bars[2])
+        wide, _ = _train(data, shorter, seed, [fewer, _Advance(bars[2])], dense.get_weights())
+        models = {"dense": dense, "sparse": sparse, "small": channels.shrink(wide, verbose=0)}
+        exported = _export(models, folder, data[2][:256], bars[3])
+        rows = _compare(exported, data, bars[3])
         report = _report(dataset, epochs, sparse, rows, exported["sparse"], output, time.perf_counter() - start)
         figure = _plot(rows, dense_history, sparse_history)
         figure.savefig(os.path.join(folder, "plot.png"), dpi=120)
@@ -134,10 +143,12 @@ def build(shape, classes):
     return keras.Sequential(layers, name="quickstart")
 
 
-def _train(data, epochs, seed, extra):
+def _train(data, epochs, seed, extra, weights=None):
     x, y, x_test, y_test = data
     keras.utils.set_random_seed(seed)
     model = build(x.shape[1:], int(y.max()) + 1)
+    if weights is not None:
+        model.set_weights(weights)
     rate = keras.optimizers.schedules.CosineDecay(_LEARNING_RATE, epochs * -(-len(x) // _BATCH))
     model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", metrics=["accuracy"])
     history = model.fit(
@@ -229,7 +240,7 @@ def _compare(exported, data, advance):
 
 
 def _report(dataset, epochs, model, rows, exported, output, seconds):
-    dense, sparse = rows
+    dense, sparse, small = rows
     totals = {
         "dataset": dataset,
         "epochs": epochs,
@@ -239,12 +250,14 @@ def _report(dataset, epochs, model, rows, exported, output, seconds):
         "seconds": seconds,
     }
     notes = [
-        "Both trainings: same initial weights, batches and epochs; `ks.callbacks.Pruning` is the only difference.",
+        "dense, sparse: same initial weights, batches and epochs; `ks.callbacks.Pruning` is the only difference.",
+        f"small: {max(1, epochs // 3)} more epochs of dense, in which half of the channels were pruned, then removed: "
+        f"{small['latency_ms'] / dense['latency_ms']:.0%} of the time of dense.",
         f"Parity: largest difference between .tflite file and Keras model, on {', '.join(exported.verified_on)}.",
     ]
     if not exported.runs_sparse:
         notes.append(
-            "Latency: the zeros of this model make its file smaller, not its run faster; the weights are unpacked when "
+            "Latency: the zeros of `sparse` make its file smaller, not its run faster; the weights are unpacked when "
             "the file is loaded."
         )
     notes += exported.notes
@@ -253,7 +266,7 @@ def _report(dataset, epochs, model, rows, exported, output, seconds):
         ("bytes", "gzip_bytes", "parameters"), ",d"
     )
     formats |= {"parity": ".1e", "latency_ms": ".3f", "times_smaller": ".1f", "accuracy_lost": ".1%", "seconds": ".0f"}
-    return reports.Report("Quickstart: dense against sparse", rows, totals, notes, formats)
+    return reports.Report("Quickstart: dense, with zeros, and with fewer channels", rows, totals, notes, formats)
 
 
 def _figure_class():
@@ -279,7 +292,7 @@ def _plot(rows, dense, sparse):
     curves.legend(loc="lower right", fontsize=8)
     labels = [f"{row['model']}{suffix}" for suffix in ("", ", gzip") for row in rows]
     values = [row[key] / 1e3 for key in ("bytes", "gzip_bytes") for row in rows]
-    bars = sizes.barh(labels, values, color=["tab:gray", "tab:blue"] * 2)
+    bars = sizes.barh(labels, values, color=["tab:gray", "tab:blue", "tab:green"] * 2)
     sizes.bar_label(bars, [f"{value:,.0f} kB" for value in values], padding=3, fontsize=8)
     sizes.invert_yaxis()
     sizes.set_xlim(0, 1.2 * max(values))

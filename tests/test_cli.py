@@ -143,6 +143,28 @@ def test_prune_in_patterns_and_with_a_floor(saved, tmp_path, capsys, arguments, 
         assert [row["pattern"] for row in kernels[:2]] == [arguments[1]] * 2
 
 
+def test_channels_are_pruned_to_a_budget_and_removed(saved, tmp_path, capsys):
+    pruned, small = tmp_path / "pruned.keras", tmp_path / "small.keras"
+    run_ok(["prune", saved, "--pattern", "channel", "--budget", "macs=0.5", "bytes=0.6", "-o", pruned], capsys)
+    totals = run_json(["shrink", pruned, small], capsys)["totals"]
+    assert 0.45 < totals["macs_left"] / totals["macs"] <= 0.5
+    assert keras.saving.load_model(small).count_params() == totals["parameters_left"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "time=3"], "knows macs, parameters and bytes"),
+        (["--budget", "macs=half"], "such as macs=0.5"),
+        (["--budget", "macs=0.5", "--sparsity", "0.5"], "in place of `--sparsity`"),
+    ],
+)
+def test_budgets_that_cannot_be_read(saved, tmp_path, capsys, arguments, message):
+    check_error(
+        run(["prune", saved, "--pattern", "channel", *arguments, "-o", tmp_path / "out.keras"], capsys), message
+    )
+
+
 def test_prune_with_filters(saved, tmp_path, capsys):
     out = tmp_path / "sparse.keras"
     arguments = ["prune", saved, "--sparsity", 0.5, "--filters", "first", "--filters", "third", "-o", out]

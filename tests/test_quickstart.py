@@ -12,7 +12,7 @@ import pytest
 import keras_sparse as ks
 from keras_sparse import quickstart
 
-FILES = ["model.keras", "model_dense.tflite", "model_sparse.tflite", "plot.png", "report.html"]
+FILES = ["model.keras", "model_dense.tflite", "model_small.tflite", "model_sparse.tflite", "plot.png", "report.html"]
 
 
 @pytest.mark.slow
@@ -25,16 +25,19 @@ def test_command_within_three_minutes(tmp_path):
     seconds = time.perf_counter() - start
     assert run.returncode == 0, run.stderr
     # Off a terminal the progress bars are shown once, when all is done; nothing else is on stderr.
-    assert [line.split()[0] for line in run.stderr.splitlines()] == ["dense", "pruned", "export"]
+    assert [line.split()[0] for line in run.stderr.splitlines()] == ["dense", "pruned", "channels", "export"]
     report = json.loads(run.stdout)
-    dense, sparse = report["rows"]
-    assert (dense["model"], sparse["model"]) == ("dense", "sparse")
+    dense, sparse, small = report["rows"]
+    assert [row["model"] for row in report["rows"]] == ["dense", "sparse", "small"]
+    assert small["accuracy"] >= 0.95
+    assert dense["bytes"] >= 3 * small["bytes"]
+    assert small["sparsity"] < 0.01
     assert sparse["accuracy"] >= 0.95
     assert dense["accuracy"] - sparse["accuracy"] <= 0.01
     assert dense["bytes"] >= 500_000
     assert dense["bytes"] >= 4 * sparse["bytes"]
     assert dense["gzip_bytes"] >= 4 * sparse["gzip_bytes"]
-    assert max(dense["parity"], sparse["parity"]) <= 1e-5
+    assert max(row["parity"] for row in report["rows"]) <= 1e-5
     assert abs(sparse["sparsity"] - 0.9) < 1e-5
     assert seconds < 180
 

@@ -21,7 +21,8 @@ class Pruning(ScheduledCallback):
         target_sparsity: The share of weights to be zero at `end`: a float in [0, 1), or a dict `{regex: sparsity}` or
             `{regex: (sparsity, pattern)}` searched in `variable.path` (first match wins, weights that no key matches
             stay dense). A key may also be a callable on the variable; `ks.selection.only(path)` names one weight, also
-            an embedding or a depthwise kernel, which need no `filters` then.
+            an embedding or a depthwise kernel, which need no `filters` then. Or a `ks.Budget`: what the model may cost
+            once its channels are removed, with `pattern="channel"`.
         criterion: Which weights matter: `"magnitude"`, `"random"`, those that use the gradients of this training
             (`"gradient"`, `"taylor"`, `"movement"`) or a `ks.criteria.Criterion`.
         pattern: Where zeros may stand: `None`, `"unstructured"`, `"channel"`, such as `"block_1x4"` or `"2:4"` (whose
@@ -30,7 +31,7 @@ class Pruning(ScheduledCallback):
             `"exponential"`, `"one_shot"` (all at `begin`) or a `ks.schedules.Schedule`.
         allocation: `"uniform"`: each weight gets the target; `"global"`: the smallest of all weights go first (with a
             floor for each: `ks.pruning.Global(floor=0.01)`); `"erk"`: small kernels stay denser, by the rule of
-            `ks.pruning.erk_counts`.
+            `ks.pruning.erk_counts`; `"isomorphic"`: channels are ranked among groups of the same structure.
         begin: When pruning starts. A float is a fraction of this `fit` (epochs x steps), an int counts optimizer steps
             from the start of this `fit`.
         end: When the target is reached, like `begin`. The last update lands exactly on the target.

@@ -29,6 +29,13 @@ _OUTPUT = argument("-o", "--output", metavar="OUT.keras", required=True, help="f
     ),
     argument("--pattern", help="unstructured (default), channel, or such as block_1x4 or 2:4"),
     argument(
+        "--budget",
+        nargs="+",
+        metavar="NAME=AMOUNT",
+        help="in place of --sparsity, with --pattern channel: macs, parameters or bytes that may be left after "
+        "`shrink`, as a share (macs=0.5) or an amount (bytes=200000)",
+    ),
+    argument(
         "--criterion",
         choices="keras_sparse.criteria:CRITERIA",
         default="magnitude",
@@ -47,11 +54,16 @@ def _prune(options, stderr):
         if allocation != "global":
             raise ValueError(f"`--floor` goes with `--allocation global`. Received: --allocation {allocation}")
         allocation = pruning.Global(options.floor)
+    target = options.sparsity
+    if options.budget:
+        if target is not None:
+            raise ValueError(f"`--budget` stands in place of `--sparsity`. Received: --sparsity {target} as well")
+        target = _budget(options.budget)
     with files.replacing(options.output, ".keras") as path:
         model, notes = _load_compiled(options.model)
         report = pruning.prune(
             model,
-            options.sparsity,
+            target,
             criterion=options.criterion,
             pattern=options.pattern,
             allocation=allocation,
@@ -63,6 +75,22 @@ def _prune(options, stderr):
     return report
 
 
+def _budget(texts):
+    """The `Budget` that texts such as `macs=0.5` say."""
+    from keras_sparse import pruning
+
+    amounts = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            amounts[name] = int(value) if value.isdigit() else float(value)
+        except ValueError:
+            raise ValueError(f"`--budget` takes such as macs=0.5 or bytes=200000. Received: {text}") from None
+    if not amounts.keys() <= {"macs", "parameters", "bytes"}:
+        raise ValueError(f"`--budget` knows macs, parameters and bytes. Received: {' '.join(texts)}")
+    return pruning.Budget(**amounts)
+
+
 def _load_compiled(path):
     """The model, with its optimizer and losses if they can be loaded, and notes."""
     from keras_sparse import comparison
@@ -72,6 +100,24 @@ def _load_compiled(path):
     except ValueError as error:
         reason = " ".join(str(error).split())
     return comparison.load(path), [f"Optimizer and losses were left out, because they cannot be loaded. {reason}"]
+
+
+@command(
+    saved_model,
+    argument("output", metavar="OUT.keras", help="file to write; may be the input"),
+    argument("--round-to", type=int, default=1, metavar="N", help="keep multiples of so many channels (default: 1)"),
+    example="pruned.keras small.keras",
+)
+def _shrink(options, stderr):
+    """Remove the dead channels of a saved model: fewer filters, units and heads, the same outputs."""
+    from keras_sparse import channels, files
+
+    with files.replacing(options.output, ".keras") as path:
+        model, notes = _load_compiled(options.model)
+        small, report = channels.shrink(model, options.round_to, verbose=0, return_report=True)
+        small.save(path)
+    report.notes += [*notes, f"Written: {options.output}"]
+    return report
 
 
 @command(

@@ -1,6 +1,9 @@
 """What is known of Keras models: their layers, weights and channels, and how the layers are wired."""
 
+from keras_sparse.graph.calls import Call, Condition, Part, Tensor
 from keras_sparse.graph.channels import elementwise, unit_kernel, unit_variables, unread_channels
+from keras_sparse.graph.classes import Classes
+from keras_sparse.graph.groups import ChannelGroup, Channels
 from keras_sparse.graph.kinds import (
     DEPTHWISE,
     EMBEDDING,
@@ -14,6 +17,7 @@ from keras_sparse.graph.kinds import (
     operator_axes,
     register_kind,
 )
+from keras_sparse.graph.labels import OUTPUT, Labelled
 from keras_sparse.graph.macs import uses
 from keras_sparse.graph.rebuilding import Rebuilding, replay, substituted
 from keras_sparse.graph.weights import Weight, as_array, check_model, layers, weights
@@ -23,10 +27,19 @@ __all__ = [
     "DEPTHWISE",
     "EMBEDDING",
     "NO_KERNELS",
+    "OUTPUT",
+    "Call",
+    "ChannelGroup",
+    "Channels",
+    "Classes",
+    "Condition",
     "Equation",
     "Kernel",
     "Kind",
+    "Labelled",
+    "Part",
     "Rebuilding",
+    "Tensor",
     "Weight",
     "as_array",
     "check_model",

@@ -67,6 +67,8 @@ class Rebuilding:
 
     Args:
         model: The model to rebuild; it is left as it is.
+        shapes: The shapes of the new model's inputs, a flat list; `None`: as they are.
+        around: The `Rebuilding` of a model that this one is nested in: a layer of both is copied once.
 
     Attributes:
         inputs: Flat list of the new model's symbolic inputs.
@@ -86,9 +88,17 @@ class Rebuilding:
     ['head']
     """
 
-    def __init__(self, model):
-        self.inputs = [keras.Input(x.shape[1:], x.shape[0], x.dtype, name=x.name) for x in model.inputs]
-        self._source, self._names, self._copies = model, set(), IdentityDict()
+    def __init__(self, model, shapes=None, around=None):
+        shapes = [x.shape for x in model.inputs] if shapes is None else shapes
+        pairs = zip(model.inputs, shapes, strict=True)
+        self.inputs = [keras.Input(shape[1:], shape[0], x.dtype, name=x.name) for x, shape in pairs]
+        self._source, self._names, self._own = model, set(), []
+        self._copies = IdentityDict() if around is None else around.copies
+
+    @property
+    def copies(self):
+        """What has been copied, `{layer: (copy, what it was made from, weights)}`."""
+        return self._copies
 
     def copy(self, operation, changes=None, weights=None, layer_class=None):
         """Return the layer in the new model that stands for `operation`, the same each time.
@@ -107,10 +117,18 @@ class Rebuilding:
         weights = operation.get_weights() if weights is None else weights
         wanted = layer_class or type(operation), changes
         if operation not in self._copies:
-            config = (operation.get_config() if layer_class is None else {}) | (changes or {})
+            config = _unbuilt(operation.get_config() if layer_class is None else {}) | (changes or {})
             config["name"] = self.unique_name(operation.name)
-            self._copies[operation] = wanted[0].from_config(config), wanted, weights
+            try:
+                new = wanted[0].from_config(config)
+            except Exception:
+                if weights or changes or layer_class:
+                    raise
+                new = operation  # a `Lambda` of a function that has no name: it has no state either
+                self._names.add(operation.name)
+            self._copies[operation] = new, wanted, weights
         new, known, values = self._copies[operation]
+        self._own.append(new)
         same = len(weights) == len(values) and all(
             map(functools.partial(np.array_equal, equal_nan=True), weights, values)
         )
@@ -136,11 +154,31 @@ class Rebuilding:
         sequential = isinstance(source, keras.Sequential)
         inputs = self.inputs[0] if sequential else keras.tree.pack_sequence_as(source.input, self.inputs)
         model = keras.Model(inputs, packed(source, outputs), name=source.name)
+        self.set_weights()
+        return model
+
+    def sequential(self):
+        """Return the new model as a `keras.Sequential` of the layers that were copied, in that order.
+
+        Nothing may have been laid out by `replay`: the model does that itself.
+        """
+        model = keras.Sequential([self.inputs[0], *self._own], name=self._source.name)
+        self.set_weights()
+        return model
+
+    def set_weights(self):
+        """Give all copies their weights."""
         for new, _, values in self._copies.values():
             new.set_weights(values)
             if hasattr(new, "finalize_state"):  # of Normalization: its statistics are copies of its weights
                 new.finalize_state()
-        return model
+
+
+def _unbuilt(config):
+    """A config in which layers inside do not know the shapes that they were built for."""
+    if isinstance(config, dict):
+        return {key: _unbuilt(value) for key, value in config.items() if key != "build_config"}
+    return [_unbuilt(value) for value in config] if isinstance(config, list) else config
 
 
 def packed(model, outputs):

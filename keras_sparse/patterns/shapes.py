@@ -264,9 +264,10 @@ class Channel(Pattern):
     A unit's score is the mean of its weights' scores (with the magnitude: the L1 norm over the number of weights).
     Weights that are masked already count as 0.
 
-    `Pruning`, `prune` and `update_masks` complete the unit: its bias leaves with it, and scale and shift of the batch
-    normalization behind it, so that its output is exactly zero. Where that is not possible a kernel is skipped, with
-    the reason in the report: see `ks.graph.unit_variables`.
+    `Pruning`, `prune` and `update_masks` choose by groups, see `ks.channel_groups`: what can only be removed together
+    is ranked and masked as one, bias, scale and shift of the batch normalization behind it included, so that its output
+    is exactly zero and `ks.shrink` removes it. Where that is not possible a kernel is skipped, with the reason in the
+    report. Of models whose graph cannot be seen each kernel is ranked alone: see `ks.graph.unit_variables`.
 
     Li et al., "Pruning filters for efficient ConvNets" (2017), section 3.1.
 

@@ -1,7 +1,8 @@
 """Pruning decides which weights become zero: a plan of how sparse each weight should be, and the masks it leads to."""
 
-from keras_sparse.pruning.allocation import ERK, Allocation, Global, Goal, Uniform, erk_counts
+from keras_sparse.pruning.allocation import ERK, Allocation, Global, Goal, Isomorphic, Uniform, erk_counts
 from keras_sparse.pruning.budget import check_target, final_target
+from keras_sparse.pruning.costs import Budget
 from keras_sparse.pruning.loops import update_masks
 from keras_sparse.pruning.one_shot import prune
 from keras_sparse.pruning.plan import Plan
@@ -9,8 +10,10 @@ from keras_sparse.pruning.plan import Plan
 __all__ = [
     "ERK",
     "Allocation",
+    "Budget",
     "Global",
     "Goal",
+    "Isomorphic",
     "Plan",
     "Uniform",
     "check_target",

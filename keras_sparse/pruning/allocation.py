@@ -9,7 +9,7 @@ import numpy as np
 from keras_sparse import patterns, selection
 from keras_sparse.registry import Configurable, Registry, is_real
 
-__all__ = ["ERK", "Allocation", "Global", "Goal", "Uniform", "erk_counts", "get"]
+__all__ = ["ERK", "Allocation", "Global", "Goal", "Isomorphic", "Uniform", "erk_counts", "get"]
 
 ALLOCATIONS = Registry("allocation")
 
@@ -143,7 +143,7 @@ class Global(Allocation):
 
     def share(self, goals):
         sizes = [goal.groups for goal in goals]
-        stay = sum(self._least(size) for size in sizes)
+        stay = sum(self.least(size) for size in sizes)
         if stay > sum(sizes) - round(goals[0].sparsity * sum(sizes)):
             raise ValueError(
                 f"A floor of {self.floor!r} keeps {stay} of {sum(sizes)} weights (groups of the pattern), more than a "
@@ -151,7 +151,7 @@ class Global(Allocation):
             )
         return goals
 
-    def _least(self, size):
+    def least(self, size):
         """How many groups of a weight with `size` groups must stay."""
         return min(size, self.floor if isinstance(self.floor, numbers.Integral) else math.ceil(self.floor * size))
 
@@ -167,11 +167,38 @@ class Global(Allocation):
 
     def _protect(self, groups):
         """The scores, with NaN, which is always kept, for the best live ones."""
-        least = self._least(groups.size)
+        least = self.least(groups.size)
         if not least:
             return groups
         best = patterns.keep_highest(groups, groups.size - least) & (groups != -np.inf)
         return np.where(best, np.nan, groups)
+
+
+@ALLOCATIONS.register("isomorphic")
+class Isomorphic(Allocation):
+    """One ranking over the channels of all groups of the same structure: like with like, `pattern="channel"` only.
+
+    Groups have the same structure if their layers and weights are of the same kinds. Each structure gets the target.
+    Fang et al., "Isomorphic pruning for vision models" (2024), section 3.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> layers = [keras.layers.Dense(8), keras.layers.Dense(8), keras.layers.Dense(8), keras.layers.Dense(2)]
+    >>> model = keras.Sequential([keras.Input((4,)), *layers])
+    >>> report = ks.prune(model, 0.5, pattern="channel", allocation="isomorphic")
+    >>> ks.channel_groups(model).totals["removable"]
+    12
+    """
+
+    shared = True
+    like_with_like = True
+
+    def keep(self, goals, scores, fraction):
+        raise ValueError(
+            "allocation='isomorphic' ranks channels: it goes with pattern='channel' and a model whose graph is seen. "
+            f"Received: pattern={goals[0].pattern!r}"
+        )
 
 
 @ALLOCATIONS.register("erk")
@@ -197,7 +224,7 @@ class ERK(Uniform):
 
 
 def get(identifier):
-    """Return an `Allocation` from an instance, a config, or a name: `"uniform"`, `"global"` or `"erk"`.
+    """Return an `Allocation` from an instance, a config, or a name: `"uniform"`, `"global"`, `"erk"`, `"isomorphic"`.
 
     Example:
 

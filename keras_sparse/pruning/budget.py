@@ -2,9 +2,12 @@
 
 import math
 
+import keras
+
 from keras_sparse import patterns, selection
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning import allocation as allocations
+from keras_sparse.pruning.costs import Budget
 from keras_sparse.registry import is_real
 
 __all__ = ["check_target", "final_target", "per_weight"]
@@ -22,6 +25,13 @@ def check_target(target_sparsity, allocation="uniform"):
     ValueError: A sparsity must be at least 0 and below 1: the share of weights to set to zero. Received: 90. Did ...
     """
     allocation = allocations.get(allocation)
+    if isinstance(target_sparsity, Budget):
+        if allocation.redistributes:
+            raise ValueError(
+                "A `Budget` goes with allocation='uniform', 'global' or 'isomorphic'. "
+                f"Received: allocation={allocation!r}, target={target_sparsity!r}"
+            )
+        return
     if not isinstance(target_sparsity, dict):
         _check_sparsity(target_sparsity)
         return
@@ -50,9 +60,18 @@ def final_target(target_sparsity, allocation, pattern, on_the_way=False):
     0.5
     """
     pattern = patterns.get(pattern)
+    if isinstance(target_sparsity, dict) and target_sparsity.get("registered_name") == "keras_sparse>Budget":
+        target_sparsity = keras.saving.deserialize_keras_object(target_sparsity)  # of a callback's config
     if target_sparsity is None:
         target_sparsity = pattern.sparsity
     check_target(target_sparsity, allocation)
+    if isinstance(target_sparsity, Budget):
+        if not pattern.whole_units:
+            raise ValueError(
+                "A `Budget` counts what is left when channels are removed: it goes with pattern='channel'. "
+                f"Received: pattern={pattern!r}, target={target_sparsity!r}"
+            )
+        return target_sparsity
     values = target_sparsity.values() if isinstance(target_sparsity, dict) else [target_sparsity]
     for sparsity, own in map(_sparsity_and_pattern, values):
         own = pattern if own is None else patterns.get(own)
@@ -101,6 +120,8 @@ def per_weight(target_sparsity, weights):
     >>> [(w.layer.name, *rest) for w, *rest in ks.pruning.budget.per_weight({"b/": (0.5, "2:4")}, weights)]
     [('b', 0.5, '2:4')]
     """
+    if isinstance(target_sparsity, Budget):
+        return [(weight, None, None) for weight in weights]
     if not isinstance(target_sparsity, dict):
         return [(weight, float(target_sparsity), None) for weight in weights]
     found = IdentityDict()

@@ -18,8 +18,8 @@ def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="unif
 
     Args:
         model: A built Keras model, compiled or not.
-        sparsity: The target: a float in [0, 1), or a dict as in `ks.callbacks.Pruning`. `None` is the pattern's own, if
-            it has one: 1 - n/m.
+        sparsity: The target: a float in [0, 1), a `ks.Budget`, or a dict as in `ks.callbacks.Pruning`. `None` is the
+            pattern's own, if it has one: 1 - n/m.
         criterion: A `Criterion` or its name. Those that rank by gradients (`"snip"`, `"taylor"`, `"gradient"`,
             `"movement"`) need `data`.
         pattern: `None`, a name, or a `Pattern`.
@@ -118,6 +118,8 @@ def _started(data):
 
 def _kept_notes(plan, masks):
     """Sentences about weights that are sparser than their goal."""
+    if any(goal.pattern.whole_units for goal in plan.goals):
+        return []
     if plan.allocation.shared:
         masked, size = sum(int(np.sum(~mask)) for mask in masks), sum(mask.size for mask in masks)
         pairs = [("The whole", plan.goals[0].sparsity, masked, size)]

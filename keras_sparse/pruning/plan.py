@@ -9,6 +9,8 @@ from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning import allocation as allocations
 from keras_sparse.pruning.allocation import Goal
 from keras_sparse.pruning.budget import check_target, per_weight
+from keras_sparse.pruning.channels import ChannelChoice
+from keras_sparse.pruning.costs import Budget
 
 __all__ = ["UNTRAINED", "Plan"]
 
@@ -64,8 +66,12 @@ class Plan:
         self.goals = [
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
         ]
+        self._channels, self._budget = None, target_sparsity if isinstance(target_sparsity, Budget) else None
         reasons = self._complete_units(model) if whole_units else {}
-        self.goals = self.allocation.share(self.goals)
+        if self._budget is None:
+            self.goals = self.allocation.share(self.goals)
+        if self._channels is not None:
+            self._channels.aim([goal for goal in self.goals if goal.pattern.whole_units])
         chosen = IdentityDict.fromkeys(goal.weight.variable for goal in self.goals)
         self.skipped = {
             id(w.variable): w.skipped or reasons.get(id(w.variable), "no key of `target_sparsity` matches")
@@ -78,7 +84,18 @@ class Plan:
         if not any(goal.pattern.whole_units for goal in self.goals):
             return {}
         reasons, goals = {}, []
-        found = graph.unit_variables(model, [goal.weight for goal in self.goals])
+        if getattr(model, "inputs", None):
+            whole = [goal for goal in self.goals if goal.pattern.whole_units]
+            self._channels = ChannelChoice(model, whole, self._budget, self.allocation)
+            axes = IdentityDict(zip((g.weight.variable for g in whole), self._channels.kernels, strict=True))
+            found = [self._units_or_reason(model, goal, axes) for goal in self.goals]
+        elif self._budget is not None:
+            raise ValueError(
+                "A `Budget` is counted on the model without its channels, so its graph must be seen: build it with "
+                f"`keras.Model(inputs, outputs)`. Received: {type(model).__name__} {model.name!r}"
+            )
+        else:
+            found = graph.unit_variables(model, [goal.weight for goal in self.goals])
         for goal, units in zip(self.goals, found, strict=True):
             if not goal.pattern.whole_units:
                 goals.append(goal)
@@ -94,6 +111,14 @@ class Plan:
         self.goals = goals
         return reasons
 
+    def _units_or_reason(self, model, goal, axes):
+        """No units of its own for a goal that is chosen by groups; else why it is not, as precisely as it is known."""
+        why = axes.get(goal.weight.variable, ())
+        if not isinstance(why, str):
+            return ()
+        (closer,) = graph.unit_variables(model, [goal.weight])
+        return closer if isinstance(closer, str) and "not known" not in closer else why
+
     def keep_units(self, model):
         """Let what belongs to dead units stay zero, in kernels whose zeros are whole channels already."""
         kept = [patterns.to_matrix(goal.weight.numpy() != 0, goal.weight.output_axes) for goal in self.goals]
@@ -105,14 +130,23 @@ class Plan:
 
     def zero_units(self, masks, parts=None):
         """Set what belongs to units without live weights to zero; `parts` with masks for it keep it there."""
+        for variable, kept in self._others(masks):
+            _zero(variable, kept, parts)
         for goal, mask in zip(self.goals, masks, strict=True):
             alive = goal.unit_mask(mask) if goal.units else None
             for variable in goal.units:
-                kept = alive.reshape(variable.shape)
-                variable.assign(optimizers.masked_value(variable, kept))
-                state = parts.masks.of(variable) if parts is not None else None
-                if state is not None:
-                    state.assign(kept)
+                _zero(variable, alive.reshape(variable.shape), parts)
+
+    def _others(self, masks):
+        """Pairs `(variable, what stays of it)` of what goes with the channels that `masks` have taken."""
+        if self._channels is None:
+            return []
+        own = [mask for goal, mask in zip(self.goals, masks, strict=True) if goal.pattern.whole_units]
+        gone = self._channels.gone(own)
+        return [
+            (variable, self._channels.mask_of(axes, gone, tuple(variable.shape)))
+            for variable, axes in self._channels.others.items()
+        ]
 
     def masks(self, masks, fraction=1.0, statistics=None):
         """Return the masks at `fraction` of the way to the goals.
@@ -130,11 +164,29 @@ class Plan:
         """
         statistics = [None] * len(masks) if statistics is None else statistics
         scores = [self._scores(*arguments) for arguments in zip(self.goals, masks, statistics, strict=True)]
-        new = self.allocation.keep(self.goals, scores, fraction)
+        new = self._keep(scores, masks, fraction)
         return [mask & old for mask, old in zip(new, masks, strict=True)]
+
+    def _keep(self, scores, masks, fraction):
+        if self._channels is None:
+            return self.allocation.keep(self.goals, scores, fraction)
+        whole = [i for i, goal in enumerate(self.goals) if goal.pattern.whole_units]
+        rest = [i for i in range(len(self.goals)) if i not in whole]
+        chosen = self._channels.keep([scores[i] for i in whole], [masks[i] for i in whole], fraction)
+        others = (
+            self.allocation.keep([self.goals[i] for i in rest], [scores[i] for i in rest], fraction) if rest else []
+        )
+        found = dict(zip([*whole, *rest], [*chosen, *others], strict=True))
+        return [found[i] for i in range(len(self.goals))]
 
     def reached(self, masks):
         """Whether `masks` are at the goals, by the counts that `masks` promises."""
+        if self._channels is not None:
+            pairs = list(zip(self.goals, masks, strict=True))
+            rest = [(goal, mask) for goal, mask in pairs if not goal.pattern.whole_units]
+            counts = [(goal.pool(mask.astype("float32")), goal) for goal, mask in rest]
+            done = all(np.sum(g == 0) >= goal.pattern.count(goal.sparsity, [g.shape]) for g, goal in counts)
+            return bool(done) and self._channels.reached([mask for goal, mask in pairs if goal.pattern.whole_units])
         # A group is dropped if none of its weights is kept.
         groups = [goal.pool(mask.astype("float32")) for goal, mask in zip(self.goals, masks, strict=True)]
         dropped = [int(np.sum(group == 0)) for group in groups]
@@ -155,6 +207,12 @@ class Plan:
         masks.add([*(weight.variable for weight in new), *(variable for _, variable in units)])
         for weight in new:
             masks.of(weight.variable).assign(_nonzero(weight))
+        others = [
+            (v, kept) for v, kept in self._others(self.attached_masks(parts)) if v.trainable and masks.of(v) is None
+        ]
+        masks.add([variable for variable, _ in others])
+        for variable, kept in others:
+            masks.of(variable).assign(kept | (selection.as_array(variable) != 0))
         for goal, variable in units:
             alive = goal.unit_mask(selection.as_array(masks.of(goal.weight.variable)))
             masks.of(variable).assign(alive.reshape(variable.shape) | (selection.as_array(variable) != 0))
@@ -179,9 +237,9 @@ class Plan:
         statistic = self.criterion.statistic
         if statistic is None:
             return None
-        if fraction * max(goal.sparsity for goal in self.goals) > 0 and not selection.as_array(
-            parts.statistics.count_of(statistic)
-        ):
+        if fraction * max(
+            1.0 if goal.sparsity is None else goal.sparsity for goal in self.goals
+        ) > 0 and not selection.as_array(parts.statistics.count_of(statistic)):
             raise ValueError(
                 f"`{type(self.criterion).__name__}` ranks weights by gradients, and no training step has been taken "
                 "yet. Prune after the first one: `Pruning(begin=1)`, or a later call of `update_masks`."
@@ -198,6 +256,14 @@ class Plan:
         found = np.full(scores.size, -np.inf, scores.dtype)
         found[live] = np.maximum(scores.reshape(-1)[live], np.finfo(scores.dtype).min)
         return found.reshape(scores.shape)
+
+
+def _zero(variable, kept, parts):
+    """Set a variable to zero but for what is kept, and its mask, if it has one, to that."""
+    variable.assign(optimizers.masked_value(variable, kept))
+    state = parts.masks.of(variable) if parts is not None else None
+    if state is not None:
+        state.assign(kept)
 
 
 def _nonzero(weight):

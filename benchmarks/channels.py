@@ -1,0 +1,75 @@
+"""Networks of `keras.applications` with channels removed: the .tflite file against the dense one.
+
+Latency does not depend on the values of the weights, so the networks are not trained. `ks.prune` chooses channels until
+the MACs are what is asked for, `ks.shrink` removes them, both files are dense and run in turns on this CPU
+(`ks.tflite.benchmark`). `difference` is that of the outputs of the masked and the shrunk Keras model, relative to the
+largest output, with random statistics in the normalizations.
+"""
+
+import argparse
+import pathlib
+import tempfile
+import time
+
+import keras
+import numpy as np
+import result  # first: it keeps TensorFlow quiet
+
+import keras_sparse as ks
+
+BUILD = {name: getattr(keras.applications, name) for name in ("MobileNet", "MobileNetV2", "ResNet50", "EfficientNetB0")}
+
+
+def randomise(model, rng):
+    """Random biases, scales and statistics."""
+    for v in model.weights:
+        if len(v.shape) == 1:
+            v.assign(
+                rng.uniform(0.5, 1.5, v.shape)
+                if v.name in ("gamma", "moving_variance")
+                else rng.normal(0, 0.1, v.shape)
+            )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["MobileNetV2", "ResNet50"], choices=BUILD)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--macs", type=float, nargs="+", default=[0.95, 0.5])
+    parser.add_argument("--allocation", default="uniform", choices=["uniform", "global", "isomorphic"])
+    parser.add_argument("--round-to", type=int, default=1)
+    parser.add_argument("--runtime", default="native")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring each file")
+    args = parser.parse_args()
+    load, rows, rng = result.load(), [], np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        dense, small = (str(pathlib.Path(folder) / f"{name}.tflite") for name in ("dense", "small"))
+        for name in args.networks:
+            model = BUILD[name](weights=None, input_shape=(args.size, args.size, 3), classifier_activation=None)
+            randomise(model, rng)
+            ks.tflite.export(model, dense, sparse=False, batch_size=1)
+            x = rng.normal(size=(2, args.size, args.size, 3)).astype("float32")
+            for macs in sorted(args.macs, reverse=True):
+                ks.prune(model, ks.Budget(macs=macs), pattern="channel", allocation=args.allocation)
+                start = time.perf_counter()
+                shrunk, report = ks.shrink(model, round_to=args.round_to, verbose=0, return_report=True)
+                seconds = time.perf_counter() - start
+                one, other = (keras.ops.convert_to_numpy(m(x, training=False)) for m in (model, shrunk))
+                ks.tflite.export(shrunk, small, sparse=False, batch_size=1)
+                timed = ks.tflite.benchmark(small, baseline=dense, runtime=args.runtime, seconds=args.seconds)
+                totals = report.totals
+                rows.append([name, f"{macs:g}", f"{totals['macs_left'] / totals['macs']:.3f}"])
+                rows[-1] += [f"{totals['parameters_left'] / totals['parameters']:.3f}"]
+                rows[-1] += [f"{row['median']:.1f}" for row in timed.rows] + [f"{timed.rows[1]['ratio']:.2f}"]
+                rows[-1] += [f"{np.abs(one - other).max() / np.abs(one).max():.0e}", f"{seconds:.1f}"]
+                print(rows[-1], flush=True)
+    result.show(
+        f"Channels removed, {args.size} px, {args.runtime}, allocation {args.allocation}",
+        ["network", "budget", "MACs", "parameters", "dense, ms", "small, ms", "ratio", "difference", "shrink, s"],
+        rows,
+        load_before=load,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Labels say of every channel of every tensor of a model which class it is in: what can only be removed together.
+
+Operations without weights are not known one by one. What only moves data is run on the numbers of its input's elements;
+others are probed: some channels are perturbed, and where the output changes is the map. What has weights has a rule in
+`keras_sparse.graph.mixing`.
+"""
+
+import keras
+import numpy as np
+
+from keras_sparse.graph.calls import Call, Elementwise, Tensor
+from keras_sparse.graph.classes import Classes
+from keras_sparse.graph.kinds import JOINS, KEEPS, kind_of
+from keras_sparse.graph.mixing import rule_of
+from keras_sparse.graph.probing import Moves, Probed, is_elementwise
+from keras_sparse.graph.rebuilding import packed, replay
+from keras_sparse.identity import IdentityDict
+
+__all__ = ["OUTPUT", "Labelled"]
+
+# How the reason begins for which what a model returns stays.
+OUTPUT = "an output of the model"
+
+
+class Labelled:
+    """A functional or Sequential model with a label for each channel of each tensor.
+
+    Args:
+        model: The built model.
+
+    Attributes:
+        classes: The `Classes` that the labels are in.
+        calls: The calls of all layers and operations, in order; those of nested models are in the place of these.
+        graphs: The calls of each model, `{model: [call]}`: of a model that is called several times, the first ones.
+        rules: The rule of each layer with weights, `{layer: rule}`, of its first call.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> x = keras.Input((4,))
+    >>> a, b = keras.layers.Dense(3, name="a")(x), keras.layers.Dense(3, name="b")(x)
+    >>> model = keras.Model(x, keras.layers.Dense(1)(keras.layers.add([a, b])))
+    >>> labelled = ks.graph.Labelled(model)
+    >>> roots = [labelled.classes.find(call.outputs[0].labels).tolist() for call in labelled.calls[:2]]
+    >>> roots[0] == roots[1]
+    True
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.classes = Classes()
+        self.calls, self.graphs, self.rules = [], IdentityDict(), IdentityDict()
+        self.inputs = [self._outside(x, f"the input {x.name!r} of the model") for x in model.inputs]
+        self.outputs = self._replay(model, self.inputs)
+        for output, name in zip(self.outputs, _output_names(model), strict=True):
+            self.classes.fix(output.labels, f"{OUTPUT} ({name})")
+        self._make_rectangular()
+        self._check_forms()
+
+    def _outside(self, tensor, reason):
+        axes = [1] * len(tensor.shape)
+        found = Tensor(tuple(tensor.shape), tensor.dtype)
+        size = found.full[-1] if len(axes) > 1 else 1
+        axes[-1] = size
+        found.labels = self.classes.new(size).reshape(axes)
+        self.classes.fix(found.labels, reason)
+        return found
+
+    def _replay(self, model, tensors):
+        own = []
+
+        def call(operation, args, kwargs):
+            if isinstance(operation, keras.Model) and getattr(operation, "inputs", None):
+                outputs = self._replay(operation, keras.tree.flatten(args))
+                made = packed(operation, outputs)
+                own.append(Nested(operation, args, kwargs, keras.tree.flatten(args), made, self.classes))
+                return made
+            made = self._call(operation, args, kwargs)
+            own.append(made)
+            self.calls.append(made)
+            return made.structure
+
+        outputs = list(replay(model, tensors, call))
+        self.graphs.setdefault(model, own)
+        return outputs
+
+    def _call(self, operation, args, kwargs):
+        inputs = [x for x in keras.tree.flatten([args, kwargs]) if isinstance(x, Tensor)]
+        structure = outputs_of(operation, args, kwargs)
+        arguments = operation, args, kwargs, inputs, structure, self.classes
+        if getattr(operation, "weights", None):
+            return self._with_weights(operation, arguments)
+        kind = kind_of(operation)
+        fixed = self.classes.reasons()
+        present = np.unique(np.concatenate([self.classes.find(x.labels).reshape(-1) for x in inputs] or [[0]]))
+        if all(root in fixed for root in present.tolist() if root):
+            made = Elementwise(*arguments)
+            made.stay(fixed.get(int(present[-1]), f"{operation.name} has no input of channels"))
+            return made
+        if kind.channels in (KEEPS, JOINS) and is_elementwise(operation, kind, inputs, structure):
+            made = Elementwise(*arguments)
+            made.product = kind.product
+            made.label()
+            return made
+        return Moves.of(*arguments) or Probed(*arguments)
+
+    def _with_weights(self, operation, arguments):
+        made = rule_of(operation)(*arguments)
+        made.label()
+        first = self.rules.setdefault(operation, made)
+        if first is not made:
+            first.shared = made.shared = True
+            # What its weights are for the one call, they are for the other.
+            if len(first.parts) != len(made.parts):
+                made.stay(f"{operation.name} is called in different ways")
+                first.stay(f"{operation.name} is called in different ways")
+            for one, other in zip(first.parts, made.parts, strict=False):
+                for axis in one.axes.keys() & other.axes.keys():
+                    self.classes.join(one.axes[axis], other.axes[axis])
+        return made
+
+    def tensors(self):
+        """All tensors, those of nested models included."""
+        return [*self.inputs, *(tensor for call in self.calls for tensor in call.outputs)]
+
+    def _make_rectangular(self):
+        """Join labels until those of each tensor vary along one axis at most: the last that they varied along."""
+        arrays = [tensor.labels for tensor in self.tensors() if tensor.labels.size > 1]
+        again = True
+        while again:
+            again = False
+            for labels in arrays:
+                axes = self.classes.varying(labels)
+                if len(axes) > 1:
+                    self.classes.join_along(labels, axes[-1])
+                    again = True
+
+    def _check_forms(self):
+        """Fix the channels of operations that nothing can stand for when some of their channels are gone."""
+        for call in self.calls:
+            if isinstance(call, (Moves, Probed)) and not call.fixed:
+                fixed = self.classes.reasons()
+                roots = np.unique(np.concatenate([self.classes.find(x.labels).reshape(-1) for x in call.outputs]))
+                free = [root for root in roots.tolist() if root and root not in fixed]
+                for gone in (free[::2], free[1::2]):
+                    if gone and not call.can_lose(np.isin(np.arange(len(self.classes)), gone)):
+                        call.stay(f"{call.operation.name} computes something else with fewer channels")
+                        break
+
+
+class Nested(Call):
+    """The call of a model in a model; its own calls are in `Labelled.graphs`."""
+
+
+def outputs_of(operation, args, kwargs):
+    """The outputs of a call as `Tensor` without labels, in their structure."""
+
+    def symbolic(value):
+        return keras.KerasTensor(value.shape, value.dtype) if isinstance(value, Tensor) else value
+
+    args, kwargs = keras.tree.map_structure(symbolic, [list(args), kwargs])
+    spec = operation.compute_output_spec(*args, **kwargs)
+    return keras.tree.map_structure(lambda x: Tensor(tuple(x.shape), x.dtype), spec)
+
+
+def _output_names(model):
+    names = list(getattr(model, "output_names", ()))
+    count = len(keras.tree.flatten(model.outputs))
+    return names if len(names) == count else [f"output {i}" for i in range(count)]

@@ -1,0 +1,295 @@
+"""Probing finds out where an operation without weights puts channels, by running it."""
+
+import keras
+import numpy as np
+
+from keras_sparse.graph.calls import Call, run
+from keras_sparse.graph.kinds import KEEPS
+
+__all__ = ["channelwise", "is_elementwise"]
+
+
+def channelwise(function):
+    """Whether a function of an array does the same to each channel, the last axis, whatever the others are.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.graph.probing import channelwise
+    >>> channelwise(keras.activations.relu), channelwise(keras.activations.softmax)
+    (True, False)
+    """
+    x = np.random.default_rng(0).normal(0, 2, (8, 6)).astype("float32")
+    try:
+        whole, half = (
+            keras.ops.convert_to_numpy(function(keras.ops.convert_to_tensor(np.ascontiguousarray(value))))
+            for value in (x, x[:, ::2])
+        )
+    except Exception:  # a function of the user's that wants another shape
+        return False
+    return whole.shape == x.shape and half.shape == whole[:, ::2].shape and np.allclose(whole[:, ::2], half, 1e-6)
+
+
+def is_elementwise(operation, kind, inputs, structure):
+    """Whether the table of kinds says all there is to know of where an operation puts channels.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> from keras_sparse.graph.probing import is_elementwise
+    >>> layer, x = keras.layers.ReLU(), ks.graph.Tensor((None, 3), "float32", labels=[[1, 2, 3]])
+    >>> is_elementwise(layer, ks.graph.kind_of(layer), [x], x)
+    True
+    """
+    outputs = keras.tree.flatten(structure)
+    if len(outputs) != 1:
+        return False
+    (output,) = outputs
+    if kind.activates and isinstance(operation, keras.layers.Layer):
+        activation = getattr(operation, "activation", None)
+        if kind.zero is None and not channelwise(operation if activation is None else activation):
+            return False
+    if len(inputs) > 1 or kind.channels != KEEPS:
+        return len(inputs) > 1
+    if inputs[0].shape == output.shape and (kind.activates or kind.inert or kind.zero is None):
+        return True
+    if kind.inert:
+        return inputs[0].shape == output.shape
+    # Of an image, one channel at a time.
+    first = getattr(operation, "data_format", "channels_last") == "channels_first"
+    own, rank = inputs[0].labels.shape, len(output.shape)
+    axis = 1 if first else len(own) - 1
+    apart = all(size == 1 for i, size in enumerate(own) if i != axis)
+    return apart and (rank == len(own) or rank == 2) and (rank == 2 or output.full[axis] == inputs[0].full[axis])
+
+
+class Moves(Call):
+    """An operation that only moves elements of its input: its outputs are elements of it, or zeros."""
+
+    @classmethod
+    def of(cls, *arguments):
+        """The call, if the operation only moves elements, else `None`."""
+        made = cls(*arguments)
+        if not made.inputs or any(np.prod(x.full) > 1 << 24 for x in made.inputs):
+            return None
+        ends = np.cumsum([0, *(int(np.prod(x.full)) for x in made.inputs)])
+        numbers = [
+            np.arange(start + 1, end + 1, dtype="int32").reshape(x.full)
+            for x, start, end in zip(made.inputs, ends[:-1], ends[1:], strict=True)
+        ]
+        rng = np.random.default_rng(0)
+        values = np.concatenate([[0.0], rng.uniform(1, 2, ends[-1])]).astype("float32")
+        try:
+            made.sources = run(made, numbers)
+            moved = run(made, [values[x].astype(_float(t.dtype)) for x, t in zip(numbers, made.inputs, strict=True)])
+        except Exception:  # not made for integers
+            return None
+        for source, output, expected in zip(made.sources, moved, made.outputs, strict=True):
+            if source.dtype.kind not in "iu" or source.shape[1:] != expected.full[1:]:
+                return None
+            if output.dtype.kind != "f" or source.min() < 0 or source.max() > ends[-1]:
+                return None
+            if not np.allclose(values[source], output, 1e-2 if output.dtype.itemsize < 4 else 1e-6):
+                return None
+        made.label()
+        return made
+
+    def label(self):
+        every = [np.broadcast_to(x.labels, x.full).reshape(-1) for x in self.inputs]
+        labels = np.concatenate([[0], *every])
+        for output, source in zip(self.outputs, self.sources, strict=True):
+            output.labels = self._compressed(labels[source])
+            if (output.labels == 0).any():
+                new = self.classes.new(1)
+                self.classes.fix(new, f"{self.operation.name} puts zeros there")
+                output.labels = np.where(output.labels == 0, new[0], output.labels)
+
+    def _compressed(self, labels):
+        """Labels of size 1 along axes that do not matter; zeros in between are of the channel that they pad."""
+        for axis, size in enumerate(labels.shape):
+            highest = labels.max(axis=axis, keepdims=True)
+            if size > 1 and ((labels == highest) | (labels == 0)).all():
+                labels = highest
+        if labels.shape[0] > 1:  # several samples out of one: they are not told apart
+            labels = self.classes.join_along(labels.reshape(labels.shape[0], -1), 1).reshape(1, *labels.shape[1:])
+        return labels
+
+    def fill_constants(self):
+        every = [np.broadcast_to(x.constants, x.full).reshape(-1) for x in self.inputs]
+        values = np.concatenate([[0.0], *every])
+        for output, source in zip(self.outputs, self.sources, strict=True):
+            value = values[source]
+            axes = tuple(axis for axis, size in enumerate(output.labels.shape) if size == 1)
+            low, high = value.min(axis=axes, keepdims=True), value.max(axis=axes, keepdims=True)
+            found = np.where(low == high, low, np.nan)  # NaN, if any is
+            output.constant = None if np.isnan(found).all() else found
+
+    def can_lose(self, gone):
+        """Whether something can stand for it without the classes that `gone` says."""
+        return self.form(lambda labels: ~gone[self.classes.find(labels)]) is not None
+
+    def form(self, kept):
+        """What stands for it when only some channels stay.
+
+        Returns:
+            `"same"`: the operation as it is. A list with, for each output, `("reshape", shape)` or `("take", axis,
+            indices)`: these of the input. `None`: there is no such thing.
+        """
+        before = [self._kept(x, kept) for x in self.inputs]
+        after = [self._kept(x, kept) for x in self.outputs]
+        ends = np.cumsum([0, *(int(np.prod(x.full)) for x in self.inputs)])
+        numbers, new_index = [], np.zeros(ends[-1] + 1, "int32")
+        for x, indices, start, end in zip(self.inputs, before, ends[:-1], ends[1:], strict=True):
+            part = np.arange(start + 1, end + 1, dtype="int32").reshape(x.full)[np.ix_(*indices)]
+            numbers.append(part)
+            new_index[part.reshape(-1)] = part.reshape(-1)
+        wanted = [source[np.ix_(*indices)] for source, indices in zip(self.sources, after, strict=True)]
+        try:
+            found = run(self, numbers)
+            same = all(np.array_equal(one, other) for one, other in zip(found, wanted, strict=True))
+            if same and self.spec_is(self.shapes_left(self.inputs, kept), self.shapes_left(self.outputs, kept)):
+                return "same"
+        except Exception:  # the sizes in its arguments are no longer those
+            pass
+        forms = [_form(numbers[0], one) for one in wanted] if len(self.inputs) == 1 else [None]
+        return None if any(form is None for form in forms) else forms
+
+    def _kept(self, tensor, kept):
+        """The indices that stay, for each axis of the full shape."""
+        alive = kept(tensor.labels)
+        found = []
+        for axis, size in enumerate(tensor.full):
+            others = tuple(i for i in range(alive.ndim) if i != axis)
+            own = alive.any(axis=others)
+            found.append(np.flatnonzero(np.broadcast_to(own, size) if own.size == 1 else own))
+        if tensor.labels.shape[0] == 1 and self.sources and tensor in self.outputs:
+            source = self.sources[self.outputs.index(tensor)]
+            found[0] = np.arange(source.shape[0])
+        return found
+
+
+def _form(before, after):
+    """How one array of numbers becomes another: by a reshape, or by picking along one axis."""
+    if before.size == after.size and np.array_equal(before.reshape(-1), after.reshape(-1)):
+        return "reshape", after.shape
+    if before.ndim != after.ndim:
+        return None
+    for axis in range(1, before.ndim):
+        same = [n for i, n in enumerate(before.shape) if i != axis] == [
+            n for i, n in enumerate(after.shape) if i != axis
+        ]
+        if not same:
+            continue
+        rows, wanted = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)[:, 0].tolist() for x in (before, after))
+        index = {number: i for i, number in enumerate(rows)}
+        if all(number in index for number in wanted):
+            indices = [index[number] for number in wanted]
+            if np.array_equal(np.take(before, indices, axis), after):
+                return "take", axis, indices
+    return None
+
+
+class Probed(Call):
+    """An operation that is asked by perturbing some of its channels and looking where its outputs change."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.label()
+
+    def label(self):
+        name = f"{self.operation.name} ({type(self.operation).__name__})"
+        try:
+            found = [self._dependence(i) for i in range(len(self.inputs))]
+        except Exception:  # whatever it wants that random numbers are not
+            found = [None]
+        if not self.inputs or any(each is None for each in found):
+            self.stay(f"{name} mixes channels, or cannot be run on its own")
+            return
+        for number, output in enumerate(self.outputs):
+            labels = np.zeros(output.full, "int64")
+            for each in found:
+                self.classes.join(labels, each[number])
+                labels = np.maximum(labels, each[number])
+            for axis in range(labels.ndim):
+                highest = labels.max(axis=axis, keepdims=True)
+                if ((labels == highest) | (labels == 0)).all():
+                    labels = highest
+            if (labels == 0).any():
+                self.stay(f"{name} makes channels of its own")
+                return
+            output.labels = labels
+
+    def _values(self, rng):
+        found = []
+        for tensor in self.inputs:
+            if "float" not in keras.backend.standardize_dtype(tensor.dtype):
+                raise TypeError("integers cannot be perturbed")
+            found.append(rng.normal(0, 2, tensor.full).astype("float32"))
+        return found
+
+    def _dependence(self, which):
+        """For each output the label in one input that each element depends on, 0 for none; `None` if on several."""
+        tensor = self.inputs[which]
+        roots, codes = np.unique(self.classes.find(tensor.labels), return_inverse=True)
+        codes = np.broadcast_to(codes.reshape(tensor.labels.shape), tensor.full)
+        bits = max(1, int(len(roots) - 1).bit_length())
+        changed = [np.zeros((bits, 2, *x.full), bool) for x in self.outputs]
+        for seed in range(4):
+            rng = np.random.default_rng(seed)
+            values = self._values(rng)
+            base = run(self, values)
+            for bit in range(bits):
+                for side in (0, 1):
+                    where = (codes >> bit & 1) == side
+                    moved = values[which] + where * rng.uniform(1, 4, tensor.full).astype("float32")
+                    other = run(self, [*values[:which], moved, *values[which + 1 :]])
+                    for each, one, two in zip(changed, base, other, strict=True):
+                        each[bit, side] |= one != two
+        found = []
+        for each in changed:
+            if (each[:, 0] & each[:, 1]).any():
+                return None
+            some, every = each.any(axis=(0, 1)), each.any(axis=1).all(axis=0)
+            if (some != every).any():
+                return None
+            code = sum((each[bit, 1].astype(int) << bit) for bit in range(bits))
+            found.append(np.where(some, roots[np.minimum(code, len(roots) - 1)], 0))
+        return found
+
+    def can_lose(self, gone):
+        """Whether it does the same to the channels that stay without the classes that `gone` says."""
+
+        def kept(labels):
+            return ~gone[self.classes.find(labels)]
+
+        return self.form(kept) is not None
+
+    def form(self, kept):
+        """`"same"`, or `None` if the operation computes something else when only some channels stay."""
+        values = self._values(np.random.default_rng(9))
+        try:
+            whole, part = (
+                run(self, values),
+                run(self, [_picked(x, v, kept) for x, v in zip(self.inputs, values, strict=True)]),
+            )
+            for output, one, other in zip(self.outputs, whole, part, strict=True):
+                picked = _picked(output, one, kept)
+                if picked.shape != other.shape or not np.allclose(picked, other, 1e-5, 1e-6):
+                    return None
+            same = self.spec_is(self.shapes_left(self.inputs, kept), self.shapes_left(self.outputs, kept))
+        except Exception:  # the sizes in its arguments are no longer those
+            return None
+        return "same" if same else None
+
+
+def _picked(tensor, value, kept):
+    alive = kept(tensor.labels)
+    for axis, size in enumerate(alive.shape):
+        if size > 1:
+            own = alive.any(axis=tuple(i for i in range(alive.ndim) if i != axis))
+            value = np.compress(own, value, axis=axis)
+    return value
+
+
+def _float(dtype):
+    return "float32" if "float" in keras.backend.standardize_dtype(dtype) else keras.backend.standardize_dtype(dtype)

@@ -1,0 +1,253 @@
+"""Channels are chosen by groups: what can only be removed together is ranked as one and masked as one.
+
+A channel's score is the sum over the kernels that make it of the mean score of its weights there. Scores are divided by
+their mean over the group, so that groups of different kinds compare: Fang et al., "DepGraph" (2023), section 3.3, and
+"Isomorphic pruning for vision models" (2024), section 3.2, which ranks only like with like.
+"""
+
+import numpy as np
+
+from keras_sparse import graph
+from keras_sparse.identity import IdentityDict
+
+__all__ = ["ChannelChoice"]
+
+
+class ChannelChoice:
+    """Which channels of a model leave, and what is masked with them.
+
+    Args:
+        model: A built functional or Sequential model.
+        goals: The goals whose pattern is whole channels.
+        budget: A `Budget`, or `None` if the goals' sparsities count.
+        allocation: The `Allocation`.
+
+    Attributes:
+        kernels: For each goal, the `{axis: labels}` that it makes; a string that says why if it makes none.
+        others: `{variable: {axis: labels}}` of biases, normalizations and the like that go with channels.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> x = keras.Input((4,))
+    >>> a, b = keras.layers.Dense(8, name="a")(x), keras.layers.Dense(8, name="b")(x)
+    >>> model = keras.Model(x, keras.layers.Dense(2, "softmax")(keras.layers.add([a, b])))
+    >>> plan = ks.pruning.Plan(model, 0.5, pattern="channel")
+    >>> [goal.weight.layer.name for goal in plan.goals]
+    ['a', 'b']
+    """
+
+    def __init__(self, model, goals, budget=None, allocation=None):
+        self._channels = channels = graph.Channels(model)
+        self._roots, self._budget, self._allocation = channels.roots, budget, allocation
+        selected = IdentityDict((goal.weight.variable, goal) for goal in goals)
+        made = [(layer, part) for layer, part in channels.parts() if part.made]
+        # What a model returns cannot be removed, but it can be zero, where a sparsity is asked for and not a cost.
+        reasons = {
+            c: why for c, why in channels.reasons.items() if budget is not None or not why.startswith(graph.OUTPUT)
+        }
+        reasons |= channels.not_silenced(reasons)
+        reasons |= self._not_selected(made, selected, reasons)
+        self._groups = []
+        for group in channels.groups:
+            free = np.array([c for c in group.channels.tolist() if c not in reasons], int)
+            variables = [part.variable for _, part in group.members if part.made and part.variable in selected]
+            own = [v for v in variables if self._makes(made, v, free)]
+            if len(free) > 1 and own:
+                self._groups.append((free, [selected[v] for v in own], group))
+        self._free = np.zeros(len(self._roots), bool)
+        for free, _, _ in self._groups:
+            self._free |= np.isin(self._roots, free)
+        self.kernels, self.others = [], IdentityDict()
+        parts = IdentityDict((part.variable, part) for _, part in made)
+        for goal in goals:
+            part = parts.get(goal.weight.variable)
+            axes = {} if part is None else self._axes_of(part)
+            why = "no graph that could be seen makes its channels" if part is None else self._why(part, reasons)
+            self.kernels.append(axes or f"channels: {why}")
+        for _, part in made:
+            axes = self._axes_of(part)
+            if axes and part.variable not in selected:
+                self.others[part.variable] = axes
+        self._targets = None
+
+    def aim(self, goals):
+        """Take the sparsities of these goals, which are those that make channels, in order, for the groups."""
+        self.kernels = [axes for axes in self.kernels if not isinstance(axes, str)]
+        sparsity = IdentityDict((goal.weight.variable, goal.sparsity) for goal in goals)
+        self._targets = [
+            min(sparsity.get(goal.weight.variable, goal.sparsity) or 0.0 for goal in own) for _, own, _ in self._groups
+        ]
+        self._check_budget()
+
+    def _axes_of(self, part):
+        return {axis: part.axes[axis] for axis in part.made if self._free[part.axes[axis]].any()}
+
+    def _makes(self, made, variable, free):
+        return any(
+            np.isin(self._roots[part.axes[axis]], free).any()
+            for _, part in made
+            if part.variable is variable
+            for axis in part.made
+        )
+
+    def _why(self, part, reasons):
+        found = [reasons.get(c) for axis in part.made for c in np.unique(self._roots[part.axes[axis]]).tolist()]
+        return next((reason for reason in found if reason), "it has one channel")
+
+    def _not_selected(self, made, selected, reasons):
+        """`{class: reason}` for channels that a kernel makes, too, which is left dense."""
+        found = {}
+        for layer, part in made:
+            kernel = graph.kernel_of(layer, part.variable.name, part.variable.shape)[0]
+            ranked = len(part.variable.shape) > 1 and (kernel is None or kernel.role != graph.DEPTHWISE)
+            if ranked and part.variable not in selected and "bias" not in part.variable.name:
+                for axis in part.made:
+                    for root in np.unique(self._roots[part.axes[axis]]).tolist():
+                        if root not in reasons:
+                            found[root] = f"{part.variable.path} makes them, too, and is left dense"
+        return found
+
+    # Scores, ranking, masks
+
+    def keep(self, scores, masks, fraction):
+        """Return the new masks of the goals' weights.
+
+        Args:
+            scores: The scores of each goal's weight, -inf where it is masked.
+            masks: The present masks.
+            fraction: The way to the target, in [0, 1].
+        """
+        gone = self._gone_already(masks)
+        values = self._scores(scores)
+        ranked = [self._ranking(group, values, gone) for group in self._groups]
+        leaving = gone.copy()
+        for classes in self._leaving(ranked, gone, fraction):
+            leaving |= np.isin(self._roots, classes)
+        return [self.mask_of(axes, leaving, mask.shape) for axes, mask in zip(self.kernels, masks, strict=True)]
+
+    def mask_of(self, axes, gone, shape):
+        """What stays of a weight without the classes that `gone` says, a boolean array."""
+        mask = np.ones(shape, bool)
+        for axis, labels in axes.items():
+            mask &= ~gone[labels].reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        return mask
+
+    def gone(self, masks):
+        """For each label whether its channel is masked in all kernels that make it."""
+        return self._gone_already(masks)
+
+    def _gone_already(self, masks):
+        alive, seen = np.zeros(len(self._roots), bool), np.zeros(len(self._roots), bool)
+        for axes, mask in zip(self.kernels, masks, strict=True):
+            for axis, labels in axes.items():
+                roots = self._roots[labels]
+                seen[roots] = True
+                alive[roots[mask.any(axis=tuple(i for i in range(mask.ndim) if i != axis))]] = True
+        return (seen & ~alive & self._free)[self._roots] & self._free
+
+    def _scores(self, scores):
+        found = np.zeros(len(self._roots))
+        for axes, score in zip(self.kernels, scores, strict=True):
+            for axis, labels in axes.items():
+                others = tuple(i for i in range(score.ndim) if i != axis)
+                means = np.where(score == -np.inf, 0, score).astype("float64").mean(axis=others)
+                np.add.at(found, self._roots[labels], means)
+        return found
+
+    def _ranking(self, group, values, gone):
+        """The free channels of a group, the lowest score first, and these scores over their mean."""
+        free = group[0]
+        own = np.where(gone[free], -np.inf, values[free])
+        live = np.abs(own[np.isfinite(own)])
+        scale = live.mean() if live.size and live.mean() > 0 else 1.0
+        order = np.argsort(own, kind="stable")
+        return free[order], own[order] / scale
+
+    def _leaving(self, ranked, gone, fraction):
+        """Lists of the classes that leave."""
+        if self._budget is None:
+            if not self._shared:
+                shares = [sparsity * fraction for sparsity in self._targets]
+                return [free[: self._count(share, free)] for share, (free, _) in zip(shares, ranked, strict=True)]
+            return self._by_share(ranked, fraction * self._targets[0])
+        whole = self._channels.cost(lambda labels: np.ones(np.shape(labels), bool))
+        limits = {k: whole[k] - fraction * (whole[k] - limit) for k, limit in self._budget.limits(whole).items()}
+        low, high = 0.0, 1.0
+        chosen = []
+        for _ in range(1 + int(np.ceil(np.log2(1 + sum(len(free) for free, _ in ranked)))) + 4):
+            share = (low + high) / 2
+            leaving = self._by_share(ranked, share)
+            if self._fits(leaving, gone, limits):
+                high, chosen = share, leaving
+            else:
+                low = share
+        return chosen or self._by_share(ranked, 1.0)
+
+    def _fits(self, leaving, gone, limits):
+        out = gone.copy()
+        out[np.concatenate([*leaving, np.zeros(0, int)]).astype(int)] = True
+        cost = self._channels.cost(lambda labels: ~out[self._roots[labels]])
+        return all(cost[name] <= limit for name, limit in limits.items())
+
+    def _by_share(self, ranked, share):
+        """The classes that leave of each group when `share` of all channels does."""
+        if not self._shared:
+            return [free[: self._count(share, free)] for free, _ in ranked]
+        kinds = {}
+        for number, (_, _, group) in enumerate(self._groups):
+            kind = tuple(sorted(type(layer).__name__ + part.variable.name for layer, part in group.members))
+            kinds.setdefault(kind if getattr(self._allocation, "like_with_like", False) else "", []).append(number)
+        leaving = [free[:0] for free, _ in ranked]
+        for numbers in kinds.values():
+            places = [(n, i) for n in numbers for i in range(self._most(len(ranked[n][0])))]
+            scores = np.array([ranked[n][1][i] for n, i in places])
+            total = sum(len(ranked[n][0]) for n in numbers)
+            for k in np.argsort(scores, kind="stable")[: round(share * total)].tolist():
+                n, i = places[k]
+                leaving[n] = ranked[n][0][: max(len(leaving[n]), i + 1)]
+        return leaving
+
+    def reached(self, masks):
+        """Whether as many channels are masked as the goals say."""
+        gone = self._gone_already(masks)
+        counts = [(int(gone[free].sum()), len(free)) for free, _, _ in self._groups]
+        if self._budget is not None:
+            whole = self._channels.cost(lambda labels: np.ones(np.shape(labels), bool))
+            cost = self._channels.cost(lambda labels: ~gone[self._roots[labels]])
+            return all(cost[name] <= limit for name, limit in self._budget.limits(whole).items())
+        if not self._shared:
+            pairs = zip(counts, self._targets, strict=True)
+            return all(have >= round(share * n) for (have, n), share in pairs)
+        most, wanted = sum(self._most(n) for _, n in counts), round(self._targets[0] * sum(n for _, n in counts))
+        return sum(have for have, _ in counts) >= min(most, wanted)
+
+    @property
+    def _shared(self):
+        return self._allocation is not None and self._allocation.shared
+
+    def _most(self, count):
+        """How many of the channels of a group may leave for a budget or in one ranking: one stays at least."""
+        least = self._allocation.least(count) if hasattr(self._allocation, "least") else 1
+        return count - max(1, least)
+
+    def _count(self, share, free):
+        count = round(share * len(free))
+        return count if self._budget is None else min(self._most(len(free)), count)
+
+    def _check_budget(self):
+        """Raise unless the budget can be met."""
+        if self._budget is None:
+            return
+        whole = self._channels.cost(lambda labels: np.ones(np.shape(labels), bool))
+        out = np.zeros(len(self._roots), bool)
+        for free, _, _ in self._groups:
+            out[free[1:]] = True
+        least = self._channels.cost(lambda labels: ~out[self._roots[labels]])
+        for name, limit in self._budget.limits(whole).items():
+            if not least[name] <= limit:
+                raise ValueError(
+                    f"The budget cannot be met: with one channel of each group the model has {least[name]:,} {name}, "
+                    f"{least[name] / whole[name]:.1%} of its {whole[name]:,}. Give {name} of at least that, or let "
+                    f"more layers take part (`filters`). Received: {self._budget!r}"
+                )
