@@ -34,7 +34,7 @@ if not _is_command_line():
     )
     from keras_sparse.baking import add_l0, bake
     from keras_sparse.neurons import neuron_sparsity
-    from keras_sparse.pruning import prune, update_masks
+    from keras_sparse.pruning import prune, reestimate_batch_norm, update_masks
     from keras_sparse.regularizers import regularize
     from keras_sparse.reports import report
 
@@ -58,6 +58,7 @@ __all__ = [
     "patterns",
     "prune",
     "pruning",
+    "reestimate_batch_norm",
     "regularize",
     "regularizers",
     "report",
@@ -75,6 +76,7 @@ _FUNCTIONS = {
     "compare": "comparison",
     "neuron_sparsity": "neurons",
     "prune": "pruning",
+    "reestimate_batch_norm": "pruning",
     "regularize": "regularizers",
     "report": "reports",
     "update_masks": "pruning",

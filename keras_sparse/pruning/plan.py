@@ -31,6 +31,7 @@ class Plan:
         whole_units: Whether the pattern `Channel` takes bias and batch normalization along, and skips kernels whose
             units would not be zero by that.
         untrained: Variables that no step of the optimizer changes; left out unless `filters` are given.
+        unknown: Mapping from variables that cannot be pruned by the criterion to the reason.
 
     Example:
 
@@ -52,6 +53,7 @@ class Plan:
         frozen=False,
         whole_units=True,
         untrained=(),
+        unknown=(),
     ):
         check_target(target_sparsity, allocation)
         self.criterion = criteria.get(criterion)
@@ -60,6 +62,8 @@ class Plan:
         weights = selection.select(model, filters, frozen, target_sparsity if isinstance(target_sparsity, dict) else ())
         if filters is None:
             weights = weights.without(untrained, UNTRAINED)
+        for variable in unknown:
+            weights = weights.without([variable], unknown[variable])
         targets = per_weight(target_sparsity, weights.chosen)
         self.goals = [
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
@@ -129,9 +133,15 @@ class Plan:
             weights together for `"global"`), or what was masked before if that is more.
         """
         statistics = [None] * len(masks) if statistics is None else statistics
-        scores = [self._scores(*arguments) for arguments in zip(self.goals, masks, statistics, strict=True)]
-        new = self.allocation.keep(self.goals, scores, fraction)
+        scores = [self.scores(*arguments) for arguments in zip(self.goals, masks, statistics, strict=True)]
+        new = self.allocation.keep(self.compared(self.goals), scores, fraction)
         return [mask & old for mask, old in zip(new, masks, strict=True)]
+
+    def compared(self, goals):
+        """The goals, with patterns that rank within output units if the criterion compares there."""
+        if not self.criterion.within_outputs:
+            return goals
+        return [replace(goal, pattern=patterns.WithinOutputs(goal.pattern)) for goal in goals]
 
     def reached(self, masks):
         """Whether `masks` are at the goals, by the counts that `masks` promises."""
@@ -149,6 +159,11 @@ class Plan:
 
     def attach(self, parts):
         """Give each goal's weight a mask in `parts` that keeps the zeros it has, and the statistic it needs."""
+        if self.criterion.of_inputs:
+            raise ValueError(
+                f"`{type(self.criterion).__name__}` ranks weights by the inputs that they multiply, which training "
+                "does not keep: it serves in one shot, `ks.prune(model, sparsity, criterion, data=x)`."
+            )
         masks = parts.masks
         new = [goal.weight for goal in self.goals if masks.of(goal.weight.variable) is None]
         units = [(goal, v) for goal in self.goals for v in goal.units if v.trainable and masks.of(v) is None]
@@ -188,9 +203,17 @@ class Plan:
             )
         return [selection.as_array(parts.statistics.of(goal.weight.variable, statistic)) for goal in self.goals]
 
-    def _scores(self, goal, mask, statistic):
+    def scores(self, goal, mask, statistic=None, value=None):
+        """The scores of a goal's weight, -inf where it is masked.
+
+        Args:
+            goal: One of the goals.
+            mask: The present mask.
+            statistic: What the criterion looks at.
+            value: The weight's value, if it is to be another one than now.
+        """
         try:
-            scores = self.criterion(goal.weight.numpy(), statistic)
+            scores = self.criterion(goal.weight.numpy() if value is None else value, statistic)
         except ValueError as error:
             raise ValueError(f"{goal.weight.path}: {error}") from error
         # Below every live score, -inf included. (By index: a boolean mask takes several times as long.)
