@@ -10,12 +10,13 @@ import numpy as np
 from keras_sparse import optimizers, patterns
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning.allocation import Uniform
-from keras_sparse.pruning.repair import EXACT, cost, damped, input_statistic, repaired
+from keras_sparse.pruning.repair import damped, input_statistic, repaired
 from keras_sparse.quiet import progress_bar
 
 __all__ = ["prune_layerwise"]
 
-ROUNDS = 4  # in which a criterion that repairs removes weights
+ROUNDS = 8  # in which a criterion that repairs removes weights, at most
+AFFORDABLE = 2e9  # sum of (weights that stay)^3 over output units from which on there is another round
 
 
 def prune_layerwise(plan, masks, calibration, repair, statistics=None):
@@ -73,18 +74,23 @@ def prune_layerwise(plan, masks, calibration, repair, statistics=None):
 
 
 def _shared_goals(plan, masks, calibration):
-    """Goals with the sparsity that each gets in one ranking of all weights, on the inputs of the model as it is."""
-    statistics = [None] * len(masks)
+    """Goals with the sparsity that each gets in one ranking of all weights, on the inputs of the model as it is.
+
+    Errors of layers compare as shares of what they put out: one with outputs of a tenth matters as much as others.
+    """
+    scores = [None] * len(masks)
     index = IdentityDict((goal.weight.variable, i) for i, goal in enumerate(plan.goals))
 
     def visit(moments):
         for weight, moment in moments:
             i = index[weight.variable]
-            statistics[i] = _Layer(plan, plan.goals[i], moment, False).statistic(masks[i])
+            scores[i] = _Layer(plan, plan.goals[i], moment, False).shares(masks[i])
+            advance()
 
     with progress_bar("measure", total=len(masks)) as advance:
-        calibration.run([goal.weight for goal in plan.goals], lambda moments: (visit(moments), advance()))
-    shared = plan.masks(masks, statistics=statistics)
+        calibration.run([goal.weight for goal in plan.goals], visit)
+    shared = plan.allocation.keep(plan.compared(plan.goals), scores, 1.0)
+    shared = [new & mask for new, mask in zip(shared, masks, strict=True)]
     return [replace(goal, sparsity=_dropped(goal, mask)) for goal, mask in zip(plan.goals, shared, strict=True)]
 
 
@@ -107,6 +113,16 @@ class _Layer:
         found = input_statistic(self._plan.criterion, self._matrix(mask), self._moments, self._group_of)
         return self._kernel(found)
 
+    def shares(self, mask):
+        """The scores, as shares of the second moment of the outputs."""
+        matrix = self._matrix(self._dense).astype(np.float64)
+        power = sum(
+            np.sum((matrix[units] @ self._moments[group]) * matrix[units])
+            for group in np.unique(self._group_of)
+            for units in [np.flatnonzero(self._group_of == group)]
+        )
+        return self._plan.scores(self._goal, mask, self.statistic(mask)) / (power or 1.0)
+
     def take(self, mask):
         """Let the weights of a mask stay."""
         self.mask = mask
@@ -117,19 +133,21 @@ class _Layer:
     def choose(self, mask):
         """Choose by the criterion what stays, in rounds if weights change in between."""
         [goal] = self._plan.compared([self._goal])
-        fractions = [1.0]
-        if self._repair and goal.sparsity:
-            kept = [(1 - goal.sparsity) ** (step / ROUNDS) for step in range(1, ROUNDS)]
-            fractions = [*((1 - share) / goal.sparsity for share in kept), 1.0]
         self.mask, value = mask, self._dense
-        for fraction in fractions:
-            # The first round is cheap, because all output units have the same inputs; others wait until they are.
-            if fraction < 1 and self.mask is not mask and cost(self._matrix(self.mask)) > EXACT:
-                continue
+        for fraction in self._fractions() if self._repair and goal.sparsity else [1.0]:
             scores = self._plan.scores(goal, self.mask, self.statistic(self.mask), value)
             [new] = Uniform().keep([goal], [scores], fraction)
             self.take(new & self.mask)
             value = self._dense if self.value is None else self.value
+
+    def _fractions(self):
+        """How far each round goes: each leaves the same share of what the one before it left.
+
+        The first one is cheap, because all output units have the same inputs. It goes as far as the second one needs.
+        """
+        sparsity, (units, inputs) = self._goal.sparsity, self._matrix(self._dense).shape
+        kept = [(1 - sparsity) ** (step / ROUNDS) for step in range(1, ROUNDS)]
+        return [*((1 - share) / sparsity for share in kept if units * (share * inputs) ** 3 <= AFFORDABLE), 1.0]
 
     def _matrix(self, array):
         return patterns.to_matrix(array, self._goal.weight.output_axes)

@@ -8,9 +8,9 @@ import numpy as np
 __all__ = ["column_updates", "damped", "input_statistic", "least_squares", "repaired"]
 
 # Of the mean of the moment's diagonal: what makes the moments of few samples and of dead inputs invertible.
-DAMPING = 1e-3
+DAMPING = 3e-2
 # Sum of (weights that stay)^3 over the output units up to which each of them gets a system of equations of its own.
-EXACT = 5e10
+EXACT = 3e10
 
 
 def damped(moment, damping=DAMPING):
