@@ -183,10 +183,158 @@ def test_each_kind_of_model_loses_less_with_repair(name):
     for model, repair in zip(models, (False, True), strict=True):
         if repair:
             report = ks.prune(model, 0.5, data=data, repair=True, batch_size=8)
-            assert not [row for row in report.rows if "not known" in (row.get("skipped") or "")]
+            assert not [row for row in report.rows if "not known" in (row["reason"])]
         else:
             ks.prune(model, 0.5)
         kernels = ks.selection.select(model).chosen
         assert all(np.sum(w.numpy() == 0) == round(0.5 * w.size) for w in kernels)
         errors.append(float(np.mean((keras.ops.convert_to_numpy(model(data, training=False)) - dense) ** 2)))
     assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "found"),
+    [("2:4", None, "2:4"), ("block_1x4", 0.5, "block_1x4"), ("channel", 0.5, "channel")],
+)
+@pytest.mark.parametrize("criterion", ["obs", "wanda"])
+def test_patterns(criterion, pattern, sparsity, found):
+    model = randomized(keras.Sequential([keras.Input((8,)), L.Dense(8, "relu"), L.Dense(8, "relu"), L.Dense(4)]))
+    filters = [model.layers[0], model.layers[1]]
+    head = arrays(model)[4]
+    report = ks.prune(model, sparsity, criterion, pattern, filters=filters, data=X)
+    rows = [row for row in report.rows if row["pattern"]]
+    assert [row["pattern"] for row in rows[:2]] == [found, found]
+    assert [row["zeros"] for row in rows[:2]] == [32, 32]
+    np.testing.assert_array_equal(arrays(model)[4], head)
+
+
+def test_allocations_and_zeros_that_are_there_stay():
+    for allocation in ("global", "erk", ks.pruning.Global(floor=2)):
+        model = small()
+        ks.prune(model, {"a/": 0.3})
+        zeros = arrays(model)[0] == 0
+        report = ks.prune(model, 0.6, "obs", allocation=allocation, data=X)
+        assert report.totals["zeros"] == round(0.6 * (48 + 30 + 15))
+        assert (arrays(model)[0][zeros] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16", "float64"])
+def test_other_precisions(dtype):
+    model, reference = small(dtype), small()
+    for each in (model, reference):
+        ks.prune(each, 0.5, "obs", data=X)
+    for one, other in zip(arrays(model)[::2], arrays(reference)[::2], strict=True):
+        assert np.sum(one == 0) == np.sum(other == 0)
+    np.testing.assert_allclose(arrays(model)[0], arrays(reference)[0], atol=1e-5 if dtype == "float64" else 0.05)
+
+
+def test_repeats_itself_and_batches_do_not_matter():
+    found = []
+    for size, data in ((32, X), (7, X), (32, iter([X[:20], X[20:]]))):
+        model = small()
+        ks.prune(model, 0.7, "obs", data=data, batch_size=size)
+        found.append(arrays(model))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_criteria_of_gradients_are_repaired_on_the_inputs_of_their_data():
+    model = small()
+    model.compile("sgd", "mse")
+    report = ks.prune(model, 0.5, "snip", data=(X, np.ones((50, 3))), repair=True)
+    assert report.totals["zeros"] == 24 + 15 + 8
+    with pytest.raises(ValueError, match="must be arrays `\\(x, y\\)`"):
+        ks.prune(model, 0.5, "snip", data=iter([(X, X)]), repair=True)
+
+
+def test_what_is_not_known_or_not_used_stays_dense():
+    class Own(L.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=(shape[-1], 3), name="w")
+
+        def call(self, x):
+            return x @ self.w
+
+    model = keras.Sequential([keras.Input((8,)), L.Dense(8), Own()])
+    model.unused = L.Dense(8)
+    model.unused.build((None, 8))
+    report = ks.prune(model, 0.5, "obs", data=X)
+    reasons = {row["path"].split("/")[-1]: row["reason"] for row in report.rows if row["reason"]}
+    assert "what w of Own multiplies is not known" in reasons["w"]
+    assert "does not use it" in " ".join(map(str, (row["reason"] for row in report.rows)))
+
+
+def with_infinite_activation():
+    model = small()
+    model.layers[0].bias.assign(np.full(6, 3e38, "float32"))
+    model.layers[1].kernel.assign(np.full((6, 5), 1e30, "float32"))
+    model.layers[1].activation = keras.activations.linear
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*(overflow|invalid value) encountered")
+@pytest.mark.parametrize(
+    ("make", "data", "message"),
+    [
+        (small, None, "needs inputs: pass `data=x`"),
+        (small, np.zeros((0, 8)), "at least two samples"),
+        (small, X[:1], "at least two samples.* Received: 1"),
+        (small, np.where(X > 2, np.nan, X), "must be finite"),
+        (small, X[:, :5], "takes inputs of shape"),
+        (small, np.arange(50), "takes inputs of shape"),  # labels
+        (small, (X, X), "inputs only: pass `x`"),
+        (with_infinite_activation, X, "not finite on `data`"),
+    ],
+    ids=["none", "empty", "one", "nan", "shape", "labels", "tuple", "infinite"],
+)
+@pytest.mark.parametrize("arguments", [{"criterion": "obs"}, {"repair": True}], ids=["obs", "repair"])
+def test_bad_data_leave_the_model_as_it_was(make, data, message, arguments):
+    model = make()
+    before = arrays(model)
+    with pytest.raises(ValueError, match=message):
+        ks.prune(model, 0.5, data=data, **arguments)
+    for a, b in zip(before, arrays(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not any("call" in vars(layer) for layer in model.layers)
+
+
+def test_interrupted(monkeypatch):
+    model = small()
+    before = arrays(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(layerwise, "Uniform", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ks.prune(model, 0.5, "obs", data=X)
+    for a, b in zip(before, arrays(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_training_has_no_inputs_to_look_at():
+    model = small()
+    model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
+    with pytest.raises(ValueError, match="`Obs` ranks weights by the inputs"):
+        model.fit(X, np.ones((50, 3)), callbacks=[ks.callbacks.Pruning(0.5, criterion="obs")], verbose=0)
+
+
+def test_batch_norm_is_that_of_all_inputs():
+    layers = [L.Dense(4), L.BatchNormalization(), L.ReLU(), L.Dense(3), L.BatchNormalization(trainable=False)]
+    model = randomized(keras.Sequential([keras.Input((8,)), *layers]))
+    assert ks.reestimate_batch_norm(model, X, batch_size=50) == 2
+    kernel, bias, gamma, beta = arrays(model)[:4]
+    x = X.astype(float) @ kernel + bias
+    np.testing.assert_allclose(ks.selection.as_array(layers[1].moving_mean), x.mean(0), atol=1e-4)
+    np.testing.assert_allclose(ks.selection.as_array(layers[1].moving_variance), x.var(0), rtol=1e-3)
+    normal = (x - x.mean(0)) / np.sqrt(x.var(0) + layers[1].epsilon) * gamma + beta
+    weight, shift = layers[3].get_weights()
+    np.testing.assert_allclose(
+        ks.selection.as_array(layers[4].moving_variance), (np.maximum(normal, 0) @ weight + shift).var(0), rtol=1e-3
+    )
+    statistics = [arrays(model)[i] for i in range(len(model.variables))]
+    with pytest.raises(ValueError, match="finite"):
+        ks.reestimate_batch_norm(model, X * np.nan)
+    for a, b in zip(statistics, arrays(model), strict=True):
+        np.testing.assert_array_equal(a, b)
