@@ -21,6 +21,7 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
     * `update(run, progress)`: act at a due step of its `clock`, at `progress` in [0, 1] between begin and end;
     * `finish(run)`: act when training has ended;
     * `leave(run)`: act when the fit ends, also if it is interrupted;
+    * `watch(run, logs)`: look at the logs of an epoch that has ended;
     * `log(run)`: return what goes into the logs at the end of each epoch, as a dict;
     * `reached`: whether the model is as sparse as it is to be;
     * `finished`: whether there is nothing left to do, whatever the clock says.
@@ -61,6 +62,9 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
 
     def leave(self, run):
         """Act when the fit ends, however it ends."""
+
+    def watch(self, run, logs):
+        """Look at the logs of an epoch that has ended."""
 
     def log(self, run):
         """Return what goes into the logs at the end of an epoch."""
@@ -167,6 +171,12 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
         run.epochs_done = epoch + 1
         run.fit.note_epoch(epoch + 1)
         if logs is not None and run.attached:
+            self.model  # noqa: B018 - JAX puts the state of its step into the variables.
+            try:
+                self.watch(run, logs)
+            except Exception:
+                run.fit.end()
+                raise
             logs.update(self.log(run))
 
     def on_test_end(self, logs=None):
