@@ -266,6 +266,8 @@ def test_what_is_not_known_or_not_used_stays_dense():
     report = ks.prune(model, 0.5, "obs", data=X)
     reasons = {row["path"].split("/")[-1]: row["reason"] for row in report.rows if row["reason"]}
     assert "what w of Own multiplies is not known" in reasons["w"]
+    with pytest.raises(ValueError, match="nothing to prune by the inputs.*Own multiplies is not known"):
+        ks.prune(model, 0.5, "obs", filters="/w$", data=X)
     assert "does not use it" in " ".join(map(str, (row["reason"] for row in report.rows)))
 
 

@@ -57,18 +57,19 @@ def prune_layerwise(plan, masks, calibration, repair, statistics=None):
         for weight, moment in moments:
             i = index[weight.variable]
             one = _Layer(plan, goals[i], moment, repair)
-            if targets is None:
-                one.choose(masks[i])
-            else:
-                one.take(targets[i])
+            # Many small systems of equations: threads, above all those of several libraries, get in each other's way.
+            with threadpoolctl.threadpool_limits(1, "blas"):
+                if targets is None:
+                    one.choose(masks[i])
+                else:
+                    one.take(targets[i])
             found[i] = one.mask
             weight.variable.assign(
                 optimizers.masked_value(weight.variable, one.mask) if one.value is None else one.value
             )
             advance()
 
-    # Of many small systems of equations: threads, above all those of several libraries, get in each other's way.
-    with progress_bar("prune", total=len(weights)) as advance, threadpoolctl.threadpool_limits(1, "blas"):
+    with progress_bar("prune", total=len(weights)) as advance:
         calibration.run(weights, visit)
     return found
 

@@ -96,12 +96,13 @@ def prune(
             masks = prune_layerwise(plan, present, calibrated, repair, statistics)
         else:
             masks = plan.masks(present, statistics=statistics)
-        plan.zero_units(masks, parts)
+        plan.zero_units(masks)
         for goal, mask in zip(plan.goals, masks, strict=True):
             variable = goal.weight.variable
             variable.assign(optimizers.masked_value(variable, mask))
         if repair:
             reestimate(model, calibrated.data)
+    plan.zero_units(masks, parts)
     for goal, mask in zip(plan.goals, masks, strict=True):
         variable = goal.weight.variable
         state = parts.masks.of(variable) if parts is not None else None

@@ -64,6 +64,12 @@ class Plan:
             weights = weights.without(untrained, UNTRAINED)
         for variable in unknown:
             weights = weights.without([variable], unknown[variable])
+        if not weights.chosen:
+            reasons = "; ".join(f"{variable.path}: {reason}" for variable, reason in list(unknown.items())[:8])
+            raise ValueError(
+                f"There is nothing to prune by the inputs of {model.name!r}. Rows of `ks.graph.register_kind` tell "
+                f"what layers of your own multiply. The reasons: {reasons}"
+            )
         targets = per_weight(target_sparsity, weights.chosen)
         self.goals = [
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
