@@ -82,7 +82,7 @@ def test_patience_with_a_noisy_metric_and_the_same_run_twice():
     for _ in range(2):
         rng = np.random.default_rng(3)
         budget = ks.callbacks.AccuracyBudget(0.05, "quality", "max", patience=3, tolerance=0.5)
-        model, history, _ = fit(budget, lambda share, epoch, rng=rng: 1 - share**6 / 4 + rng.normal(0, 0.02), epochs=12)
+        model, history, _ = fit(budget, lambda share, epoch, rng=rng: 1 - share**6 / 4 + rng.normal(0, 0.02), epochs=8)
         found.append((history["sparsity"], model.get_weights()))
         rows = budget.front().rows
         best = max(row["sparsity"] for row in rows if row["within"])
@@ -93,6 +93,7 @@ def test_patience_with_a_noisy_metric_and_the_same_run_twice():
         np.testing.assert_array_equal(value, other)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("pattern", ["channel", "2:4", "block_1x4"])
 def test_patterns(pattern):
     budget = ks.callbacks.AccuracyBudget(

@@ -170,6 +170,7 @@ MODELS = {
 }
 
 
+@pytest.mark.thorough(5)
 @pytest.mark.parametrize("name", MODELS)
 def test_each_kind_of_model_loses_less_with_repair(name):
     make, data = MODELS[name]

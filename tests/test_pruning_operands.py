@@ -107,3 +107,13 @@ def test_rows_of_users_count_as_dense_and_unknown_layers_are_unknown():
     cell.build((2, 4))
     assert operands(cell, "recurrent_kernel", (x, [np.ones((2, 3))])) is None
     assert operands(cell, "kernel", (x, [np.ones((2, 3))])) is not None
+
+
+def test_a_part_of_many_positions_stands_for_all():
+    layer = L.Conv2D(4, 1)
+    x = np.random.default_rng(0).normal(size=(4, 128, 128, 3)).astype("float32")
+    layer.build(x.shape)
+    moment = Moment(ks.graph.weights(layer)[0])
+    moment.add(operands(layer, "kernel", (x,)))
+    rows = x.reshape(-1, 3)
+    np.testing.assert_allclose(moment.matrices[0], rows.T @ rows / len(rows), atol=0.05)

@@ -10,7 +10,9 @@ from keras_sparse import graph, patterns
 
 __all__ = ["Moment", "operands"]
 
-_ROWS = 1 << 14  # operands that are multiplied at a time
+# Of each call of a layer, at most as many operands are looked at, or this many for each input, drawn at random.
+# Neighbouring positions of an image are much alike.
+_ROWS, _ROWS_PER_INPUT = 1 << 13, 16
 
 
 class Moment:
@@ -36,6 +38,7 @@ class Moment:
     def __init__(self, weight):
         self._rows, self._inputs = patterns.to_matrix(weight.numpy(), weight.output_axes).shape
         self._sums, self._count, self.group_of = None, 0, None
+        self._rng = np.random.default_rng(0)
 
     def add(self, pieces):
         """Take in operands, as `operands` returns them."""
@@ -43,14 +46,13 @@ class Moment:
         if self._sums is None:
             self._sums = np.zeros((groups, self._inputs, self._inputs))
             self.group_of = np.arange(self._rows) * groups // self._rows
+        most = max(_ROWS, _ROWS_PER_INPUT * self._inputs)
         for group, columns, matrix in pieces:
-            part = slice(None) if columns is None else columns
-            for start in range(0, len(matrix), _ROWS):
-                rows = matrix[start : start + _ROWS].astype(np.float64)
-                if columns is None:
-                    self._sums[group] += rows.T @ rows
-                else:
-                    self._sums[group][np.ix_(part, part)] += rows.T @ rows
+            rows = (
+                matrix if len(matrix) <= most else matrix[np.sort(self._rng.choice(len(matrix), most, replace=False))]
+            )
+            square = (rows.T.astype(np.float64) @ rows.astype(np.float64)) * (len(matrix) / max(len(rows), 1))
+            self._sums[group][slice(None) if columns is None else np.ix_(columns, columns)] += square
         self._count += len(pieces[0][2])
 
     @property
