@@ -36,7 +36,7 @@ if not _is_command_line():
     from keras_sparse.baking import add_l0, bake
     from keras_sparse.channels import channel_groups, shrink
     from keras_sparse.neurons import neuron_sparsity
-    from keras_sparse.pruning import Budget, prune, update_masks
+    from keras_sparse.pruning import Budget, prune, reestimate_batch_norm, update_masks
     from keras_sparse.regularizers import regularize
     from keras_sparse.reports import report
 
@@ -63,6 +63,7 @@ __all__ = [
     "patterns",
     "prune",
     "pruning",
+    "reestimate_batch_norm",
     "regularize",
     "regularizers",
     "report",
@@ -83,6 +84,7 @@ _FUNCTIONS = {
     "compare": "comparison",
     "neuron_sparsity": "neurons",
     "prune": "pruning",
+    "reestimate_batch_norm": "pruning",
     "regularize": "regularizers",
     "report": "reports",
     "shrink": "channels",

@@ -15,12 +15,15 @@ __all__ = [
     "Criterion",
     "Fisher",
     "Gradient",
+    "InputCriterion",
     "Magnitude",
     "Movement",
+    "Obs",
     "Random",
     "Snip",
     "Statistic",
     "Taylor",
+    "Wanda",
     "get",
     "get_statistic",
 ]
@@ -118,6 +121,9 @@ class Criterion(Configurable):
             or a name: `"gradient"` (running mean of abs(g)), `"taylor"` (running mean of abs(w * g)), `"movement"` (the
             sum of -w * g), `"squared_gradient"` (running mean of g * g) or `"last_gradient"` (g of the latest optimizer
             step).
+        of_inputs: Whether the scores need the inputs that the weight multiplies: see `InputCriterion`.
+        repairs: Whether `ks.prune` with data solves for the weights that stay, unless it is told otherwise.
+        within_outputs: Whether weights compete only with those of the same output unit.
 
     Example:
 
@@ -147,6 +153,9 @@ class Criterion(Configurable):
     """
 
     statistic = None
+    of_inputs = False
+    repairs = False
+    within_outputs = False
 
     def scores(self, weight, statistic=None):
         """Return how much each weight matters.
@@ -324,6 +333,91 @@ class Fisher(Criterion):
         return 0.5 * weight * weight * statistic
 
 
+class InputCriterion(Criterion):
+    """Base class of criteria that look at what a weight multiplies, on unlabelled data, before it is removed.
+
+    They serve in one shot: `ks.prune(model, sparsity, criterion, data=x)`. Subclasses implement `measure(moment)`, and
+    `scores(weight, statistic)` with what it returned, spread over the weight.
+
+    Example:
+
+    The size of the products that a weight adds to a sum:
+
+    >>> import numpy as np, keras_sparse as ks
+    >>> class Contribution(ks.criteria.InputCriterion):
+    ...     def measure(self, moment):
+    ...         return np.diagonal(moment)
+    ...     def scores(self, weight, statistic):
+    ...         return weight**2 * statistic
+    >>> contribution = Contribution()
+    >>> contribution.scores(np.array([2.0, 3.0]), contribution.measure(np.diag([1.0, 0.25])))
+    array([4.  , 2.25])
+    """
+
+    of_inputs = True
+
+    def measure(self, moment):
+        """Return a number for each input.
+
+        Args:
+            moment: The second moment E[x x^T] of the inputs x that one output unit multiplies with weights which have
+                not been removed, a symmetric positive definite float64 array [inputs, inputs].
+        """
+        raise TypeError(f"`{type(self).__name__}` must implement `measure(self, moment)`.")
+
+
+@CRITERIA.register("wanda")
+class Wanda(InputCriterion):
+    """The weight's absolute value times the root mean square of its input, compared within an output unit.
+
+    Sun et al., "A simple and effective pruning approach for large language models" (2024), equation 1 and section 3.
+    Each output unit (each row of blocks, in a pattern) loses the same share of its weights.
+
+    Example:
+
+    >>> import numpy as np, keras_sparse as ks
+    >>> wanda = ks.criteria.Wanda()
+    >>> wanda.scores(np.array([-3.0, 2.0]), wanda.measure(np.diag([1.0, 4.0])))
+    array([3., 4.])
+    """
+
+    within_outputs = True
+
+    def measure(self, moment):
+        return np.sqrt(np.diagonal(moment))
+
+    def scores(self, weight, statistic=None):
+        return np.abs(weight) * statistic
+
+
+@CRITERIA.register("obs")
+class Obs(InputCriterion):
+    """The error that a layer's output makes when the weight leaves and the others of its unit make up for it.
+
+    It is w^2 / (2 [H^-1]_ii), where H is the second moment of what the output unit multiplies: Hassibi and Stork,
+    "Second order derivatives for network pruning: optimal brain surgeon" (1993), equation 5, with the layer's squared
+    error in the place of the loss, as Frantar and Alistarh, "Optimal brain compression" (2022), equation 3.
+    `ks.prune` removes weights in several rounds, and solves in each for those that stay.
+
+    Example:
+
+    Two inputs that are nearly equal: without one of the weights, the other takes over.
+
+    >>> import numpy as np, keras_sparse as ks
+    >>> obs = ks.criteria.Obs()
+    >>> obs.scores(np.array([2.0, 1.0]), obs.measure(np.array([[1.0, 0.9], [0.9, 1.0]]))).round(3)
+    array([0.38 , 0.095])
+    """
+
+    repairs = True
+
+    def measure(self, moment):
+        return np.diagonal(np.linalg.inv(moment))
+
+    def scores(self, weight, statistic=None):
+        return 0.5 * weight * weight / statistic
+
+
 def get_statistic(identifier):
     """Return the `Statistic` that a criterion's `statistic` stands for, an instance or a name; `None` for `None`.
 
@@ -339,7 +433,8 @@ def get_statistic(identifier):
 def get(identifier):
     """Return a `Criterion` from an instance, a config, or a name.
 
-    The names are `"magnitude"`, `"random"`, `"gradient"`, `"taylor"`, `"movement"`, `"snip"` and `"fisher"`.
+    The names are `"magnitude"`, `"random"`, `"gradient"`, `"taylor"`, `"movement"`, `"snip"`, `"fisher"`, and
+    with the layers' inputs `"wanda"` and `"obs"`.
 
     Example:
 

@@ -7,9 +7,12 @@ import logging
 import os
 import sys
 import threading
+import time
 import warnings
 
-__all__ = ["quiet", "shows_progress"]
+__all__ = ["progress_bar", "quiet", "shows_progress"]
+
+_LONG = 2.0  # seconds after which a progress bar appears
 
 _REDIRECTION = threading.RLock()
 
@@ -94,3 +97,38 @@ def shows_progress(console):
     (False, True)
     """
     return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+
+
+@contextlib.contextmanager
+def progress_bar(title, total=None, console=None):
+    """Yield a function that counts a step; a bar appears if it takes long, on a terminal or in a notebook.
+
+    Args:
+        title: What is being done.
+        total: How many steps there will be, if that is known.
+        console: A `rich.console.Console`. `None`: stderr.
+
+    Example:
+
+    >>> from keras_sparse.quiet import progress_bar
+    >>> with progress_bar("counting", total=2) as advance:
+    ...     advance()
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True) if console is None else console
+    progress = Progress(console=console, transient=True, disable=not shows_progress(console))
+    task, start, running = progress.add_task(title, total=total), time.perf_counter(), []
+
+    def advance():
+        progress.advance(task)
+        if not running and time.perf_counter() - start > _LONG:
+            progress.start()
+            running.append(True)
+
+    try:
+        yield advance
+    finally:
+        if running:
+            progress.stop()

@@ -123,6 +123,19 @@ def test_prune_by_gradients(saved, tmp_path, capsys, criterion):
         np.testing.assert_array_equal(value, other)
 
 
+@pytest.mark.parametrize("options", [{"criterion": "obs"}, {"criterion": "magnitude", "repair": True}])
+def test_prune_on_inputs(saved, tmp_path, capsys, options):
+    x = np.random.default_rng(0).normal(size=(50, 40)).astype("float32")
+    np.savez(tmp_path / "data.npz", x=x, y=np.zeros(3))
+    out, words = tmp_path / "sparse.keras", ["--repair"] if "repair" in options else []
+    arguments = ["prune", saved, "--sparsity", 0.8, "--criterion", options["criterion"], "--data"]
+    run_ok([*arguments, tmp_path / "data.npz", *words, "-o", out], capsys)
+    expected = keras.saving.load_model(saved, compile=False)
+    ks.prune(expected, 0.8, data=x, **options)
+    for value, other in zip(keras.saving.load_model(out).get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(value, other)
+
+
 @pytest.mark.parametrize(
     ("arguments", "zeros"),
     [

@@ -14,7 +14,6 @@ from sklearn import metrics as sklearn_metrics
 from tflite_mutations import attempt, mutate
 
 import keras_sparse as ks
-from keras_sparse.comparison import evaluation
 from keras_sparse.comparison.scores import CLASSIFICATION, Scores, resolve
 from keras_sparse.quiet import quiet
 
@@ -623,7 +622,7 @@ def test_file_next_to_its_model_on_each_backend(tmp_path):
 
 def test_progress_bar_appears_if_it_takes_long(monkeypatch):
     for long, shown in ((1e9, False), (-1.0, True)):
-        monkeypatch.setattr(evaluation, "_LONG", long)
+        monkeypatch.setattr("keras_sparse.quiet._LONG", long)
         file = io.StringIO()
         ks.compare({"m": classifier()}, X, LABELS, seconds=0, console=Console(file=file, force_terminal=True))
         assert ("compare" in file.getvalue()) == shown

@@ -26,6 +26,8 @@ OBJECTS = {
     "Movement": ks.criteria.Movement(),
     "Snip": ks.criteria.Snip(),
     "Fisher": ks.criteria.Fisher(),
+    "Wanda": ks.criteria.Wanda(),
+    "Obs": ks.criteria.Obs(),
     "Uniform": ks.pruning.Uniform(),
     "Global": ks.pruning.Global(floor=0.01),
     "ERK": ks.pruning.ERK(),
@@ -38,6 +40,9 @@ OBJECTS = {
         frequency=7,
         filters=["kernel"],
         verbose=1,
+    ),
+    "AccuracyBudget": ks.callbacks.AccuracyBudget(
+        0.02, "val_loss", "min", 0.3, 0.4, 0.9, 3, 0.2, "random", "block_1x4", "uniform", "a/", 1
     ),
     "DynamicSparseTraining": ks.callbacks.DynamicSparseTraining(
         {"a/": 0.8},
@@ -83,6 +88,7 @@ ABSTRACT = {
     ks.schedules.Schedule,
     ks.patterns.Pattern,
     ks.criteria.Criterion,
+    ks.criteria.InputCriterion,
     ks.criteria.Statistic,
     ks.pruning.Allocation,
     ks.callbacks.SparseCallback,
@@ -147,6 +153,8 @@ def test_abstract_classes_say_what_is_missing():
         ks.patterns.Pattern().expand(np.ones(3), (3,))
     with pytest.raises(TypeError, match="must implement `scores"):
         ks.criteria.Criterion().scores(np.ones(3))
+    with pytest.raises(TypeError, match="must implement `measure"):
+        ks.criteria.InputCriterion().measure(np.ones((3, 3)))
 
 
 @pytest.mark.parametrize("name", NO_CONFIG)
@@ -176,7 +184,8 @@ SIGNATURES = {
     ),
     "prune": (
         ks.prune,
-        "(model, sparsity, criterion='magnitude', pattern=None, allocation='uniform', filters=None, data=None)",
+        "(model, sparsity, criterion='magnitude', pattern=None, allocation='uniform', filters=None, data=None, "
+        "repair=None, batch_size=32)",
     ),
     "neuron_sparsity": (ks.neuron_sparsity, "(model, data, batch_size=32)"),
     "NeuronSparsity": (ks.callbacks.NeuronSparsity, "(data, batch_size=32)"),

@@ -305,7 +305,7 @@ BAD = [
     (({"d0": 0.5, "nothing": 0.5},), {}, ValueError, "'nothing' matches no weight"),
     (({3: 0.5},), {}, TypeError, "as a string"),
     ((0.5,), {"criterion": "snip"}, ValueError, "pass `data=.x, y.`"),
-    ((0.5,), {"data": (np.ones((4, 5)), np.ones((4, 5)))}, ValueError, "`Magnitude` looks at no gradients"),
+    ((0.5,), {"data": (np.ones((4, 5)), np.ones((4, 5)))}, ValueError, "`Magnitude` looks at no data"),
     ((0.5,), {"criterion": "taylor", "data": (np.ones(3),)}, ValueError, "a tuple of 1"),
     ((0.5,), {"criterion": "taylor", "data": "mnist"}, TypeError, "Received: 'mnist'"),
     ((0.5,), {"criterion": "taylor", "data": (np.ones((4, 5)), np.ones((4, 5)))}, ValueError, "has no optimizer"),

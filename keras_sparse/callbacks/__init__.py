@@ -1,5 +1,6 @@
 """Callbacks that make a model sparse, or keep it so, while `model.fit` trains it."""
 
+from keras_sparse.callbacks.accuracy_budget import AccuracyBudget
 from keras_sparse.callbacks.at_target_sparsity import AtTargetSparsity
 from keras_sparse.callbacks.dynamic_sparse_training import DynamicSparseTraining
 from keras_sparse.callbacks.keep_sparsity import KeepSparsity
@@ -12,6 +13,7 @@ from keras_sparse.callbacks.sparse_callback import SparseCallback
 from keras_sparse.callbacks.strength_schedule import StrengthSchedule
 
 __all__ = [
+    "AccuracyBudget",
     "AtTargetSparsity",
     "DynamicSparseTraining",
     "KeepSparsity",

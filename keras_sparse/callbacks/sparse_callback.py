@@ -21,6 +21,7 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
     * `update(run, progress)`: act at a due step of its `clock`, at `progress` in [0, 1] between begin and end;
     * `finish(run)`: act when training has ended;
     * `leave(run)`: act when the fit ends, also if it is interrupted;
+    * `watch(run, logs)`: look at the logs of an epoch that has ended;
     * `log(run)`: return what goes into the logs at the end of each epoch beside `"sparsity"`, as a dict;
     * `zeros()`: return which weights it makes zero without a mask;
     * `reached`: whether the model is as sparse as it is to be;
@@ -62,6 +63,9 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
 
     def leave(self, run):
         """Act when the fit ends, however it ends."""
+
+    def watch(self, run, logs):
+        """Look at the logs of an epoch that has ended."""
 
     def log(self, run):
         """Return what goes into the logs at the end of an epoch, beside the sparsity."""
@@ -172,6 +176,12 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
         run.epochs_done = epoch + 1
         run.fit.note_epoch(epoch + 1)
         if logs is not None and run.attached:
+            self.model  # noqa: B018 - JAX puts the state of its step into the variables.
+            try:
+                self.watch(run, logs)
+            except Exception:
+                run.fit.end()
+                raise
             zeros, size = run.fit.count_zeros()
             logs.update(self.log(run) | ({"sparsity": zeros / size} if size else {}))
 

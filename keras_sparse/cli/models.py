@@ -39,9 +39,19 @@ _OUTPUT = argument("-o", "--output", metavar="OUT.keras", required=True, help="f
         "--criterion",
         choices="keras_sparse.criteria:CRITERIA",
         default="magnitude",
-        help="which weights matter (default: magnitude); those that use gradients need --data",
+        help="which weights matter (default: magnitude); those that use gradients or inputs need --data",
     ),
-    argument("--data", metavar="FILE.npz", help="arrays `x` and `y` to take gradients on"),
+    argument(
+        "--data",
+        metavar="FILE.npz",
+        help="arrays `x` and `y` to take gradients on; for obs, wanda and --repair inputs, by name or as `x`",
+    ),
+    argument(
+        "--repair",
+        action="store_true",
+        default=None,
+        help="solve for the weights that stay, on the inputs in --data (obs does so anyway)",
+    ),
     _OUTPUT,
     example="model.keras --sparsity 0.9 --filters conv dense_1 -o sparse.keras",
 )
@@ -68,7 +78,8 @@ def _prune(options, stderr):
             pattern=options.pattern,
             allocation=allocation,
             filters=options.filters,
-            data=files.load_arrays(options.data) if options.data else None,
+            data=_data(options),
+            repair=options.repair,
         )
         model.save(path)
     report.notes += [*notes, f"Written: {options.output}"]
@@ -89,6 +100,18 @@ def _budget(texts):
     if not amounts.keys() <= {"macs", "parameters", "bytes"}:
         raise ValueError(f"`--budget` knows macs, parameters and bytes. Received: {' '.join(texts)}")
     return pruning.Budget(**amounts)
+
+
+def _data(options):
+    """What `--data` holds: inputs and targets for a criterion that ranks by gradients, else inputs."""
+    from keras_sparse import criteria, files
+
+    if not options.data:
+        return None
+    criterion = criteria.get(options.criterion)
+    if criterion.of_inputs or (options.repair and criterion.statistic is None):
+        return files.load_arrays(options.data, "inputs, by name or as `x`", _inputs)
+    return files.load_arrays(options.data)
 
 
 def _load_compiled(path):

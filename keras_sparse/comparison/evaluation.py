@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import time
 
 import keras
 import numpy as np
@@ -12,13 +11,11 @@ from keras_sparse import batches
 from keras_sparse.comparison.report import CompareReport
 from keras_sparse.comparison.scores import Scores, resolve
 from keras_sparse.comparison.subjects import Model, open_subject
-from keras_sparse.quiet import shows_progress
+from keras_sparse.quiet import progress_bar
 from keras_sparse.tflite.benchmark import in_turns
 from keras_sparse.tflite.runtimes import TIMEOUT
 
 __all__ = ["compare"]
-
-_LONG = 2.0  # seconds after which a progress bar appears
 
 
 def compare(
@@ -105,7 +102,7 @@ def compare(
         for one in subjects:
             one.like = reference and reference.model
         evaluation = _Evaluation(subjects, wanted, threshold, reference)
-        with _progress(console, batches.count(x, batch_size)) as advance:
+        with progress_bar("compare", batches.count(x, batch_size), console) as advance:
             for batch in data:
                 evaluation.update(*batch)
                 advance()
@@ -228,26 +225,3 @@ def _latency(times):
         return {"latency_ms": None, "spread_ms": None}
     p25, median, p75 = (1e3 * float(q) for q in np.quantile(times, (0.25, 0.5, 0.75)))
     return {"latency_ms": median, "spread_ms": p75 - p25}
-
-
-@contextlib.contextmanager
-def _progress(console, total):
-    """Yield a function that counts a batch; a bar appears if it takes long, on a terminal or in a notebook."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True) if console is None else console
-    progress = Progress(console=console, transient=True, disable=not shows_progress(console))
-    task, start, running = progress.add_task("compare", total=total), time.perf_counter(), []
-
-    def advance():
-        progress.advance(task)
-        if not running and time.perf_counter() - start > _LONG:
-            progress.start()
-            running.append(True)
-
-    try:
-        yield advance
-    finally:
-        if running:
-            progress.stop()

@@ -1,5 +1,6 @@
 """A rebuilding is a model once again, with other layers or weights, or with other methods of its layers."""
 
+import collections
 import contextlib
 import functools
 
@@ -42,6 +43,8 @@ def replay(model, tensors, call):
     config = wiring(model)
     operations = {operation.name: operation for operation in model.operations}
     values = dict(zip(histories(config["input_layers"]), tensors, strict=True))
+    # Tensors may be large: each is forgotten after its last use.
+    uses = collections.Counter(histories([config["output_layers"], [x["inbound_nodes"] for x in config["layers"]]]))
 
     def tensor(config):
         return values[tuple(config["keras_history"])]
@@ -54,6 +57,10 @@ def replay(model, tensors, call):
                 waiting.append((name, number, node))
                 continue
             args, kwargs = list(filled(node["args"], tensor)), filled(node["kwargs"], tensor)
+            for key in histories(node):
+                uses[key] -= 1
+                if not uses[key]:
+                    del values[key]
             for index, output in enumerate(keras.tree.flatten(call(operations[name], args, kwargs))):
                 values[name, number, index] = output
         nodes = waiting

@@ -22,6 +22,7 @@ __all__ = [
     "Channel",
     "Pattern",
     "Unstructured",
+    "WithinOutputs",
     "from_matrix",
     "get",
     "keep_highest",
@@ -255,6 +256,38 @@ def _ranks(groups):
         ranks[i] += above
         ranks[j] += ~above
     return np.moveaxis(ranks, 0, -1)
+
+
+class WithinOutputs:
+    """A pattern in which the groups of an output unit compete only with each other: scores become places in a ranking.
+
+    Each unit loses the same number of groups, or one more. A pattern of whole units, or one that is not defined on the
+    matrix view, stays as it is.
+
+    Args:
+        pattern: The `Pattern`.
+
+    Example:
+
+    >>> import numpy as np, keras_sparse as ks
+    >>> pattern = ks.patterns.WithinOutputs(ks.patterns.Unstructured())
+    >>> pattern.pool(np.array([[1.0, 9.0], [30.0, 20.0]]))
+    array([[0., 1.],
+           [1., 0.]])
+    """
+
+    def __init__(self, pattern):
+        self._pattern = pattern
+        # Unstructured zeros are the same in any layout.
+        self.matrix = pattern.matrix or isinstance(pattern, Unstructured)
+        self.count, self.expand = pattern.count, pattern.expand
+
+    def pool(self, scores):
+        groups = self._pattern.pool(scores)
+        if not self.matrix or groups.ndim < 2:
+            return groups
+        # What cannot leave, and what has left, is not ranked.
+        return np.where(np.isinf(groups), groups, _ranks(groups)).astype(groups.dtype)
 
 
 @PATTERNS.register("channel")

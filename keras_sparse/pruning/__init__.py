@@ -1,6 +1,7 @@
 """Pruning decides which weights become zero: a plan of how sparse each weight should be, and the masks it leads to."""
 
 from keras_sparse.pruning.allocation import ERK, Allocation, Global, Goal, Isomorphic, Uniform, erk_counts
+from keras_sparse.pruning.batch_norm import reestimate_batch_norm
 from keras_sparse.pruning.budget import check_target, final_target
 from keras_sparse.pruning.costs import Budget
 from keras_sparse.pruning.loops import update_masks
@@ -20,5 +21,6 @@ __all__ = [
     "erk_counts",
     "final_target",
     "prune",
+    "reestimate_batch_norm",
     "update_masks",
 ]

@@ -7,13 +7,26 @@ import keras
 import numpy as np
 
 from keras_sparse import batches, criteria, optimizers, reports, selection, zeros
+from keras_sparse.pruning import calibration
+from keras_sparse.pruning.batch_norm import reestimate, unchanged_on_failure
 from keras_sparse.pruning.budget import final_target
+from keras_sparse.pruning.layerwise import prune_layerwise
 from keras_sparse.pruning.plan import Plan
 
 __all__ = ["prune"]
 
 
-def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="uniform", filters=None, data=None):
+def prune(
+    model,
+    sparsity,
+    criterion="magnitude",
+    pattern=None,
+    allocation="uniform",
+    filters=None,
+    data=None,
+    repair=None,
+    batch_size=32,
+):
     """Prune a model's weights in one shot, in place.
 
     Args:
@@ -26,9 +39,19 @@ def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="unif
         allocation: `"uniform"`, `"global"`, `"erk"` or a `ks.pruning.Allocation`.
         filters: A regex, a layer, a class of layers, a callable on the variable, or a list of them; see
             `ks.selection.select`.
-        data: What to take gradients on: `(x, y)` or `(x, y, sample_weight)`, or what yields such batches and ends. The
-            loss that the model is compiled with is differentiated once over it, in batches as `fit` makes them, in
-            training mode; the weights and all other state stay as they are. The paper on SNIP takes 100 samples.
+        data: For criteria that rank by gradients, what to take them on: `(x, y)` or `(x, y, sample_weight)`, or what
+            yields such batches and ends. The loss that the model is compiled with is differentiated once over it, in
+            batches as `fit` makes them, in training mode; the weights and all other state stay as they are. The paper
+            on SNIP takes 100 samples. For `"obs"`, `"wanda"` and `repair`, inputs without targets, as for `predict`:
+            some hundred samples of what the model will see.
+        repair: Whether to solve for the weights that stay, on the inputs in `data`, so that each layer's outputs are
+            as they were as nearly as possible (least squares), and to set the statistics of batch normalizations to
+            those of their new inputs, as `ks.reestimate_batch_norm`. `None`: if the criterion is `"obs"`.
+        batch_size: Samples in a batch if `data` are the inputs, as an array: what is held in memory at a time.
+
+    With inputs as `data`, the model is pruned layer by layer, each on what the pruned ones before it make of them.
+    Kernels of which nobody knows what they multiply (of layers of your own without a row, see
+    `ks.graph.register_kind`) stay dense, with the reason in the report, and so do those that the data do not reach.
 
     Returns:
         The `Report` of `ks.report(model)`. Weights that are sparser than asked stay so, and its notes say it. They name
@@ -36,7 +59,8 @@ def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="unif
 
     Raises:
         ValueError: If the model is not built, a number is out of range, a string names nothing, a filter or key
-            matches nothing, or `data` is missing, or given for a criterion that needs none.
+            matches nothing, or `data` is missing, or given for a criterion that needs none; if inputs are not finite,
+            less than two, or not what the model takes. The model is then as it was.
         TypeError: If the model is not a Keras 3 model, or an argument is of the wrong type.
 
     Example:
@@ -45,21 +69,42 @@ def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="unif
     >>> model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(10)])
     >>> ks.prune(model, 0.9).totals["zeros"]
     90
+
+    With some inputs, without labels, a trained model bears much more:
+
+    >>> x = keras.random.normal((100, 10))
+    >>> ks.prune(model, 0.95, criterion="obs", data=x).totals["zeros"]
+    95
     """
     selection.check_model(model)
     sparsity = final_target(sparsity, allocation, pattern)
     criterion = criteria.get(criterion)
+    repair = criterion.repairs if repair is None else repair
+    calibrated = None
+    if criterion.of_inputs or repair:
+        data, inputs = _inputs(criterion, data)
+        calibrated = calibration.Calibration(model, calibration.blocks(inputs, batch_size))
     # Weights that are not trainable have no gradients.
-    plan = Plan(model, sparsity, criterion, pattern, allocation, filters, frozen=criterion.statistic is None)
+    frozen, unknown = criterion.statistic is None, calibrated.unknown if calibrated else ()
+    plan = Plan(model, sparsity, criterion, pattern, allocation, filters, frozen=frozen, unknown=unknown)
     statistics = _statistics(model, plan, data)
     optimizer = optimizers.find(model)
     present = plan.present_masks()
-    masks = plan.masks(present, statistics=statistics)
     parts = None if optimizer is None else optimizer.sparse_parts
+    with unchanged_on_failure(model):
+        if calibrated:
+            masks = prune_layerwise(plan, present, calibrated, repair, statistics)
+        else:
+            masks = plan.masks(present, statistics=statistics)
+        plan.zero_units(masks)
+        for goal, mask in zip(plan.goals, masks, strict=True):
+            variable = goal.weight.variable
+            variable.assign(optimizers.masked_value(variable, mask))
+        if repair:
+            reestimate(model, calibrated.data)
     plan.zero_units(masks, parts)
     for goal, mask in zip(plan.goals, masks, strict=True):
         variable = goal.weight.variable
-        variable.assign(optimizers.masked_value(variable, mask))
         state = parts.masks.of(variable) if parts is not None else None
         if state is not None:
             state.assign(mask)
@@ -71,13 +116,31 @@ def prune(model, sparsity, criterion="magnitude", pattern=None, allocation="unif
     return reports.report(model, _kept_notes(plan, present))
 
 
+def _inputs(criterion, data):
+    """What to take gradients on, and the inputs to calibrate on, from the `data` of `prune`."""
+    name = type(criterion).__name__
+    if data is None:
+        raise ValueError(
+            f"`{name if criterion.of_inputs else 'repair'}` needs inputs: pass `data=x`, some hundred samples without "
+            "targets. Received: data=None"
+        )
+    if criterion.statistic is None:
+        return None, data
+    if not isinstance(data, tuple) or len(data) not in (2, 3):
+        raise ValueError(
+            f"With `repair`, the data of `{name}` must be arrays `(x, y)` or `(x, y, sample_weight)`: they are read "
+            f"more than once. Received: {type(data).__name__}"
+        )
+    return data, data[0]
+
+
 def _statistics(model, plan, data):
     """The statistics of gradients on `data` that the criterion asks for, an array for each goal."""
     kind = plan.criterion.statistic
     name = type(plan.criterion).__name__
     if kind is None:
         if data is not None:
-            raise ValueError(f"`{name}` looks at no gradients: leave `data` out, or give another criterion.")
+            raise ValueError(f"`{name}` looks at no data: leave `data` out, give another criterion, or `repair=True`.")
         return None
     if data is None:
         raise ValueError(

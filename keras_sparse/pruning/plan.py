@@ -33,6 +33,7 @@ class Plan:
         whole_units: Whether the pattern `Channel` takes bias and batch normalization along, and skips kernels whose
             units would not be zero by that.
         untrained: Variables that no step of the optimizer changes; left out unless `filters` are given.
+        unknown: Mapping from variables that cannot be pruned by the criterion to the reason.
 
     Example:
 
@@ -54,6 +55,7 @@ class Plan:
         frozen=False,
         whole_units=True,
         untrained=(),
+        unknown=(),
     ):
         check_target(target_sparsity, allocation)
         self.criterion = criteria.get(criterion)
@@ -62,6 +64,14 @@ class Plan:
         weights = selection.select(model, filters, frozen, target_sparsity if isinstance(target_sparsity, dict) else ())
         if filters is None:
             weights = weights.without(untrained, UNTRAINED)
+        for variable in unknown:
+            weights = weights.without([variable], unknown[variable])
+        if not weights.chosen:
+            reasons = "; ".join(f"{variable.path}: {reason}" for variable, reason in list(unknown.items())[:8])
+            raise ValueError(
+                f"There is nothing to prune by the inputs of {model.name!r}. Rows of `ks.graph.register_kind` tell "
+                f"what layers of your own multiply. The reasons: {reasons}"
+            )
         targets = per_weight(target_sparsity, weights.chosen)
         self.goals = [
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
@@ -163,21 +173,35 @@ class Plan:
             weights together for `"global"`), or what was masked before if that is more.
         """
         statistics = [None] * len(masks) if statistics is None else statistics
-        scores = [self._scores(*arguments) for arguments in zip(self.goals, masks, statistics, strict=True)]
+        scores = [self.scores(*arguments) for arguments in zip(self.goals, masks, statistics, strict=True)]
+        return self.keep(scores, masks, fraction)
+
+    def keep(self, scores, masks, fraction=1.0):
+        """Return the masks that scores lead to, as `masks` does."""
         new = self._keep(scores, masks, fraction)
         return [mask & old for mask, old in zip(new, masks, strict=True)]
 
     def _keep(self, scores, masks, fraction):
+        goals = self.compared(self.goals)
         if self._channels is None:
-            return self.allocation.keep(self.goals, scores, fraction)
+            return self.allocation.keep(goals, scores, fraction)
         whole = [i for i, goal in enumerate(self.goals) if goal.pattern.whole_units]
-        rest = [i for i in range(len(self.goals)) if i not in whole]
+        rest = [i for i in range(len(goals)) if i not in whole]
         chosen = self._channels.keep([scores[i] for i in whole], [masks[i] for i in whole], fraction)
-        others = (
-            self.allocation.keep([self.goals[i] for i in rest], [scores[i] for i in rest], fraction) if rest else []
-        )
+        others = self.allocation.keep([goals[i] for i in rest], [scores[i] for i in rest], fraction) if rest else []
         found = dict(zip([*whole, *rest], [*chosen, *others], strict=True))
-        return [found[i] for i in range(len(self.goals))]
+        return [found[i] for i in range(len(goals))]
+
+    @property
+    def by_groups(self):
+        """Whether channels of several weights are chosen as one."""
+        return self._channels is not None
+
+    def compared(self, goals):
+        """The goals, with patterns that rank within output units if the criterion compares there."""
+        if not self.criterion.within_outputs:
+            return goals
+        return [replace(goal, pattern=patterns.WithinOutputs(goal.pattern)) for goal in goals]
 
     def reached(self, masks):
         """Whether `masks` are at the goals, by the counts that `masks` promises."""
@@ -201,6 +225,11 @@ class Plan:
 
     def attach(self, parts):
         """Give each goal's weight a mask in `parts` that keeps the zeros it has, and the statistic it needs."""
+        if self.criterion.of_inputs:
+            raise ValueError(
+                f"`{type(self.criterion).__name__}` ranks weights by the inputs that they multiply, which training "
+                "does not keep: it serves in one shot, `ks.prune(model, sparsity, criterion, data=x)`."
+            )
         masks = parts.masks
         new = [goal.weight for goal in self.goals if masks.of(goal.weight.variable) is None]
         units = [(goal, v) for goal in self.goals for v in goal.units if v.trainable and masks.of(v) is None]
@@ -246,9 +275,17 @@ class Plan:
             )
         return [selection.as_array(parts.statistics.of(goal.weight.variable, statistic)) for goal in self.goals]
 
-    def _scores(self, goal, mask, statistic):
+    def scores(self, goal, mask, statistic=None, value=None):
+        """The scores of a goal's weight, -inf where it is masked.
+
+        Args:
+            goal: One of the goals.
+            mask: The present mask.
+            statistic: What the criterion looks at.
+            value: The weight's value, if it is to be another one than now.
+        """
         try:
-            scores = self.criterion(goal.weight.numpy(), statistic)
+            scores = self.criterion(goal.weight.numpy() if value is None else value, statistic)
         except ValueError as error:
             raise ValueError(f"{goal.weight.path}: {error}") from error
         # Below every live score, -inf included. (By index: a boolean mask takes several times as long.)

@@ -1,0 +1,153 @@
+"""Pruning in one shot: test accuracy without a training step, by criterion, on 1,024 unlabelled training samples.
+
+Models: LeNet-300-100 and LeNet-5 (Caffe's: 20 and 50 filters of 5x5, 500 units) on MNIST, trained here with Adam
+(0.001, batch 128), one for each seed; with `--resnet8` and `--cifar10` the trained ResNet-8 of MLPerf Tiny on CIFAR-10,
+whose seeds are those of the samples. `--time` measures `ks.prune` on them and on MobileNetV2 with 128 images of noise.
+
+`"obs"` and repair see the samples and no labels; `"magnitude"` alone sees nothing. `erk` allocates by shape.
+"""
+
+import argparse
+import pathlib
+import resource
+import time
+
+import result  # isort: skip - sets the environment that TensorFlow reads
+
+import keras
+import numpy as np
+
+import keras_sparse as ks
+
+# Name of a row: what `ks.prune` is told beside the sparsity, and whether it gets data.
+METHODS = {
+    "magnitude, global": ({"allocation": "global"}, False),
+    "magnitude, erk": ({"allocation": "erk"}, False),
+    "magnitude, erk, repair": ({"allocation": "erk", "repair": True}, True),
+    "wanda, uniform": ({"criterion": "wanda"}, True),
+    "obs, uniform": ({"criterion": "obs"}, True),
+    "obs, erk": ({"criterion": "obs", "allocation": "erk"}, True),
+}
+TWO_OF_FOUR = {
+    "magnitude, 2:4": ({"pattern": "2:4"}, False),
+    "obs, 2:4": ({"pattern": "2:4", "criterion": "obs"}, True),
+}
+
+
+def mnist():
+    """Return `(x, y, x_test, y_test)`, images in [0, 1] with a channel."""
+    (x, y), (x_test, y_test) = keras.datasets.mnist.load_data()
+    return x[..., None].astype("float32") / 255, y, x_test[..., None].astype("float32") / 255, y_test
+
+
+def lenet_300_100():
+    layers = keras.layers
+    dense = [layers.Dense(300, activation="relu"), layers.Dense(100, activation="relu"), layers.Dense(10)]
+    return keras.Sequential([keras.Input((28, 28, 1)), layers.Flatten(), *dense])
+
+
+def lenet_5():
+    layers = keras.layers
+    body = [layers.Conv2D(20, 5), layers.MaxPooling2D(), layers.Conv2D(50, 5), layers.MaxPooling2D()]
+    head = [layers.Flatten(), layers.Dense(500, activation="relu"), layers.Dense(10)]
+    return keras.Sequential([keras.Input((28, 28, 1)), *body, *head])
+
+
+def trained(build, seed, epochs, data):
+    keras.utils.set_random_seed(seed)
+    model = build()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, jit_compile=False)
+    model.fit(*data[:2], batch_size=128, epochs=epochs, verbose=0)
+    return model
+
+
+def cifar10(folder):
+    """Return `(x, y, x_test, y_test)`, images in [0, 255] as ResNet-8 was trained on."""
+    with np.load(pathlib.Path(folder) / "cifar10.npz") as file:
+        x, y, x_test, y_test = (file[name] for name in ("x_train", "y_train", "x_test", "y_test"))
+    return x.astype("float32"), y.reshape(-1), x_test.astype("float32"), y_test.reshape(-1)
+
+
+def accuracy(model, x, y):
+    return 100 * float(np.mean(np.argmax(model.predict(x, batch_size=500, verbose=0), axis=-1) == y))
+
+
+def measure(title, models, data, sparsities, methods, samples):
+    """Print a table of accuracies; `models` has a trained model for each seed."""
+    load, rows, weights = result.load(), [], [model.get_weights() for model in models]
+    dense = [accuracy(model, *data[2:]) for model in models]
+    rows.append(["dense", "-", result.mean_and_spread(dense), "-", "-"])
+    for sparsity in sparsities:
+        for name, (arguments, needs) in (methods if sparsity is not None else TWO_OF_FOUR).items():
+            found, seconds = [], []
+            for seed, (model, values) in enumerate(zip(models, weights, strict=True)):
+                model.set_weights(values)
+                chosen = np.random.default_rng(seed).permutation(len(data[0]))[:samples]
+                started = time.perf_counter()
+                ks.prune(model, sparsity, **arguments, data=data[0][chosen] if needs else None)
+                seconds.append(time.perf_counter() - started)
+                found.append(accuracy(model, *data[2:]))
+                model.set_weights(values)
+            lost = float(np.mean(dense) - np.mean(found))
+            share = "50 %" if sparsity is None else f"{sparsity:.0%}"
+            rows.append([name, share, result.mean_and_spread(found), f"{lost:+.2f}", f"{np.mean(seconds):.1f}"])
+            print(" ".join(rows[-1]), flush=True)
+    result.show(
+        f"{title}, {samples} unlabelled samples, {len(models)} seeds",
+        ["method", "sparsity", "accuracy", "points lost", "seconds"],
+        rows,
+        load_before=load,
+    )
+
+
+def measure_mobilenet():
+    load = result.load()
+    model = keras.applications.MobileNetV2(weights=None)
+    images = np.random.default_rng(0).normal(size=(128, 224, 224, 3)).astype("float32")
+    model.predict(images[:16], batch_size=16, verbose=0)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    ks.prune(model, 0.5, criterion="obs", data=images, batch_size=16)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    row = ["MobileNetV2, 224 px, 128 images, 50 %", f"{seconds:.0f}", f"{(after - before) / 2**20:.2f}"]
+    result.show("Time of `obs`", ["model", "seconds", "GB more at the peak"], [row], load_before=load)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=["lenet-300-100", "lenet-5"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--sparsities", nargs="+", type=float)
+    parser.add_argument("--resnet8", help="the trained model, an .h5 file")
+    parser.add_argument("--cifar10", help="folder of cifar10.npz")
+    parser.add_argument("--time", action="store_true", help="measure MobileNetV2")
+    args = parser.parse_args()
+    methods = {name: METHODS[name] for name in args.methods}
+    for name, title, build, more in (
+        ("lenet-300-100", "LeNet-300-100 on MNIST", lenet_300_100, [None]),
+        ("lenet-5", "LeNet-5 (Caffe) on MNIST", lenet_5, []),
+    ):
+        if name in args.models:
+            data = mnist()
+            models = [trained(build, seed, args.epochs, data) for seed in range(args.seeds)]
+            sparsities = args.sparsities or [0.8, 0.9, 0.95]
+            measure(title, models, data, [*sparsities, *more], methods, args.samples)
+    if args.resnet8:
+        models = [keras.models.load_model(args.resnet8, compile=False)] * args.seeds
+        measure(
+            "ResNet-8 of MLPerf Tiny on CIFAR-10",
+            models,
+            cifar10(args.cifar10),
+            args.sparsities or [0.5, 0.7],
+            methods,
+            args.samples,
+        )
+    if args.time:
+        measure_mobilenet()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Batch normalization's statistics are those of the inputs that training saw; other weights before it make others."""
+
+import contextlib
+
+import keras
+import numpy as np
+
+from keras_sparse import graph, selection
+from keras_sparse.identity import IdentityDict
+from keras_sparse.pruning.calibration import blocks
+
+__all__ = ["reestimate", "reestimate_batch_norm"]
+
+
+def reestimate_batch_norm(model, data, batch_size=128):
+    """Set the moving mean and variance of each `BatchNormalization` to those of its inputs on data, in place.
+
+    Pruning changes what the layers before a normalization make of the data, and its statistics are no longer those of
+    its inputs. The model runs once over the data, as in inference but for the normalizations, which take the statistics
+    of the batch; then each gets the mean and variance over all batches, whether it is trainable or not.
+
+    Args:
+        model: A built Keras model.
+        data: Inputs without targets, as for `predict`; some hundred samples will do.
+        batch_size: Samples in a batch if `data` are arrays.
+
+    Returns:
+        How many layers have new statistics, an int.
+
+    Raises:
+        ValueError: If the model is not built, `data` have less than two samples or are not finite, or the model does
+            not take them. The model is then as it was.
+        TypeError: If `model` is not a Keras 3 model, or `data` is of the wrong type.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.BatchNormalization()])
+    >>> ks.reestimate_batch_norm(model, np.array([[1.0], [3.0]]))
+    1
+    >>> ks.selection.as_array(model.layers[0].moving_mean).tolist()
+    [2.0]
+    """
+    selection.check_model(model)
+    return reestimate(model, blocks(data, batch_size))
+
+
+def reestimate(model, data):
+    """`reestimate_batch_norm` on a list of batches.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    >>> ks.pruning.batch_norm.reestimate(model, [np.ones((2, 1))])
+    0
+    """
+    normalizations = [one for one in graph.layers(model) if isinstance(one, keras.layers.BatchNormalization)]
+    if not normalizations:
+        return 0
+    sums = IdentityDict()
+
+    def observed(layer, call):
+        def run(*args, **kwargs):
+            x = args[0] if args else kwargs["inputs"]
+            value = graph.as_array(x).astype(np.float64)
+            others = tuple(axis for axis in range(value.ndim) if axis != layer.axis % value.ndim)
+            count, mean, square = value.size // value.shape[layer.axis], value.mean(others), (value**2).mean(others)
+            before = sums.get(layer, (0, 0.0, 0.0))
+            sums[layer] = before[0] + count, before[1] + count * mean, before[2] + count * square
+            layer.moving_mean.assign(mean)
+            layer.moving_variance.assign(np.maximum(square - mean**2, 0))
+            return call(*args, **{**kwargs, "training": False})
+
+        return run
+
+    with unchanged_on_failure(model):
+        with graph.substituted([(layer, "call", observed(layer, layer.call)) for layer in normalizations]):
+            for batch in data:
+                model(batch, training=False)
+        for layer, (count, mean, square) in sums.items():
+            if not np.isfinite(square).all():
+                raise ValueError(f"The inputs of {layer.path} are not finite on `data`. Received: {model.name!r}")
+            layer.moving_mean.assign(mean / count)
+            layer.moving_variance.assign(np.maximum(square / count - (mean / count) ** 2, 0))
+    return len(sums)
+
+
+@contextlib.contextmanager
+def unchanged_on_failure(model):
+    """Put a model's weights back if the block raises.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.pruning.batch_norm import unchanged_on_failure
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    >>> try:
+    ...     with unchanged_on_failure(model):
+    ...         _ = model.layers[0].kernel.assign([[5.0]])
+    ...         raise KeyboardInterrupt
+    ... except KeyboardInterrupt:
+    ...     print(float(model.layers[0].kernel[0, 0]))
+    1.0
+    """
+    before = [(variable, np.array(graph.as_array(variable))) for variable in model.variables]
+    try:
+        yield
+    except BaseException:
+        for variable, value in before:
+            variable.assign(value)
+        raise

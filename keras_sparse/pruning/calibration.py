@@ -1,0 +1,326 @@
+"""A calibration runs a model on data, layer by layer, and stops where a kernel meets what it multiplies."""
+
+import contextlib
+
+import keras
+import numpy as np
+
+from keras_sparse import batches, graph
+from keras_sparse.graph.kinds import of_keras
+from keras_sparse.graph.rebuilding import packed
+from keras_sparse.identity import IdentityDict
+from keras_sparse.pruning.operands import Moment, operands
+
+__all__ = ["Calibration", "blocks"]
+
+
+def blocks(data, batch_size=32):
+    """Return the batches of `data` as a list, checked: inputs without targets, finite, two samples at least.
+
+    Args:
+        data: As for `ks.batches.check`.
+        batch_size: Samples in a batch if `data` are arrays.
+
+    Raises:
+        ValueError: If there are less than two samples, or a number is not finite; as `ks.batches.check`.
+        TypeError: As `ks.batches.check`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_sparse.pruning.calibration import blocks
+    >>> blocks(np.array([[1.0], [np.nan]]))
+    Traceback (most recent call last):
+    ...
+    ValueError: `data` must be finite. Received: 1 of 2 numbers is NaN or infinite, in batch 0
+    """
+    batches.check(data, batch_size)
+    found, samples = [], 0
+    for number, batch in enumerate(batches.of(data, batch_size)):
+        arrays = keras.tree.flatten(batch)
+        sizes = [len(array) if array.ndim else 0 for array in arrays]
+        for array in arrays:
+            wrong = int(np.sum(~np.isfinite(array))) if array.dtype.kind == "f" else 0
+            if wrong:
+                raise ValueError(
+                    f"`data` must be finite. Received: {wrong} of {array.size} numbers {'is' if wrong == 1 else 'are'} "
+                    f"NaN or infinite, in batch {number}"
+                )
+        if any(sizes):
+            found.append(batch)
+            samples += sizes[0]
+    if samples < 2:
+        raise ValueError(
+            "`data` must have at least two samples, better some hundred: weights are fitted to what they have in "
+            f"common. Received: {samples}"
+        )
+    return found
+
+
+class Calibration:
+    """The kernels of a model in the order in which they are used, and what they multiply on data.
+
+    Args:
+        model: A built Keras model.
+        data: List of batches, as `blocks` returns it.
+
+    Attributes:
+        data: The same.
+        unknown: `IdentityDict` from the kernels that cannot be calibrated to the reason.
+
+    Raises:
+        ValueError: If the model does not take the data.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(1, name="b")])
+    >>> calibration = ks.pruning.calibration.Calibration(model, [np.ones((4, 2))])
+    >>> def visit(moments):
+    ...     print([(weight.layer.name, moment.matrices.shape) for weight, moment in moments])
+    >>> calibration.run([weight for weight in ks.graph.weights(model) if weight.kernel], visit)
+    [('a', (1, 2, 2))]
+    [('b', (1, 3, 3))]
+    """
+
+    def __init__(self, model, data):
+        self._model, self.data = model, data
+        kernels = [weight for weight in graph.weights(model) if weight.kernel]
+        self._events = IdentityDict()  # Layer: how often one run of the model uses it, in the order of first uses.
+        understood = IdentityDict()
+
+        def record(layer, args):
+            for weight in of_layer.get(layer, ()):
+                understood[weight.variable] = operands(layer, weight.variable.name, args) is not None
+
+        def count(layer):
+            self._events[layer] = self._events.get(layer, 0) + 1
+
+        of_layer = IdentityDict()
+        for weight in kernels:
+            of_layer.setdefault(weight.layer, []).append(weight)
+        one = keras.tree.map_structure(lambda array: array[:2], data[0])
+        try:
+            with _Watch(of_layer, record, count).on(model):
+                model(one, training=False)
+        except (TypeError, ValueError) as error:
+            shapes = keras.tree.map_structure(lambda array: array.shape, data[0])
+            raise ValueError(
+                f"The model {model.name!r} cannot run on `data`, which must be batches of its inputs, without "
+                f"targets. It takes inputs of shape {getattr(model, 'input_shape', '(see its `call`)')}. "
+                f"Received a batch of shape {shapes}"
+            ) from error
+        self.unknown = IdentityDict()
+        for weight in kernels:
+            if not understood.get(weight.variable, False):
+                why = f"what {weight.variable.name} of {type(weight.layer).__name__} multiplies is not known"
+                unused = "the model does not use it on `data`"
+                self.unknown[weight.variable] = why if weight.variable in understood else unused
+
+    def run(self, weights, visit):
+        """Call `visit` for each layer that has some of the weights, in the order of its first use.
+
+        Args:
+            weights: Kernels, a list of `ks.graph.Weight` of which none is `unknown`.
+            visit: Function of a list of `(weight, Moment)`. It may assign to the weights: later layers then meet what
+                the new ones make.
+        """
+        of_layer = IdentityDict()
+        for weight in weights:
+            of_layer.setdefault(weight.layer, []).append(weight)
+        self._left, self._visit = IdentityDict(), visit
+        for layer in self._events:
+            if layer in of_layer:
+                self._left[layer] = of_layer[layer]
+        self._shared = any(self._events[layer] > 1 for layer in self._left)
+        with contextlib.suppress(_Reached):
+            self._walk(self._model, [((batch,), {}) for batch in self.data], last=True)
+
+    def _walk(self, layer, calls, last=False):
+        """Calibrate the kernels in a layer that is called so, and return its outputs, unless nobody asks for them.
+
+        A functional model goes operation by operation over all batches, so that nothing is computed twice. Whatever
+        else holds layers runs anew for each of them, and so does a model that uses one of them several times.
+        """
+        inside = [one for one in graph.layers(layer) if one in self._left] if _is_layer(layer) else []
+        if inside and not self._shared and _is_plain_graph(layer):
+            return self._replay(layer, calls)
+        for target in [one for one in self._left if one in IdentityDict.fromkeys(inside)]:
+            moments = [(weight, Moment(weight)) for weight in self._left.pop(target)]
+            self._run_until(layer, calls, target, moments)
+            if not all(np.isfinite(moment.matrices).all() for _, moment in moments):
+                raise ValueError(
+                    f"The inputs of {target.path} are not finite on `data`: the model computes NaN or infinity. "
+                    f"Received: {self._model.name!r}"
+                )
+            self._visit(moments)
+        if last:
+            return None
+        training = {"training": False} if isinstance(layer, keras.Model) else {}
+        return [_detached(layer(*args, **kwargs, **training)) for args, kwargs in calls]
+
+    def _run_until(self, layer, calls, target, moments):
+        """Run a layer on all batches, each up to the last use of the target in it, and take in what it multiplies."""
+        uses = 0
+
+        def record(_, args):
+            for weight, moment in moments:
+                moment.add(operands(target, weight.variable.name, args))
+
+        def count(_):
+            nonlocal uses
+            uses += 1
+            if uses == self._events[target]:
+                raise _Reached
+
+        watched = IdentityDict()
+        watched[target] = None
+        training = {"training": False} if isinstance(layer, keras.Model) else {}
+        with _Watch(watched, record, count).on(layer):
+            for args, kwargs in calls:
+                uses = 0
+                with contextlib.suppress(_Reached):
+                    layer(*args, **kwargs, **training)
+
+    def _replay(self, model, calls):
+        def call(operation, args, kwargs):
+            if not self._left:
+                raise _Reached
+            parts = [_part((args, kwargs), i) for i in range(len(calls))]
+            outputs = [keras.tree.flatten(output) for output in self._walk(operation, parts)]
+            return [_Batches(tensors) for tensors in zip(*outputs, strict=True)]
+
+        inputs = [_inputs(model, args[0]) for args, _ in calls]
+        outputs = graph.replay(model, [_Batches(tensors) for tensors in zip(*inputs, strict=True)], call)
+        return [packed(model, [tensors[i] for tensors in outputs]) for i in range(len(calls))]
+
+
+class _Reached(BaseException):  # Keras rewrites each `Exception` that passes a layer.
+    """The layer that a run was for has been used."""
+
+
+class _Batches:
+    """One tensor of a graph, for each batch."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def __getitem__(self, index):
+        return self.tensors[index]
+
+
+def _part(structure, index):
+    """A structure with the tensors of one batch."""
+    return keras.tree.map_structure(lambda leaf: leaf[index] if isinstance(leaf, _Batches) else leaf, structure)
+
+
+def _is_layer(operation):
+    return isinstance(operation, keras.layers.Layer)
+
+
+def _is_plain_graph(layer):
+    """Whether a layer is a functional or Sequential model that runs its operations and does nothing else."""
+    return isinstance(layer, keras.Model) and of_keras(layer) and bool(getattr(layer, "inputs", None))
+
+
+def _inputs(model, batch):
+    """The flat list of a functional model's inputs as tensors, as the model itself takes them from a batch."""
+    names = [x.name for x in model.inputs]
+    if isinstance(batch, dict) and not isinstance(model.input, dict) and set(names) <= set(batch):
+        batch = [batch[name] for name in names]
+    elif isinstance(batch, dict) and isinstance(model.input, dict):
+        batch = {name: batch[name] for name in model.input}
+    found = []
+    for symbolic, value in zip(model.inputs, keras.tree.flatten(batch), strict=True):
+        value = keras.ops.convert_to_tensor(value, symbolic.dtype)
+        missing = len(symbolic.shape) - len(value.shape)
+        found.append(keras.ops.expand_dims(value, -1) if missing == 1 else value)
+    return found
+
+
+def _detached(outputs):
+    return keras.tree.map_structure(lambda x: keras.ops.stop_gradient(x) if keras.ops.is_tensor(x) else x, outputs)
+
+
+class _Watch:
+    """Tells of layers' calls while a model runs; what a loop repeats is run step by step, and tells of each.
+
+    Args:
+        layers: `IdentityDict` of the layers to watch.
+        record: Function `(layer, args)`, called before each use.
+        count: Function `(layer)`, called at each use; all steps of a loop are one.
+    """
+
+    def __init__(self, layers, record, count):
+        self._layers, self._record, self._count = layers, record, count
+        self._muted, self._depth, self._rows = False, 0, None
+
+    def on(self, root):
+        """Watch the layers in `root` for as long as the block lasts."""
+        everything = graph.layers(root) if _is_layer(root) else []
+        functions = [(layer, "rematerialized_call", lambda function, *args, **kwargs: function) for layer in everything]
+        for layer in everything:
+            inside = [one for one in graph.layers(layer) if one in self._layers]
+            if inside and graph.kind_of(layer).holder is not None:
+                functions.append((layer, "call", self._loop(layer, layer.call, inside)))
+            elif layer in self._layers:
+                functions.append((layer, "call", self._used(layer, layer.call)))
+        return graph.substituted(functions)
+
+    def _used(self, layer, call):
+        def run(*args, **kwargs):
+            if not self._muted:
+                inputs = args or (kwargs["inputs"],)
+                if self._rows is not None:
+                    inputs = keras.tree.map_structure(lambda x: graph.as_array(x)[self._rows], inputs)
+                self._record(layer, inputs)
+                if not self._depth:
+                    self._count(layer)
+            return call(*args, **kwargs)
+
+        return run
+
+    def _loop(self, layer, call, inside):
+        def run(*args, **kwargs):
+            before = self._muted
+            if not before:
+                self._depth += 1
+                try:
+                    self._steps(layer, *args, **kwargs)
+                finally:
+                    self._depth -= 1
+                if not self._depth:
+                    for one in inside:
+                        self._count(one)
+            self._muted = True
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._muted = before
+
+        return run
+
+    def _steps(self, layer, sequences, *args, mask=None, initial_state=None, **kwargs):
+        """Do what the loop does, one step at a time, in Python."""
+        if not graph.kind_of(layer).recurrent:
+            holder = graph.kind_of(layer).holder(layer)
+            holder(keras.ops.reshape(sequences, (-1, *sequences.shape[2:])))
+            return
+        states = layer.get_initial_state(sequences.shape[0]) if initial_state is None else initial_state
+        states = list(states) if isinstance(states, (list, tuple)) else [states]
+        steps = range(sequences.shape[1])
+        mask = mask[0] if isinstance(mask, (list, tuple)) else mask
+        for step in reversed(steps) if layer.go_backwards else steps:
+            present = None if mask is None else mask[:, step]
+            self._rows = None if present is None else graph.as_array(present)
+            try:
+                _, new = layer.cell(sequences[:, step], states)
+            finally:
+                self._rows = None
+            new = list(new) if isinstance(new, (list, tuple)) else [new]
+            states = new if present is None else keras.tree.map_structure(_where(present), new, states)
+
+
+def _where(present):
+    """The new states of the samples whose step is not masked, the old ones of the others."""
+    return lambda new, old: keras.ops.where(keras.ops.expand_dims(present, -1), new, old)

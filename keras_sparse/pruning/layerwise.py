@@ -1,0 +1,163 @@
+"""Layerwise pruning goes through a model in the order in which it computes: each layer meets what the pruned ones make.
+
+For each kernel it chooses what stays, if the criterion looks at inputs, and solves for it, if it is to be repaired.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from keras_sparse import optimizers, patterns
+from keras_sparse.identity import IdentityDict
+from keras_sparse.pruning.allocation import Uniform
+from keras_sparse.pruning.repair import damped, input_statistic, repaired
+from keras_sparse.quiet import progress_bar
+
+__all__ = ["prune_layerwise"]
+
+ROUNDS = 8  # in which a criterion that repairs removes weights, at most
+AFFORDABLE = 2e9  # sum of (weights that stay)^3 over output units from which on there is another round
+
+
+def prune_layerwise(plan, masks, calibration, repair, statistics=None):
+    """Set the weights of a plan's goals to zero, layer by layer, and return the masks.
+
+    Args:
+        plan: The `ks.pruning.Plan`.
+        masks: The present masks, a boolean array for each goal.
+        calibration: A `ks.pruning.calibration.Calibration` that knows all of the plan's weights.
+        repair: Whether to solve for the weights that stay.
+        statistics: Of gradients, an array for each goal, if the criterion looks at these.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> from keras_sparse.pruning.calibration import Calibration
+    >>> from keras_sparse.pruning.layerwise import prune_layerwise
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    >>> plan = ks.pruning.Plan(model, 0.5, criterion="obs")
+    >>> data = np.random.default_rng(0).normal(size=(20, 4))
+    >>> masks = prune_layerwise(plan, plan.present_masks(), Calibration(model, [data]), repair=True)
+    >>> int(masks[0].sum()), int(np.count_nonzero(model.get_weights()[0]))
+    (6, 6)
+    """
+    import threadpoolctl
+
+    goals, found = plan.goals, list(masks)
+    index = IdentityDict((goal.weight.variable, i) for i, goal in enumerate(goals))
+    weights = [goal.weight for goal in goals]
+    if not plan.criterion.of_inputs:
+        targets = plan.masks(masks, statistics=statistics)
+    elif plan.by_groups:
+        targets = plan.keep(_shares(plan, masks, calibration), masks)
+    elif plan.allocation.shared:
+        targets, goals = None, _shared_goals(plan, masks, calibration)
+    else:
+        targets = None
+
+    def visit(moments):
+        for weight, moment in moments:
+            i = index[weight.variable]
+            one = _Layer(plan, goals[i], moment, repair)
+            # Many small systems of equations: threads, above all those of several libraries, get in each other's way.
+            with threadpoolctl.threadpool_limits(1, "blas"):
+                if targets is None:
+                    one.choose(masks[i])
+                else:
+                    one.take(targets[i])
+            found[i] = one.mask
+            weight.variable.assign(
+                optimizers.masked_value(weight.variable, one.mask) if one.value is None else one.value
+            )
+            advance()
+
+    with progress_bar("prune", total=len(weights)) as advance:
+        calibration.run(weights, visit)
+    return found
+
+
+def _shares(plan, masks, calibration):
+    """The scores of all weights on the inputs of the model as it is, as shares of what their layer puts out.
+
+    So the errors of layers compare: one with outputs of a tenth matters as much as others.
+    """
+    scores = [None] * len(masks)
+    index = IdentityDict((goal.weight.variable, i) for i, goal in enumerate(plan.goals))
+
+    def visit(moments):
+        for weight, moment in moments:
+            i = index[weight.variable]
+            scores[i] = _Layer(plan, plan.goals[i], moment, False).shares(masks[i])
+            advance()
+
+    with progress_bar("measure", total=len(masks)) as advance:
+        calibration.run([goal.weight for goal in plan.goals], visit)
+    return scores
+
+
+def _shared_goals(plan, masks, calibration):
+    """Goals with the sparsity that each gets in one ranking of all weights."""
+    shared = plan.keep(_shares(plan, masks, calibration), masks)
+    return [replace(goal, sparsity=_dropped(goal, mask)) for goal, mask in zip(plan.goals, shared, strict=True)]
+
+
+def _dropped(goal, mask):
+    groups = goal.pool(mask.astype("float32"))
+    return float(np.mean(groups == 0))
+
+
+class _Layer:
+    """One kernel on its way to its goal."""
+
+    def __init__(self, plan, goal, moment, repair):
+        self._plan, self._goal, self._repair = plan, goal, repair
+        self._moments, self._group_of = np.stack([damped(one) for one in moment.matrices]), moment.group_of
+        self._dense = goal.weight.numpy()
+        self.mask = self.value = None
+
+    def statistic(self, mask):
+        """What the criterion measures of the inputs, in the weight's shape."""
+        found = input_statistic(self._plan.criterion, self._matrix(mask), self._moments, self._group_of)
+        return self._kernel(found)
+
+    def shares(self, mask):
+        """The scores, as shares of the second moment of the outputs."""
+        matrix = self._matrix(self._dense).astype(np.float64)
+        power = sum(
+            np.sum((matrix[units] @ self._moments[group]) * matrix[units])
+            for group in np.unique(self._group_of)
+            for units in [np.flatnonzero(self._group_of == group)]
+        )
+        return self._plan.scores(self._goal, mask, self.statistic(mask)) / (power or 1.0)
+
+    def take(self, mask):
+        """Let the weights of a mask stay."""
+        self.mask = mask
+        if self._repair:
+            new = repaired(self._matrix(self._dense), self._matrix(mask), self._moments, self._group_of)
+            self.value = self._kernel(new).astype(self._dense.dtype)
+
+    def choose(self, mask):
+        """Choose by the criterion what stays, in rounds if weights change in between."""
+        [goal] = self._plan.compared([self._goal])
+        self.mask, value = mask, self._dense
+        for fraction in self._fractions() if self._repair and goal.sparsity else [1.0]:
+            scores = self._plan.scores(goal, self.mask, self.statistic(self.mask), value)
+            [new] = Uniform().keep([goal], [scores], fraction)
+            self.take(new & self.mask)
+            value = self._dense if self.value is None else self.value
+
+    def _fractions(self):
+        """How far each round goes: each leaves the same share of what the one before it left.
+
+        The first one is cheap, because all output units have the same inputs. It goes as far as the second one needs.
+        """
+        sparsity, (units, inputs) = self._goal.sparsity, self._matrix(self._dense).shape
+        kept = [(1 - sparsity) ** (step / ROUNDS) for step in range(1, ROUNDS)]
+        return [*((1 - share) / sparsity for share in kept if units * (share * inputs) ** 3 <= AFFORDABLE), 1.0]
+
+    def _matrix(self, array):
+        return patterns.to_matrix(array, self._goal.weight.output_axes)
+
+    def _kernel(self, matrix):
+        return patterns.from_matrix(matrix, self._dense.shape, self._goal.weight.output_axes)

@@ -1,0 +1,163 @@
+"""`AccuracyBudget`: the sparsest epoch within a budget of a metric, on metrics that are scripted and on real ones."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_sparse as ks
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(64, 10)).astype("float32")
+Y = (X @ RNG.normal(size=(10, 6))).astype("float32")
+
+
+def make(batch_norm=False):
+    keras.utils.set_random_seed(0)
+    middle = [keras.layers.BatchNormalization()] if batch_norm else []
+    model = keras.Sequential([keras.Input((10,)), keras.layers.Dense(16, "relu"), *middle, keras.layers.Dense(6)])
+    model.compile(keras.optimizers.SGD(0.001), "mse", run_eagerly=True)
+    return model
+
+
+class Scripted(keras.callbacks.Callback):
+    """Puts a metric into the logs, by a function of the sparsity that the model has and of the epoch."""
+
+    def __init__(self, quality):
+        super().__init__()
+        self.quality, self.weights = quality, []
+
+    def on_epoch_end(self, epoch, logs=None):
+        zeros = sum(int(np.sum(layer.get_weights()[0] == 0)) for layer in self._model.layers if layer.get_weights())
+        size = sum(layer.get_weights()[0].size for layer in self._model.layers if layer.get_weights())
+        logs["quality"] = self.quality(zeros / size, epoch)
+        self.weights.append([np.array(v) for v in self._model.get_weights()])
+
+
+def fit(budget, quality, model=None, epochs=30, **arguments):
+    model, script = model or make(), Scripted(quality)
+    history = model.fit(X, Y, batch_size=64, verbose=0, epochs=epochs, callbacks=[script, budget], **arguments)
+    return model, history.history, script
+
+
+def sparsity(model):
+    return ks.report(model).totals["sparsity"]
+
+
+@pytest.mark.parametrize(("limit", "mode"), [(0.83, "max"), (0.62, "min")])
+def test_ends_with_the_sparsest_epoch_within_the_budget(limit, mode):
+    sign = 1 if mode == "max" else -1
+    budget = ks.callbacks.AccuracyBudget(0.1, "quality", mode, patience=1, tolerance=0.05)
+    model, history, script = fit(budget, lambda share, epoch: sign * (1.0 if share <= limit else 0.5))
+    kept = max(share for share in history["sparsity"] if share <= limit)
+    failed = min(share for share in history["sparsity"] if share > limit)
+    assert sparsity(model) == pytest.approx(kept)
+    assert (1 - kept) / (1 - failed) < 1.08
+    last = max(i for i, share in enumerate(history["sparsity"]) if share == kept)
+    for value, other in zip(model.get_weights(), script.weights[last], strict=True):
+        np.testing.assert_array_equal(value, other)
+    report = budget.front()
+    assert [row["within"] for row in report.rows] == [share <= limit for share in history["sparsity"]]
+    assert report.totals["sparsity"] == pytest.approx(kept)
+    assert budget.reached
+
+
+def test_a_metric_that_never_falls_ends_at_the_cap_and_says_so():
+    budget = ks.callbacks.AccuracyBudget(0.0, "quality", "max", max_sparsity=0.9)
+    model, history, _ = fit(budget, lambda share, epoch: 1.0)
+    np.testing.assert_allclose(history["sparsity"], [0, 0.5, 0.75, 0.875, 0.9], atol=0.01)
+    assert sparsity(model) == pytest.approx(0.9, abs=0.01)
+    assert "the limit is not the budget" in budget.front().notes[0]
+
+
+def test_a_metric_that_falls_at_once_leaves_the_model_as_it_was():
+    budget = ks.callbacks.AccuracyBudget(0.1, "quality", "max", patience=1)
+    with pytest.warns(UserWarning, match="No sparsity that was tried"):
+        model, _, script = fit(budget, lambda share, epoch: 1.0 - (share > 0), epochs=6)
+    for value, other in zip(model.get_weights(), script.weights[0], strict=True):
+        np.testing.assert_array_equal(value, other)
+
+
+def test_patience_with_a_noisy_metric_and_the_same_run_twice():
+    found = []
+    for _ in range(2):
+        rng = np.random.default_rng(3)
+        budget = ks.callbacks.AccuracyBudget(0.05, "quality", "max", patience=3, tolerance=0.5)
+        model, history, _ = fit(budget, lambda share, epoch, rng=rng: 1 - share**6 / 4 + rng.normal(0, 0.02), epochs=8)
+        found.append((history["sparsity"], model.get_weights()))
+        rows = budget.front().rows
+        best = max(row["sparsity"] for row in rows if row["within"])
+        assert sparsity(model) == pytest.approx(best)
+        assert len(rows) == len(history["sparsity"])
+    assert found[0][0] == found[1][0]
+    for value, other in zip(found[0][1], found[1][1], strict=True):
+        np.testing.assert_array_equal(value, other)
+
+
+@pytest.mark.thorough(1)
+@pytest.mark.parametrize("pattern", ["channel", "2:4", "block_1x4"])
+def test_patterns(pattern):
+    budget = ks.callbacks.AccuracyBudget(
+        0.1, "quality", "max", 1.0, 0.25, pattern=pattern, allocation="uniform", filters="dense/"
+    )
+    model, history, _ = fit(budget, lambda share, epoch: 1.0 if share < 0.35 else 0.0, make(batch_norm=True))
+    kept = max(s for s, q in zip(history["sparsity"], history["quality"], strict=True) if q)
+    assert 0 < kept == np.mean(model.get_weights()[0] == 0)
+    assert ks.report(model).rows[0]["pattern"] == pattern or pattern == "2:4"
+
+
+def test_resumed_is_uninterrupted(tmp_path):
+    def quality(share, epoch):
+        return 1.0 if share < 0.8 else 0.0
+
+    def run(model, *callbacks, epochs=9):
+        budget = ks.callbacks.AccuracyBudget(0.1, "quality", "max", patience=1)
+        callbacks = [Scripted(quality), budget, keras.callbacks.BackupAndRestore(tmp_path / "backup"), *callbacks]
+        history = model.fit(X, Y, batch_size=64, shuffle=False, verbose=0, epochs=epochs, callbacks=callbacks)
+        return history.history["sparsity"], model.get_weights()
+
+    class Break(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 4:
+                raise KeyboardInterrupt
+
+    expected = run(make())
+    with pytest.raises(KeyboardInterrupt):
+        run(make(), Break())
+    found = run(make())
+    assert found[0] == expected[0][4:]
+    for value, other in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(value, other, atol=1e-6)
+
+
+def test_a_real_metric_on_validation_data():
+    budget = ks.callbacks.AccuracyBudget(0.5, "val_loss", baseline=30.0, initial_sparsity=0.3, max_sparsity=0.8)
+    model = make()
+    history = model.fit(X, Y, validation_data=(X, Y), epochs=4, batch_size=64, verbose=0, callbacks=[budget]).history
+    assert history["sparsity"][0] == pytest.approx(0.3, abs=0.01)
+    assert sparsity(model) == pytest.approx(budget.front().totals["sparsity"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"monitor": "quality"}, ValueError, "pass `mode='max'`"),
+        ({"monitor": 3}, TypeError, "a name in the logs"),
+        ({"mode": "up"}, ValueError, "'auto', 'max' or 'min'"),
+        ({"max_drop": -1}, ValueError, "`max_drop` must be"),
+        ({"max_sparsity": 1.5}, ValueError, "at least 0 and below 1"),
+        ({"initial_sparsity": 0.0}, ValueError, "above 0"),
+        ({"patience": 0}, ValueError, "patience"),
+        ({"baseline": "dense"}, TypeError, "`baseline` must be a number"),
+        ({"criterion": "no"}, ValueError, "no"),
+    ],
+)
+def test_wrong_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ks.callbacks.AccuracyBudget(**arguments)
+
+
+def test_a_missing_metric():
+    model = make()
+    with pytest.raises(ValueError, match="'val_accuracy', which is not in the logs. They have \\['loss'\\]"):
+        model.fit(X, Y, verbose=0, callbacks=[ks.callbacks.AccuracyBudget()])
+    assert ks.optimizers.find(model) is None
