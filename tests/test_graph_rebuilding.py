@@ -28,6 +28,15 @@ def nested():
     return keras.Sequential([keras.Input((6,)), keras.Model(inputs, block(block(inputs)) + inputs), layers.Dense(2)])
 
 
+def nested_outputs():
+    """A model that is called twice, and whose outputs are the outer one's."""
+    inner_inputs = keras.Input((6,))
+    inner = keras.Model(inner_inputs, layers.Dense(6, "tanh", name="in")(inner_inputs))
+    inputs = keras.Input((6,))
+    once = inner(inputs)
+    return keras.Model(inputs, [once, inner(once)])
+
+
 def data(model):
     rng = np.random.default_rng(0)
     drawn = [rng.normal(size=(4, *x.shape[1:])).astype("float32") for x in model.inputs]
@@ -46,7 +55,7 @@ def rebuilt(model, change=lambda copy, layer, args, kwargs: copy(layer)(*args, *
     return rebuilding.model(ks.graph.replay(model, rebuilding.inputs, call))
 
 
-@pytest.mark.parametrize("make", [branched, several_inputs, nested])
+@pytest.mark.parametrize("make", [branched, several_inputs, nested, nested_outputs])
 def test_the_same_layers_compute_the_same(make):
     model = make()
     for variable in model.weights:

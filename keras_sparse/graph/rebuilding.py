@@ -43,8 +43,13 @@ def replay(model, tensors, call):
     config = wiring(model)
     operations = {operation.name: operation for operation in model.operations}
     values = dict(zip(histories(config["input_layers"]), tensors, strict=True))
+    # Outputs count the calls of a functional model from 1, arguments (and we) from 0.
+    outputs = [
+        (name, number - _is_functional(operations[name]), index)
+        for name, number, index in histories(config["output_layers"])
+    ]
     # Tensors may be large: each is forgotten after its last use.
-    uses = collections.Counter(histories([config["output_layers"], [x["inbound_nodes"] for x in config["layers"]]]))
+    uses = collections.Counter([*outputs, *histories([layer["inbound_nodes"] for layer in config["layers"]])])
 
     def tensor(config):
         return values[tuple(config["keras_history"])]
@@ -64,7 +69,12 @@ def replay(model, tensors, call):
             for index, output in enumerate(keras.tree.flatten(call(operations[name], args, kwargs))):
                 values[name, number, index] = output
         nodes = waiting
-    return [values[key] for key in histories(config["output_layers"])]
+    return [values[key] for key in outputs]
+
+
+def _is_functional(operation):
+    is_model = isinstance(operation, keras.Model) and not isinstance(operation, keras.Sequential)
+    return is_model and hasattr(operation, "operations")
 
 
 class Rebuilding:
