@@ -249,6 +249,28 @@ def test_whole_channels_take_the_shift_and_the_scale_along():
     assert (values == 0).all(axis=(0, 1)).sum() == 3
 
 
+def test_rows_of_ones_own_are_shrunk():
+    rng = np.random.default_rng(0)
+    net = model(Scaled(name="scaled"), Cube())
+    for variable in net.weights:
+        variable.assign(rng.normal(size=variable.shape))
+    x = rng.normal(size=(4, 5, 8)).astype("float32")
+    ks.prune(net, 0.5, pattern="channel", filters="table")
+    small = ks.shrink(net, verbose=0)
+    assert [tuple(small.layers[i].weights[0].shape) for i in (0, 1, 3)] == [(3, 8), (3,), (3, 2)]
+    np.testing.assert_allclose(run(small, x), run(net, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_for_each_channel_that_a_row_does_not_name_keeps_them():
+    class Forgotten(Scaled):
+        pass
+
+    register_kind(Forgotten, Kind("keeps"))
+    net = model(Forgotten())
+    row = next(row for row in ks.channel_groups(net).rows if row["channels"] == 6)
+    assert "per_channel" in row["reason"]
+
+
 def test_macs_and_neuron_sparsity():
     net = model(Scaled(), Cube(name="cube"))
     used = ks.graph.uses(net, np.zeros((1, 5, 8)))

@@ -44,12 +44,13 @@ def test_every_public_class_has_a_name(module):
     for cls in classes:
         assert cls.__module__ in (module.__name__, f"{module.__name__}.shapes")
     named = {type(module.get(name)) for name in NAMES[module.__name__.split(".")[-1]]}
-    bases = {ks.schedules.Schedule, ks.patterns.Pattern, ks.criteria.Criterion, ks.criteria.Statistic}
+    bases = {ks.schedules.Schedule, ks.patterns.Pattern, ks.patterns.WithinOutputs}
+    bases |= {ks.criteria.Criterion, ks.criteria.InputCriterion, ks.criteria.Statistic}
     assert named == set(classes) - bases
 
 
 NAMES = {
     "schedules": ["polynomial", "linear", "cosine", "exponential", "one_shot"],
     "patterns": ["unstructured", "channel", "block", "2:4"],
-    "criteria": ["magnitude", "random", "gradient", "taylor", "movement", "snip", "fisher"],
+    "criteria": ["magnitude", "random", "gradient", "taylor", "movement", "snip", "fisher", "wanda", "obs"],
 }

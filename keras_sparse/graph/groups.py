@@ -200,7 +200,7 @@ class Channels:
         found = {}
         arrays = [(f"the output of {call.operation.name}", x.labels) for call in self.calls for x in call.outputs]
         arrays += [(part.variable.path, labels) for _, part in self.parts() for labels in part.axes.values()]
-        for name, labels in arrays:
+        for name, labels in reversed(arrays):  # What comes last may need what comes before it.
             if removed[labels].all():
                 found[int(self.roots[labels.reshape(-1)[0]])] = f"the last channel of {name}"
                 break

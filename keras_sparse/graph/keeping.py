@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_sparse.graph.calls import Call, Condition, Part, filled_with, run, uniform
+from keras_sparse.graph.calls import Call, Condition, Elementwise, Part, filled_with, run, uniform
 from keras_sparse.graph.kinds import kind_of
 from keras_sparse.graph.mixing import Refused, array
 from keras_sparse.graph.probing import channelwise
@@ -122,6 +122,20 @@ class PerChannel(Call):
         width = kind_of(self.operation).width
         count = int(kept(self.made).sum())
         return {} if width is None or count == len(self.made) else {width: count}
+
+
+class Shared(Elementwise):
+    """A layer that keeps channels apart, and whose weights are those of all channels alike."""
+
+    def label(self):
+        name, axes = self.operation.name, self.classes.varying(self.inputs[0].labels)
+        rank = len(self.inputs[0].shape)
+        if len(self.inputs) > 1 or len(self.outputs) > 1 or any(axis != rank - 1 for axis in axes):
+            self.stay(f"{name} has weights, and its channels do not lie along the last axis of one tensor")
+        elif any(size == self.inputs[0].full[-1] > 1 for v in self.operation.weights for size in v.shape):
+            self.stay(f"{name} has weights that may be one for each channel: name them in `per_channel` of its kind")
+        else:
+            super().label()
 
 
 class Slopes(Call):

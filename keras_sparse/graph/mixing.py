@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_sparse.graph.calls import Call, Condition, Part
-from keras_sparse.graph.kinds import DEPTHWISE, EMBEDDING, MIXES, Equation, kind_of
+from keras_sparse.graph.kinds import DEPTHWISE, EMBEDDING, KEEPS, MIXES, Equation, kind_of
 from keras_sparse.graph.probing import channelwise
 
 __all__ = ["rule_of"]
@@ -40,6 +40,8 @@ def rule_of(layer):
         return Separable if DEPTHWISE in roles else Linear
     if kind.per_channel:
         return keeping.PerChannel
+    if kind.channels == KEEPS and not kind.kernels:
+        return keeping.Shared
     return Refused
 
 

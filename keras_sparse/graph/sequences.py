@@ -300,7 +300,9 @@ class Attention(Call):
         self.kv_heads = classes.new(shape["key"][1])
         self.heads = np.repeat(self.kv_heads, shape["query"][1] // shape["key"][1])
         self.key_width = classes.new(shape["key"][2])
-        self.value_width = self.key_width if grouped else classes.new(shape["value"][2])
+        # JAX computes attention only with keys and values of one width.
+        same = grouped or (keras.backend.backend() == "jax" and shape["key"][2] == shape["value"][2])
+        self.value_width = self.key_width if same else classes.new(shape["value"][2])
         out = self.outputs[0]
         self.made = classes.new(out.full[-1])
         if grouped:  # it returns as many channels as its query has
