@@ -30,6 +30,8 @@ OBJECTS = {
     "Obs": ks.criteria.Obs(),
     "Uniform": ks.pruning.Uniform(),
     "Global": ks.pruning.Global(floor=0.01),
+    "Isomorphic": ks.pruning.Isomorphic(),
+    "Budget": ks.Budget(macs=0.5, parameters=1000),
     "ERK": ks.pruning.ERK(),
     "Pruning": ks.callbacks.Pruning(
         {"a/": 0.8, "b/": (0.5, "unstructured")},
