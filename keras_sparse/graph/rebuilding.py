@@ -114,7 +114,7 @@ class Rebuilding:
 
     @property
     def copies(self):
-        """What has been copied, `{layer: (copy, what it was made from, weights)}`."""
+        """An `IdentityDict` from each layer that was copied to its copy, what that was made from, and the weights."""
         return self._copies
 
     def copy(self, operation, changes=None, weights=None, layer_class=None):
