@@ -283,9 +283,13 @@ def test_global_compares_groups_of_different_scale():
         ks.prune(model, 0.5, pattern="channel", allocation=ks.pruning.Global(floor=12))
 
 
-def test_groups_of_which_a_part_is_left_dense_stay():
+def test_groups_of_which_a_part_is_left_dense_lose_zeros_but_no_channels():
+    model = residual()
+    report = ks.prune(model, {"stem": 0.5}, pattern="channel")
+    assert {row["path"].split("/")[0] for row in report.rows if row["status"] == "pruned"} == {"stem"}
+    assert ks.channel_groups(model).totals["removable"] == 0
     with pytest.raises(ValueError, match="project/kernel makes them, too, and is left dense"):
-        ks.prune(residual(), {"stem": 0.5}, pattern="channel")
+        ks.prune(model, ks.Budget(macs=0.5), pattern="channel", filters="stem")
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global", "isomorphic"])

@@ -24,6 +24,7 @@ class ChannelChoice:
 
     Attributes:
         kernels: For each goal, the `{axis: labels}` that it makes; a string that says why if it makes none.
+        with_partners: For each goal, whether kernels that are not selected make its channels, too.
         others: `{variable: {axis: labels}}` of biases, normalizations and the like that go with channels.
 
     Example:
@@ -47,7 +48,8 @@ class ChannelChoice:
             c: why for c, why in channels.reasons.items() if budget is not None or not why.startswith(graph.OUTPUT)
         }
         reasons |= channels.not_silenced(reasons)
-        reasons |= self._not_selected(made, selected, reasons)
+        partners = self._not_selected(made, selected, reasons)
+        reasons |= partners
         self._groups = []
         for group in channels.groups:
             free = np.array([c for c in group.channels.tolist() if c not in reasons], int)
@@ -58,13 +60,16 @@ class ChannelChoice:
         self._free = np.zeros(len(self._roots), bool)
         for free, _, _ in self._groups:
             self._free |= np.isin(self._roots, free)
-        self.kernels, self.others = [], IdentityDict()
+        self.kernels, self.with_partners, self.others = [], [], IdentityDict()
         parts = IdentityDict((part.variable, part) for _, part in made)
         for goal in goals:
             part = parts.get(goal.weight.variable)
             axes = {} if part is None else self._axes_of(part)
             why = "no graph that could be seen makes its channels" if part is None else self._why(part, reasons)
             self.kernels.append(axes or f"channels: {why}")
+            labels = [] if part is None else [part.axes[axis].reshape(-1) for axis in part.made]
+            roots = self._roots[np.concatenate([*labels, np.zeros(0, int)]).astype(int)].tolist()
+            self.with_partners.append(any(root in partners for root in roots))
         for _, part in made:
             axes = self._axes_of(part)
             if axes and part.variable not in selected:

@@ -77,11 +77,12 @@ class Plan:
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
         ]
         self._channels, self._budget = None, target_sparsity if isinstance(target_sparsity, Budget) else None
+        self._alone = IdentityDict()  # kernels that lose channels which others make, too: zeros that cannot be removed
         reasons = self._complete_units(model) if whole_units else {}
         if self._budget is None:
             self.goals = self.allocation.share(self.goals)
         if self._channels is not None:
-            self._channels.aim([goal for goal in self.goals if goal.pattern.whole_units])
+            self._channels.aim([goal for goal in self.goals if self._in_groups(goal)])
         chosen = IdentityDict.fromkeys(goal.weight.variable for goal in self.goals)
         self.skipped = {
             id(w.variable): w.skipped or reasons.get(id(w.variable), "no key of `target_sparsity` matches")
@@ -97,7 +98,8 @@ class Plan:
         if getattr(model, "inputs", None):
             whole = [goal for goal in self.goals if goal.pattern.whole_units]
             self._channels = ChannelChoice(model, whole, self._budget, self.allocation)
-            axes = IdentityDict(zip((g.weight.variable for g in whole), self._channels.kernels, strict=True))
+            known = zip(self._channels.kernels, self._channels.with_partners, strict=True)
+            axes = IdentityDict(zip((g.weight.variable for g in whole), known, strict=True))
             found = [self._units_or_reason(model, goal, axes) for goal in self.goals]
         elif self._budget is not None:
             raise ValueError(
@@ -119,14 +121,23 @@ class Plan:
                 + "; ".join(f"{goal.weight.path}: {reasons[id(goal.weight.variable)]}" for goal in self.goals[:8])
             )
         self.goals = goals
+        if not any(self._in_groups(goal) for goal in goals):
+            self._channels = None
         return reasons
 
+    def _in_groups(self, goal):
+        """Whether its channels are chosen together with those of other weights."""
+        return goal.pattern.whole_units and goal.weight.variable not in self._alone
+
     def _units_or_reason(self, model, goal, axes):
-        """No units of its own for a goal that is chosen by groups; else why it is not, as precisely as it is known."""
-        why = axes.get(goal.weight.variable, ())
+        """No units of its own for a goal that is chosen by groups; else its own, or why it is left out."""
+        why, partners = axes.get(goal.weight.variable, ((), False))
         if not isinstance(why, str):
             return ()
         (closer,) = graph.unit_variables(model, [goal.weight])
+        if partners and self._budget is None and not isinstance(closer, str):
+            self._alone[goal.weight.variable] = True
+            return closer
         return closer if isinstance(closer, str) and "not known" not in closer else why
 
     def keep_units(self, model):
@@ -151,7 +162,7 @@ class Plan:
         """Pairs `(variable, what stays of it)` of what goes with the channels that `masks` have taken."""
         if self._channels is None:
             return []
-        own = [mask for goal, mask in zip(self.goals, masks, strict=True) if goal.pattern.whole_units]
+        own = [mask for goal, mask in zip(self.goals, masks, strict=True) if self._in_groups(goal)]
         gone = self._channels.gone(own)
         return [
             (variable, self._channels.mask_of(axes, gone, tuple(variable.shape)))
@@ -185,7 +196,7 @@ class Plan:
         goals = self.compared(self.goals)
         if self._channels is None:
             return self.allocation.keep(goals, scores, fraction)
-        whole = [i for i, goal in enumerate(self.goals) if goal.pattern.whole_units]
+        whole = [i for i, goal in enumerate(self.goals) if self._in_groups(goal)]
         rest = [i for i in range(len(goals)) if i not in whole]
         chosen = self._channels.keep([scores[i] for i in whole], [masks[i] for i in whole], fraction)
         others = self.allocation.keep([goals[i] for i in rest], [scores[i] for i in rest], fraction) if rest else []
@@ -207,10 +218,10 @@ class Plan:
         """Whether `masks` are at the goals, by the counts that `masks` promises."""
         if self._channels is not None:
             pairs = list(zip(self.goals, masks, strict=True))
-            rest = [(goal, mask) for goal, mask in pairs if not goal.pattern.whole_units]
+            rest = [(goal, mask) for goal, mask in pairs if not self._in_groups(goal)]
             counts = [(goal.pool(mask.astype("float32")), goal) for goal, mask in rest]
             done = all(np.sum(g == 0) >= goal.pattern.count(goal.sparsity, [g.shape]) for g, goal in counts)
-            return bool(done) and self._channels.reached([mask for goal, mask in pairs if goal.pattern.whole_units])
+            return bool(done) and self._channels.reached([mask for goal, mask in pairs if self._in_groups(goal)])
         # A group is dropped if none of its weights is kept.
         groups = [goal.pool(mask.astype("float32")) for goal, mask in zip(self.goals, masks, strict=True)]
         dropped = [int(np.sum(group == 0)) for group in groups]
