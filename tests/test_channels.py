@@ -147,7 +147,7 @@ class Net(keras.Model):
 
     def call(self, x):
         h = self.one(x)
-        return self.two(h if self.traced or float(keras.ops.sum(h)) > 0 else -h)
+        return self.two(h if self.traced or keras.ops.convert_to_numpy(keras.ops.sum(h)) > 0 else -h)
 
 
 def test_subclassed_models_are_traced():

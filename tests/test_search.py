@@ -499,7 +499,8 @@ def test_processes_find_the_same(monkeypatch, capfd):
             found.append(facts(search(executor=executor, kind="subclassed", budget=18)))
     assert found[0] == found[1]
     assert same(found[0], facts(search(kind="subclassed", budget=18)))
-    assert not capfd.readouterr().err.strip()  # nothing of what backends print when they start
+    # Nothing of what backends print when they start; TensorFlow advises against loops of short fits.
+    assert [line for line in capfd.readouterr().err.splitlines() if line.strip() and "retracing" not in line] == []
 
 
 def anonymous():
