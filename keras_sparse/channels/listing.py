@@ -1,7 +1,5 @@
 """A listing of a model's channels: which can only be removed together, which are dead, and what each of them costs."""
 
-import numpy as np
-
 from keras_sparse import graph, selection
 from keras_sparse.channels.tracing import functional
 from keras_sparse.reports import Report
@@ -59,7 +57,7 @@ def listing(channels, title):
     9
     """
     rows = []
-    whole = channels.cost(lambda labels: np.ones(np.shape(labels), bool))
+    whole = channels.whole_cost
     for group in channels.groups:
         cost = channels.channel_cost(group)
         rows.append(

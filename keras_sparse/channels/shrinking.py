@@ -169,7 +169,7 @@ def _copy_compilation(source, target, variables, kept):
         new, part = variables[old_own[index]]
         other = new_slots.get((positions.get(id(new)), kind))
         if other is not None:
-            value = keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(slot))
+            value = graph.as_array(slot)
             other.assign(value if part is None else part.keep(kept, value))
             done |= {id(slot), id(other)}
     rest = {v.path: v for v in target.optimizer.variables if id(v) not in done}

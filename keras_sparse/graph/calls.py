@@ -7,6 +7,8 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
+from keras_sparse.graph.weights import as_array
+
 __all__ = ["Call", "Condition", "Part", "Tensor"]
 
 _OPEN = 8  # stands for a size that is not known
@@ -190,7 +192,7 @@ class Call:
         parts = {id(part.variable): part for part in self.parts}
         found = []
         for variable in self.operation.weights:
-            value = keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
+            value = as_array(variable)
             part = parts.get(id(variable))
             found.append(value if part is None else part.keep(kept, value))
         return found

@@ -1,6 +1,7 @@
 """A channel group is a set of channels of the same layers, each of which can only be removed in all of them at once."""
 
 import dataclasses
+import functools
 
 import keras
 import numpy as np
@@ -254,12 +255,16 @@ class Channels:
             ]
         return self._weights
 
+    @functools.cached_property
+    def whole_cost(self):
+        """What the model costs as it is, as `cost` counts."""
+        return self.cost(lambda labels: np.ones(np.shape(labels), bool))
+
     def channel_cost(self, group):
         """What one channel of a group costs in the model as it is, as `cost` counts."""
         first = group.channels[0]
-        whole = self.cost(lambda labels: np.ones(np.shape(labels), bool))
         without = self.cost(lambda labels: self.roots[labels] != first)
-        return {name: whole[name] - without[name] for name in whole}
+        return {name: amount - without[name] for name, amount in self.whole_cost.items()}
 
     def _positions(self):
         model = self.labelled.model

@@ -9,6 +9,7 @@ import numpy as np
 from keras_sparse.graph.calls import Call, Condition, Part
 from keras_sparse.graph.kinds import DEPTHWISE, EMBEDDING, KEEPS, MIXES, Equation, kind_of
 from keras_sparse.graph.probing import channelwise
+from keras_sparse.graph.weights import as_array
 
 __all__ = ["rule_of"]
 
@@ -52,7 +53,7 @@ def _one_by_one(layer, kind):
 
 def array(variable):
     """A variable's value as float64."""
-    return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable)).astype("float64")
+    return as_array(variable).astype("float64")
 
 
 class Refused(Call):

@@ -67,6 +67,7 @@ class Allocation(Configurable):
     Attributes:
         shared: Whether the target is one for all weights together, not one for each.
         redistributes: Whether `share` gives weights other targets than they came with.
+        like_with_like: Whether channels are ranked among groups of the same structure only.
 
     Example:
 
@@ -77,10 +78,15 @@ class Allocation(Configurable):
 
     shared = False
     redistributes = False
+    like_with_like = False
 
     def share(self, goals):
         """Return the goals with the sparsity that each weight should have by this allocation."""
         return goals
+
+    def least(self, size):
+        """How many of the `size` groups of a weight must stay."""
+        return 0
 
     def keep(self, goals, scores, fraction):
         """Return which weights stay at `fraction` of the way, a boolean array for each goal."""
@@ -152,7 +158,6 @@ class Global(Allocation):
         return goals
 
     def least(self, size):
-        """How many groups of a weight with `size` groups must stay."""
         return min(size, self.floor if isinstance(self.floor, numbers.Integral) else math.ceil(self.floor * size))
 
     def keep(self, goals, scores, fraction):

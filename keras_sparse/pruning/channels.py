@@ -38,7 +38,7 @@ class ChannelChoice:
     ['a', 'b']
     """
 
-    def __init__(self, model, goals, budget=None, allocation=None):
+    def __init__(self, model, goals, budget, allocation):
         self._channels = channels = graph.Channels(model)
         self._roots, self._budget, self._allocation = channels.roots, budget, allocation
         selected = IdentityDict((goal.weight.variable, goal) for goal in goals)
@@ -176,7 +176,7 @@ class ChannelChoice:
                 shares = [sparsity * fraction for sparsity in self._targets]
                 return [free[: self._count(share, free)] for share, (free, _) in zip(shares, ranked, strict=True)]
             return self._by_share(ranked, fraction * self._targets[0])
-        whole = self._channels.cost(lambda labels: np.ones(np.shape(labels), bool))
+        whole = self._channels.whole_cost
         limits = {k: whole[k] - fraction * (whole[k] - limit) for k, limit in self._budget.limits(whole).items()}
         low, high = 0.0, 1.0
         chosen = []
@@ -202,7 +202,7 @@ class ChannelChoice:
         kinds = {}
         for number, (_, _, group) in enumerate(self._groups):
             kind = tuple(sorted(type(layer).__name__ + part.variable.name for layer, part in group.members))
-            kinds.setdefault(kind if getattr(self._allocation, "like_with_like", False) else "", []).append(number)
+            kinds.setdefault(kind if self._allocation.like_with_like else "", []).append(number)
         leaving = [free[:0] for free, _ in ranked]
         for numbers in kinds.values():
             places = [(n, i) for n in numbers for i in range(self._most(len(ranked[n][0])))]
@@ -218,7 +218,7 @@ class ChannelChoice:
         gone = self._gone_already(masks)
         counts = [(int(gone[free].sum()), len(free)) for free, _, _ in self._groups]
         if self._budget is not None:
-            whole = self._channels.cost(lambda labels: np.ones(np.shape(labels), bool))
+            whole = self._channels.whole_cost
             cost = self._channels.cost(lambda labels: ~gone[self._roots[labels]])
             return all(cost[name] <= limit for name, limit in self._budget.limits(whole).items())
         if not self._shared:
@@ -229,12 +229,11 @@ class ChannelChoice:
 
     @property
     def _shared(self):
-        return self._allocation is not None and self._allocation.shared
+        return self._allocation.shared
 
     def _most(self, count):
         """How many of the channels of a group may leave for a budget or in one ranking: one stays at least."""
-        least = self._allocation.least(count) if hasattr(self._allocation, "least") else 1
-        return count - max(1, least)
+        return count - max(1, self._allocation.least(count))
 
     def _count(self, share, free):
         count = round(share * len(free))
@@ -244,7 +243,7 @@ class ChannelChoice:
         """Raise unless the budget can be met."""
         if self._budget is None:
             return
-        whole = self._channels.cost(lambda labels: np.ones(np.shape(labels), bool))
+        whole = self._channels.whole_cost
         out = np.zeros(len(self._roots), bool)
         for free, _, _ in self._groups:
             out[free[1:]] = True
