@@ -11,6 +11,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # It announces itself, and makes sums depend on the CPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile thousands of small functions that run a few times: XLA's optimizations cost more than they save.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Exports are compared on this machine's CPU: an emulator takes seconds for what that does in milliseconds.
 os.environ["KERAS_SPARSE_VERIFY"] = "native"
 
@@ -52,14 +54,15 @@ collect_ignore_glob = [] if keras.backend.backend() == "tensorflow" else _BACKEN
 def pytest_collection_modifyitems(items):
     """Leave the cases of a test after the first n, by `@pytest.mark.thorough(n)`, to the run of slow tests.
 
-    The other backends have no such run: they take twice as many.
+    Torch has no such run and is quick: it takes twice as many.
     """
+    times = 2 if keras.backend.backend() == "torch" else 1
     seen = collections.Counter()
     for item in items:
         thorough = item.get_closest_marker("thorough")
         if thorough is not None:
             seen[item.function] += 1
-            if seen[item.function] > thorough.args[0] * (1 if keras.backend.backend() == "tensorflow" else 2):
+            if seen[item.function] > thorough.args[0] * times:
                 item.add_marker(pytest.mark.slow)
 
 
