@@ -66,6 +66,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.slow)
 
 
+def pytest_runtest_logreport(report):
+    """Name a failure at once: a run that is stopped, for having taken too long, never comes to its summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:  # What a worker prints is lost.
+        crash = getattr(report.longrepr, "reprcrash", None)
+        print(f"\n{report.nodeid} failed: {crash.message if crash else report.longrepr}", flush=True)
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     """Make each test's random numbers its own, whatever ran before; and layer names too."""
