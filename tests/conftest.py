@@ -45,9 +45,15 @@ _BACKEND_DOES_NOT_MATTER = [
     "test_notebooks.py",
     "test_search_searchers.py",
 ]
+# Models run forwards and NumPy. JAX compiles anew for each shape there is: another backend than TensorFlow's is enough.
+_NOT_ON_JAX = ["test_comparison.py", "test_neurons.py", "test_patterns.py", "test_reports.py", "test_schedules.py"]
 _TENSORFLOW_ONLY = ["test_tflite_*.py", "test_quickstart.py", "test_end_to_end.py"]
 
-collect_ignore_glob = [] if keras.backend.backend() == "tensorflow" else _BACKEND_DOES_NOT_MATTER + _TENSORFLOW_ONLY
+collect_ignore_glob = {
+    "tensorflow": [],
+    "torch": [*_BACKEND_DOES_NOT_MATTER, *_TENSORFLOW_ONLY],
+    "jax": [*_BACKEND_DOES_NOT_MATTER, *_TENSORFLOW_ONLY, *_NOT_ON_JAX],
+}[keras.backend.backend()]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -83,9 +89,8 @@ def _fixed_seed():
 
 @pytest.fixture(autouse=True)
 def _verified_everywhere(request, monkeypatch):
-    """Exports are compared on all runtimes with sparse kernels if a test is about that, or slow."""
-    marked = request.node.get_closest_marker
-    if marked("everywhere") or (marked("slow") and not marked("thorough")):
+    """Exports are compared on all runtimes with sparse kernels if a test is about that."""
+    if request.node.get_closest_marker("everywhere"):
         monkeypatch.delenv("KERAS_SPARSE_VERIFY")
 
 
