@@ -39,6 +39,7 @@ if keras.backend.backend() == "tensorflow":
 # torch backends is tested in the run with TensorFlow.
 _BACKEND_DOES_NOT_MATTER = [
     "test_architecture.py",
+    "test_behaviour.py",
     "test_cli.py",
     "test_docs.py",
     "test_files.py",

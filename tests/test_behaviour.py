@@ -13,8 +13,6 @@ import keras_sparse as ks
 WITH_TARGETS = ["taylor", "snip", "fisher", "gradient", "movement"]
 WITH_INPUTS = ["wanda", "obs"]
 CRITERIA = ["magnitude", *WITH_TARGETS, *WITH_INPUTS]
-# These two rank by where training moves the weights. Where it has ended, as here, that says nothing about what they do.
-DURING_TRAINING = {"gradient", "movement"}
 # N:M has a sparsity of its own in each weight, and only channels have structures that are alike.
 COMBINATIONS = [
     *(
@@ -35,14 +33,16 @@ def task():
     y = rng.integers(0, 8, 512)
     x = rng.normal(size=(512, 32)).astype("float32")
     x[:, :8] += 2 * rng.normal(size=(8, 8))[y]
+    # Some labels are wrong: what is learnt by heart has no gradients left to rank by.
+    y = np.where(rng.random(512) < 0.2, rng.integers(0, 8, 512), y)
     layers = [
         keras.layers.Dense(48, activation="relu"),
         keras.layers.Dense(24, activation="relu"),
         keras.layers.Dense(8),
     ]
     model = keras.Sequential([keras.Input((32,)), *layers])
-    model.compile(keras.optimizers.Adam(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    model.fit(x, y, epochs=10, verbose=0)
+    model.compile(keras.optimizers.Adam(0.005), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(x, y, epochs=6, verbose=0)
     return model, model.get_weights(), x, y
 
 
@@ -54,7 +54,7 @@ def loss_after(criterion, pattern, allocation):
     sparsity = {"2:4": 0.5, "channel": 0.4}.get(pattern, 0.6)
     # The units of the last layer are the classes: they stay.
     filters = model.layers[:-1]
-    report = ks.prune(model, sparsity, criterion, pattern, allocation, filters, data=data)
+    ks.prune(model, sparsity, criterion, pattern, allocation, filters, data=data)
     kernels = [keras.ops.convert_to_numpy(layer.kernel) for layer in model.layers[:-1]]
     groups, gone = [], []
     for kernel in kernels:
@@ -65,7 +65,6 @@ def loss_after(criterion, pattern, allocation):
         assert gone == [round(sparsity * n) for n in groups]
     else:
         assert sum(gone) == round(sparsity * sum(groups))
-    assert report.totals["zeros"] >= sum(int(np.sum(kernel == 0)) for kernel in kernels)
     return model.evaluate(x, y, verbose=0)
 
 
@@ -75,7 +74,5 @@ def test_counts_are_exact_and_better_than_chance(pattern, allocation):
     chance = np.mean([loss_after(ks.criteria.Random(seed), pattern, allocation) for seed in range(3)])
     losses = {criterion: loss_after(criterion, pattern, allocation) for criterion in CRITERIA}
     assert all(math.isfinite(loss) for loss in losses.values())
-    worse = {
-        criterion: loss for criterion, loss in losses.items() if loss >= chance and criterion not in DURING_TRAINING
-    }
+    worse = [criterion for criterion, loss in losses.items() if loss >= chance]
     assert not worse, (chance, losses)
