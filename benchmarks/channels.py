@@ -7,6 +7,7 @@ largest output, with random statistics in the normalizations.
 """
 
 import argparse
+import itertools
 import pathlib
 import tempfile
 import time
@@ -37,7 +38,7 @@ def main():
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--macs", type=float, nargs="+", default=[0.95, 0.5])
     parser.add_argument("--allocation", default="uniform", choices=["uniform", "global", "isomorphic"])
-    parser.add_argument("--round-to", type=int, default=1)
+    parser.add_argument("--round-to", type=int, nargs="+", default=[1], help="multiples of channels that a group keeps")
     parser.add_argument("--runtime", default="native")
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring each file")
     args = parser.parse_args()
@@ -49,23 +50,37 @@ def main():
             randomise(model, rng)
             ks.tflite.export(model, dense, sparse=False, batch_size=1)
             x = rng.normal(size=(2, args.size, args.size, 3)).astype("float32")
-            for macs in sorted(args.macs, reverse=True):
-                ks.prune(model, ks.Budget(macs=macs), pattern="channel", allocation=args.allocation)
+            weights = model.get_weights()
+            for macs, multiple in itertools.product(args.macs, args.round_to):
+                model.set_weights(weights)
+                budget = ks.Budget(macs=macs, round_to=multiple)
+                ks.prune(model, budget, pattern="channel", allocation=args.allocation)
                 start = time.perf_counter()
-                shrunk, report = ks.shrink(model, round_to=args.round_to, verbose=0, return_report=True)
+                shrunk, report = ks.shrink(model, verbose=0, return_report=True)
                 seconds = time.perf_counter() - start
                 one, other = (keras.ops.convert_to_numpy(m(x, training=False)) for m in (model, shrunk))
                 ks.tflite.export(shrunk, small, sparse=False, batch_size=1)
                 timed = ks.tflite.benchmark(small, baseline=dense, runtime=args.runtime, seconds=args.seconds)
                 totals = report.totals
-                rows.append([name, f"{macs:g}", f"{totals['macs_left'] / totals['macs']:.3f}"])
+                rows.append([name, f"{macs:g}", str(multiple), f"{totals['macs_left'] / totals['macs']:.3f}"])
                 rows[-1] += [f"{totals['parameters_left'] / totals['parameters']:.3f}"]
                 rows[-1] += [f"{row['median']:.1f}" for row in timed.rows] + [f"{timed.rows[1]['ratio']:.2f}"]
                 rows[-1] += [f"{np.abs(one - other).max() / np.abs(one).max():.0e}", f"{seconds:.1f}"]
                 print(rows[-1], flush=True)
     result.show(
         f"Channels removed, {args.size} px, {args.runtime}, allocation {args.allocation}",
-        ["network", "budget", "MACs", "parameters", "dense, ms", "small, ms", "ratio", "difference", "shrink, s"],
+        [
+            "network",
+            "budget",
+            "multiples",
+            "MACs",
+            "parameters",
+            "dense, ms",
+            "small, ms",
+            "ratio",
+            "difference",
+            "shrink, s",
+        ],
         rows,
         load_before=load,
     )

@@ -218,3 +218,23 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
         ks.prune(model, 0.5, pattern="channel", filters="body", data=IMAGES, repair=True)
     for v, old in zip(model.weights, before, strict=True):
         np.testing.assert_array_equal(ks.graph.as_array(v), old)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global", "isomorphic"])
+@pytest.mark.parametrize("share", [0.95, 0.5, 0.1])
+def test_budgets_are_counted_on_multiples(allocation, share):
+    widths = [64, 48, 20, 40, 6]
+    model = model_of((30,), *(L.Dense(n, "relu", name=f"d{i}") for i, n in enumerate(widths)), L.Dense(3))
+    ks.prune(model, ks.Budget(macs=share, round_to=8), pattern="channel", allocation=allocation)
+    small, report = ks.shrink(model, verbose=0, return_report=True)
+    left = [small.get_layer(f"d{i}").units for i in range(len(widths))]
+    assert all(n <= 8 or n % 8 == 0 or n == most for n, most in zip(left, widths, strict=True))
+    assert share - 0.2 < report.totals["macs_left"] / report.totals["macs"] <= share
+    assert ks.shrink(model, round_to=8, verbose=0).count_params() >= small.count_params()
+
+
+def test_multiples_of_a_budget_are_kept_in_configs_and_checked():
+    callback = ks.callbacks.Pruning(ks.Budget(macs=0.5, round_to=8), pattern="channel")
+    assert ks.callbacks.Pruning.from_config(callback.get_config()).target_sparsity.round_to == 8
+    with pytest.raises(ValueError, match="whole number"):
+        ks.Budget(macs=0.5, round_to=0)

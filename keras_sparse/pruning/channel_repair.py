@@ -46,7 +46,7 @@ def repair_channels(plan, masks, calibration):
     >>> plan = ks.pruning.Plan(model, 0.5, pattern="channel", filters=model.layers[0])
     >>> data = np.arange(8.0).reshape(8, 1)
     >>> repair_channels(plan, plan.masks(plan.present_masks()), Calibration(model, [data]))
-    >>> float(keras.ops.round(model(np.array([[10.0]]))[0, 0], 2))
+    >>> float(keras.ops.round(model(np.array([[10.0]]))[0, 0]))
     30.0
     """
     import threadpoolctl
