@@ -238,3 +238,9 @@ def test_multiples_of_a_budget_are_kept_in_configs_and_checked():
     assert ks.callbacks.Pruning.from_config(callback.get_config()).target_sparsity.round_to == 8
     with pytest.raises(ValueError, match="whole number"):
         ks.Budget(macs=0.5, round_to=0)
+
+
+@pytest.mark.parametrize("make", [ks.callbacks.DynamicSparseTraining, lambda b: ks.callbacks.ProximalL1(None, b)])
+def test_what_moves_no_channels_says_what_does(make):
+    with pytest.raises(ValueError, match="Pruning.*pattern='channel'"):
+        make(ks.Budget(macs=0.5))
