@@ -155,6 +155,7 @@ class Regression:
         self._dense = dense.astype(np.float64)
         self._groups, self._whole, self._count, self._always = None, True, 0, always
         self._rng = np.random.default_rng(0)
+        self.finite = True  # whether all numbers are
 
     def add(self, pieces, before):
         """Take in operands in the pruned model and in the dense one, both as `ks.pruning.operands.operands` returns."""
@@ -162,12 +163,15 @@ class Regression:
         if self._groups is None:
             groups = max(group for group, _, _ in pieces) + 1
             self._groups = [_Sums(units // groups, inputs) for _ in range(groups)]
-        if not self._always and all((sums.square.diagonal() > 0).all() for sums in self._groups):
-            return  # No input is gone.
-        for (group, columns, new), (_, _, old) in zip(pieces, before, strict=True):
+        pairs = [(group, columns, new, old) for (group, columns, new), (_, _, old) in zip(pieces, before, strict=True)]
+        for group, columns, new, old in pairs:
             self._whole &= columns is None
-            (x, old), share = sampled([new, old], inputs, self._rng)
-            self._groups[group].add(x, old, self._of(group), columns, share)
+            self.finite &= bool(np.isfinite(new).all() and np.isfinite(old).all())
+            self._groups[group].see(new, old, columns)
+        if self._always or not all(sums.alive.all() for sums in self._groups):  # Else no input is gone.
+            for group, columns, *both in pairs:
+                (x, old), share = sampled(both, inputs, self._rng)
+                self._groups[group].add(x, old, self._of(group), columns, share)
         self._count += len(pieces[0][2])
 
     def _of(self, group):
@@ -175,15 +179,9 @@ class Regression:
         return self._dense[group * size : (group + 1) * size]
 
     @property
-    def finite(self):
-        """Whether all numbers are."""
-        return all(np.isfinite(sums.square).all() and np.isfinite(sums.cross).all() for sums in self._groups)
-
-    @property
     def needed(self):
         """Whether it reads zeros where it read something else, or is to be solved for in any case."""
-        lost = [((sums.square.diagonal() == 0) & (sums.power > 0)).any() for sums in self._groups]
-        return self._always or any(lost)
+        return self._always or any((sums.before & ~sums.alive).any() for sums in self._groups)
 
     def solved(self, mask, centred):
         """Return the kernel that makes of the pruned model's inputs most nearly the dense model's outputs.
@@ -209,8 +207,15 @@ class _Sums:
     """The sums of a regression for output units that have the same inputs."""
 
     def __init__(self, units, inputs):
+        # Which inputs are not always zero, now and in the dense model. What follows is large, and only filled at need.
+        self.alive, self.before = np.zeros(inputs, bool), np.zeros(inputs, bool)
         self.square, self.cross = np.zeros((inputs, inputs)), np.zeros((units, inputs))
-        self.x, self.y, self.power = np.zeros(inputs), np.zeros(units), np.zeros(inputs)
+        self.x, self.y = np.zeros(inputs), np.zeros(units)
+
+    def see(self, new, old, columns):
+        own = slice(None) if columns is None else columns
+        self.alive[own] |= (new != 0).any(axis=0)
+        self.before[own] |= (old != 0).any(axis=0)
 
     def add(self, x, old, dense, columns, share):
         own = slice(None) if columns is None else columns
@@ -219,16 +224,14 @@ class _Sums:
         self.cross[:, own] += y.T @ x / share
         self.x[own] += x.sum(axis=0) / share
         self.y += y.sum(axis=0) / share
-        self.power[own] += (old**2).sum(axis=0) / share
 
     def solved(self, dense, mask, count, centred):
         square, cross, x, y = (value / count for value in (self.square, self.cross, self.x, self.y))
         if centred:
             square, cross = square - np.outer(x, x), cross - np.outer(y, x)
-        live = np.diagonal(self.square) > 0
-        damping = DAMPING * np.trace(square) / max(1, live.sum()) or 1.0
+        damping = DAMPING * np.trace(square) / max(1, self.alive.sum()) or 1.0
         square = square + damping * np.eye(len(square))
         new = np.linalg.solve(square, (cross + damping * dense).T).T
-        new[:, ~live] = dense[:, ~live]
+        new[:, ~self.alive] = dense[:, ~self.alive]
         new = repaired(new, mask, square[None], np.zeros(len(new), int))
         return new, y - new @ x
