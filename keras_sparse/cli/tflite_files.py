@@ -53,3 +53,23 @@ def _setup_arm64(options, stderr):
     from keras_sparse import reports, tflite
 
     return reports.Report("ARM64 runtime", [{"folder": str(tflite.setup_arm64())}], {})
+
+
+@command()
+def _setup_gpu(options, stderr):
+    """Set up a software driver for LiteRT's GPU accelerator, from Debian's package of Chromium."""
+    from keras_sparse import reports, tflite
+
+    return reports.Report("GPU runtime", [{"folder": str(tflite.setup_gpu())}], {})
+
+
+@command()
+def _runtimes(options, stderr):
+    """List the programs that run .tflite files here: those that are installed, and what the others need."""
+    from keras_sparse import reports, tflite
+
+    titles = {name: runtime.title for name, runtime in tflite.runtimes.RUNTIMES.items()}
+    missing = tflite.runtimes.available()
+    rows = [{"runtime": n, "what it is": t, "installed": missing[n] is None} for n, t in titles.items()]
+    notes = [f"{name}: {reason}" for name, reason in missing.items() if reason is not None]
+    return reports.Report("Runtimes", rows, {}, notes)

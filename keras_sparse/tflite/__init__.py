@@ -7,6 +7,7 @@ from keras_sparse.tflite.benchmark import BenchmarkReport, benchmark
 from keras_sparse.tflite.check import CheckReport, check
 from keras_sparse.tflite.export import ExportError, ExportReport, export
 from keras_sparse.tflite.inspect import inspect
+from keras_sparse.tflite.swiftshader import setup_gpu
 from keras_sparse.tflite.targets import targets
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "inspect",
     "runtimes",
     "setup_arm64",
+    "setup_gpu",
     "targets",
 ]
