@@ -59,7 +59,7 @@ def sparse_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "sparse.tflite"
     model = small_model()
     ks.prune(model, 0.9)
-    ks.tflite.export(model, path)
+    ks.tflite.export(model, path, target="xnnpack")
     return path
 
 

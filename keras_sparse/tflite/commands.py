@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 __all__ = [
-    "LITERTJS", "MEASURING", "RUNTIMES", "Runtime", "RuntimeMissing", "arm64_python", "available", "cache_folder",
-    "get", "gpu_driver", "program", "python_worker",
+    "COMPILERS", "LITERTJS", "MEASURING", "RUNTIMES", "Runtime", "RuntimeMissing", "arm64_python", "available",
+    "cache_folder", "get", "gpu_driver", "program", "python_worker",
 ]  # fmt: skip
 
 LITERTJS = "@litertjs/core@2.5.3"  # what we know of WebAssembly was measured with this version
@@ -60,7 +60,6 @@ class Runtime:
         counts: What `ks.tflite.benchmark` measures there: `"seconds"`, `"instructions"`, or `None` where neither would
             mean anything.
         resizes: Whether it runs batches of other sizes than the one that the file is made for.
-        open_batch: What users must know of files with an open batch size there, in a sentence.
         tells_memory: Whether the memory of its process says something of the file's.
         max_threads: How many threads it takes; `None`: any number.
         takes_sparse: Whether it reads weights that are stored without their zeros, and reads them right.
@@ -85,7 +84,6 @@ class Runtime:
     thorough: bool = False
     counts: str | None = None
     resizes: bool = True
-    open_batch: str = ""
     tells_memory: bool = True
     max_threads: int | None = None
     takes_sparse: bool = True
@@ -392,8 +390,6 @@ RUNTIMES = {
             verifies=True,
             counts="seconds",
             resizes=False,
-            open_batch="LiteRT.js refuses files with an open batch size (`ks.tflite.runtimes` gets around that, with "
-            "one sample at a time): for browsers, use batch_size=1",
             tells_memory=False,  # the compiler of WebAssembly takes more, at its own times, than a file does
         ),
         Runtime(
@@ -442,3 +438,4 @@ RUNTIMES = {
     )
 }
 MEASURING = {name: runtime for name, runtime in RUNTIMES.items() if runtime.counts is not None}
+COMPILERS = [runtime for runtime in RUNTIMES.values() if not runtime.runs]

@@ -1,7 +1,7 @@
 """A parity check runs a .tflite file and its Keras model on the same inputs and measures how far the outputs differ."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 import numpy as np
@@ -30,6 +30,7 @@ class Parity:
             may differ by 1e-3, one number in ten may be another; by 3e-2, three in ten). Beside outputs of other
             numbers it counts a third of that: near-equal scores may come in any order.
         worst: Name of the output with the largest relative difference.
+        accelerated: Whether all of the file ran on the accelerator that was asked for; `None` where nobody tells.
 
     Example:
 
@@ -40,6 +41,7 @@ class Parity:
     absolute: float
     relative: float
     worst: str
+    accelerated: bool | None = None
 
 
 class Reference:
@@ -118,8 +120,8 @@ class Reference:
         """Run a file (bytes) in a process of its own and compare it.
 
         Args:
-            runtime: One of `runtimes.RUNTIMES`. Slow ones (all but `"native"`) run the first batch and, where the batch
-                size is open, the third, of several samples.
+            runtime: One of `runtimes.RUNTIMES`. Slow ones (all but `"native"`) run the first batch, the third and the
+                last, of those whose size they take.
             content: The file.
             timeout: Seconds that loading and each run may take.
 
@@ -135,12 +137,23 @@ class Reference:
             wanted = {leaf["name"]: leaf["dtype"] for leaf in worker.inputs}
             scales = worker.scales  # LiteRT.js does not tell, and takes no integers of 8 bits
             results = []
-            some = slice(None) if get(runtime).thorough else slice(0, 3, 2) if worker.resizes else slice(1)
-            for inputs in self._inputs[some]:
+            some = range(len(self._inputs)) if get(runtime).thorough else self._some(worker)
+            for inputs in (self._inputs[i] for i in some):
                 worker.feed({name: _quantized(inputs[name], wanted[name], scales.get(name)) for name in wanted})
                 outputs = worker.run()
                 results.append({name: _dequantized(value, scales.get(name)) for name, value in outputs.items()})
-        return self._parity(self._outputs[some], results)
+            accelerated = worker.accelerated
+        return replace(self._parity([self._outputs[i] for i in some], results), accelerated=accelerated)
+
+    def _some(self, worker):
+        """Numbers of a few batches that a worker takes: of several sizes, and of inputs as the model will meet them."""
+        shapes = {leaf["name"]: tuple(leaf["shape"]) for leaf in worker.inputs}
+        fit = [
+            i
+            for i, inputs in enumerate(self._inputs)
+            if worker.resizes or all(inputs[name].shape == shape for name, shape in shapes.items())
+        ]
+        return sorted({fit[i] for i in (0, 2, -1) if i < len(fit)}) or [0]
 
     def _parity(self, outputs, results):
         found = {name: [] for name in outputs[0]}
