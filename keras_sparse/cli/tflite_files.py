@@ -23,6 +23,37 @@ def _inspect(options, stderr):
 
 @command(
     argument("file", metavar="FILE.tflite"),
+    argument("reference", metavar="REFERENCE", help="what it should compute: a .keras or another .tflite file"),
+    argument(
+        "--accelerator",
+        choices="keras_sparse.tflite.verify:ACCELERATORS",
+        default="cpu",
+        help="where to run it (default: cpu); see `keras-sparse runtimes`",
+    ),
+    example="model.tflite model.keras --accelerator gpu",
+)
+def _verify(options, stderr):
+    """Compare a .tflite file, whoever wrote it, with its model. It is run: use files that you trust."""
+    from keras_sparse import tflite
+
+    return tflite.verify(options.file, options.reference, options.accelerator)
+
+
+@command(
+    argument("file", metavar="FILE.tflite"),
+    argument("output", metavar="OUT.tflite", help="file to write; may be the input"),
+    argument("--target", default="xnnpack", metavar="NAME", help="see `keras-sparse targets` (default: xnnpack)"),
+    example="quantized.tflite small.tflite",
+)
+def _encode(options, stderr):
+    """Store the zeros of a .tflite file sparsely, whoever wrote it. It is run: use files that you trust."""
+    from keras_sparse import tflite
+
+    return tflite.encode(options.file, options.output, options.target)
+
+
+@command(
+    argument("file", metavar="FILE.tflite"),
     argument("--baseline", metavar="FILE.tflite", help="another file to compare with, run in turns"),
     argument(
         "--runtime",

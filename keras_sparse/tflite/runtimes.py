@@ -287,11 +287,9 @@ class Worker:
         if self._late:
             raise TimeoutError(f"The file took longer than {self._timeout:g} seconds. Received: {self._what}")
         if "error" in answer:
-            said = self._said()
-            if self._runtime.absent and re.search(self._runtime.absent, said):
+            if self._runtime.absent and re.search(self._runtime.absent, self._said()):
                 raise RuntimeMissing(self._runtime.install)
-            told = re.findall(self._runtime.says, said, re.MULTILINE) if self._runtime.says else []
-            reason = " ".join(" ".join([*dict.fromkeys(told[:3]), answer["error"]]).split())[:300]
+            reason = " ".join(f"{self.objections()} {answer['error']}".split())[:300]
             raise ValueError(
                 f"The file cannot be run on the runtime {self._runtime.name!r}. Received: {self._what} ({reason})"
             )
@@ -309,6 +307,11 @@ class Worker:
         else:
             died = f"the process ended with exit status {status}"
         return f"{died}: {lines[-1]}" if lines else died
+
+    def objections(self):
+        """What the process has printed of operators that it does not take, in a line."""
+        told = re.findall(self._runtime.says, self._said(), re.MULTILINE) if self._runtime.says else []
+        return " ".join(" ".join(dict.fromkeys(told[:3])).split())
 
     def _said(self):
         """The end of what the process has printed."""

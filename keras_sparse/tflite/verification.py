@@ -5,13 +5,14 @@ faults. Others that have them on are emulated.
 """
 
 import os
+from dataclasses import replace
 
 from keras_sparse.tflite.commands import COMPILERS, RUNTIMES, RuntimeMissing, available
 from keras_sparse.tflite.errors import ExportError, first_line
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import CALIBRATED, INTEGERS
 from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches
-from keras_sparse.tflite.runtimes import Worker
+from keras_sparse.tflite.trial import REFUSED, UNKNOWN, tried
 from keras_sparse.tflite.xnnpack import hazard, touched
 
 __all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "VERIFY", "Verification", "sparse_runtimes"]
@@ -264,23 +265,14 @@ class Verification:
 
     def _uncompiled(self, target, content):
         """What the compiler for a target's NPU objects to, or `None`; a note says what it makes of the file."""
-        compiler = COMPILERS[0]
-        try:
-            with Worker(content, compiler.name) as worker:
-                made = worker.compile(target.npu)
-        except (RuntimeMissing, TimeoutError) as error:
-            self.not_verified.append(f"{target.name}: {error}")
-            return None
-        except ValueError as error:
-            return f"{compiler.title} refuses the file ({str(error).strip().splitlines()[0][-200:]})"
-        operators = made["npu_operators"] + made["cpu_operators"]
-        if not made["npu_operators"]:
-            return f"none of its {operators} operators can run on the NPU"
-        self._note(
-            f"On {target.npu}: {made['npu_operators']} of {operators} operators, {made['cycles']:,d} cycles, "
-            f"{made['bytes_weights']:,d} weights in {made['bytes_encoded']:,d} bytes (by Vela, estimated)."
-        )
-        self._verified(compiler.title)
+        trial = tried(content, replace(target, runtimes=()))
+        if trial.verdict == UNKNOWN:
+            self.not_verified.append(f"{target.name}: {trial.reason}")
+        elif trial.verdict == REFUSED:
+            return trial.reason
+        else:
+            self._note(f"{trial.reason}.")
+            self._verified(COMPILERS[0].title)
         return None
 
     def _verified(self, title):
