@@ -68,7 +68,7 @@ def test_several_targets(quantize, tmp_path):
 @pytest.mark.slow
 def test_an_npu(tmp_path):
     model, x = pruned_mlp(), np.random.default_rng(0).normal(size=(32, 64)).astype("float32")
-    with pytest.raises(ValueError, match=r"integers alone: pass quantize='int8'.*Received: quantize=None"):
+    with pytest.raises(ValueError, match=r"takes quantize='int8' or quantize='int16x8'.*Received: quantize=None"):
         ks.tflite.export(model, tmp_path / "m.tflite", "ethos-u85")
     report = ks.tflite.export(
         model, tmp_path / "m.tflite", "ethos-u85", quantize="int8", inference_type="int8", representative_data=x
@@ -107,6 +107,7 @@ def test_a_runtime_that_is_missing_is_no_proof(tmp_path, monkeypatch):
         ("phone", ValueError, "`target` must be one of 'xnnpack', .*Received: target='phone'"),
         (["gpu", "phone"], ValueError, "Received: target='phone'"),
         (True, TypeError, "Received: target=True"),
+        ("ethos-u55", ValueError, "takes quantize='int8' or quantize='int16x8'; .*Received: quantize=None"),
     ],
 )
 def test_wrong_targets(target, error, message, tmp_path):

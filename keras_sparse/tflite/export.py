@@ -226,9 +226,10 @@ def _check_quantize(quantize, representative_data, inference_type):
 def _check_targets(targets, quantize):
     for target in targets:
         if target.quantize and quantize not in target.quantize:
+            taken = " or ".join(f"quantize={mode!r}" for mode in target.quantize)
             raise ValueError(
-                f"The target {target.name!r} computes in integers alone: pass quantize={target.quantize[0]!r} and "
-                f"`representative_data`. Received: quantize={quantize!r}"
+                f"The target {target.name!r} takes {taken}; integers need `representative_data`. Received: "
+                f"quantize={quantize!r}"
             )
 
 

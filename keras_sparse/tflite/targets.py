@@ -247,7 +247,7 @@ _DENSE = (  # name, title, what becomes of zeros, and what else is known of targ
             "Multiplied dense; files with DENSIFY do not load. Removed channels (`ks.shrink`) are faster and smaller",
             "measured, tflite-micro of 2026-10",
         ),
-        {"runtimes": ("micro",), "fixed_batch": True},
+        {"runtimes": ("micro",), "fixed_batch": True, "quantize": (None, "int8", "int16x8")},
     ),
     _ethos("u55", "ethos-u55-128", "0.063 of the bytes of weights"),
     _ethos("u65", "ethos-u65-256", "0.063 of the bytes of weights"),
