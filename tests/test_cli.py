@@ -225,10 +225,10 @@ def test_report(saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "encoding", "dtype"),
     [
-        ([], "sparse", "float32"),
-        (["--dense"], "dense", "float32"),
-        (["--quantize", "float16"], "sparse", "float16"),
-        (["--quantize", "dynamic", "--representative-data", "data.npz"], "sparse", "int8"),
+        (["--target", "xnnpack"], "sparse", "float32"),
+        (["--target", "xnnpack", "--dense"], "dense", "float32"),
+        (["--target", "xnnpack", "--quantize", "float16"], "sparse", "float16"),
+        (["--target", "xnnpack", "--quantize", "dynamic", "--representative-data", "data.npz"], "sparse", "int8"),
     ],
 )
 def test_export_and_inspect(saved, tmp_path, capsys, options, encoding, dtype):

@@ -198,10 +198,9 @@ def _adapt(options, stderr):
     argument("output", metavar="OUT.tflite", help="file to write"),
     argument(
         "--target",
-        nargs="+",
-        action="extend",
+        action="append",
         metavar="NAME",
-        help="what the file is meant for, see `keras-sparse targets` (default: all, with dense weights)",
+        help="what the file is for, may be repeated; see `keras-sparse targets` (default: all, with dense weights)",
     ),
     argument("--dense", action="store_true", help="do not use a sparse encoding, however small"),
     argument(

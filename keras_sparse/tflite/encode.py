@@ -43,7 +43,7 @@ def encode(path, out, target="xnnpack"):
     >>> _ = ks.prune(model, 0.9)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = os.path.join(folder, "model.tflite")
-    ...     model.export(path, format="litert", verbose=False)
+    ...     _ = model.export(path, format="litert", verbose=False)
     ...     report = ks.tflite.encode(path, path)
     >>> report.totals["encoding"], report.totals["bytes_file"] < report.totals["bytes_dense"] / 3
     ('sparse', True)

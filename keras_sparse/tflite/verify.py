@@ -82,9 +82,9 @@ def verify(path, model, accelerator="cpu", data=None, tolerance=None):
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = os.path.join(folder, "model.tflite")
-    ...     model.export(path, format="litert", verbose=False)
+    ...     _ = model.export(path, format="litert", verbose=False)
     ...     right = ks.tflite.verify(path, model).right
-    ...     model.layers[0].bias.assign([1.0, 2.0, 3.0])
+    ...     _ = model.layers[0].bias.assign([1.0, 2.0, 3.0])
     ...     still = ks.tflite.verify(path, model).right
     >>> right, still
     (True, False)
