@@ -32,7 +32,7 @@ def contents(folder):
         model = getattr(tflite_models, name)()
         if name != "qualifying":
             model = tflite_models.sparsify(model, 0.9, blocks=name == "mlp")
-        ks.tflite.export(model, folder / "whole.tflite")
+        ks.tflite.export(model, folder / "whole.tflite", target="xnnpack")
         x = {each.name: rng.integers(0, 9, (2, *each.shape[1:])).astype(each.dtype) for each in model.inputs}
         x = x if len(x) > 1 else x.popitem()[1]
         yield (folder / "whole.tflite").read_bytes(), x, model.predict(x, verbose=0)

@@ -43,7 +43,7 @@ def export(sparsity, folder, args):
         for name, value in thresholds.items():
             stack.enter_context(mock.patch.object(encoding, name, value))
         for path, sparse in zip(paths, (True, False), strict=True):
-            exported = ks.tflite.export(model, path, sparse=sparse, **options)
+            exported = ks.tflite.export(model, path, target="xnnpack", sparse=sparse, **options)
             assert exported.encoding == ("sparse" if sparse else "dense")
     return paths
 

@@ -122,7 +122,7 @@ def main():
             fit(model, data, args.epochs, 3e-3)
             ks.tflite.export(model, dense, sparse=False)
             fit(model, data, args.epochs, 2e-3, [ks.callbacks.Pruning(args.sparsity, filters=pointwise, end=0.5)])
-            report = ks.tflite.export(model, sparse)
+            report = ks.tflite.export(model, sparse, target="xnnpack")
             files = {"dense": dense, "sparse": sparse}
             table = ks.compare(files, x_test, y_test, seconds=0)
             ratios = {}

@@ -81,7 +81,7 @@ def main():
             float32 = ks.tflite.export(model, dense, sparse=False).bytes_file
             for mode in args.quantize:
                 quantize = {"quantize": None if mode == "float32" else mode, "representative_data": x}
-                report = ks.tflite.export(model, sparse, batch_size=1, **quantize)
+                report = ks.tflite.export(model, sparse, target="xnnpack", batch_size=1, **quantize)
                 ks.tflite.export(model, dense, sparse=False, batch_size=1, **quantize)
                 batches = [[x[:1]]] if mode == "int8" else random_batches(model, called)
                 reference, content = Reference(model, called, batches), sparse.read_bytes()

@@ -24,7 +24,7 @@ def file_size(model):
     """The bytes of the exported file."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "model.tflite"
-        ks.tflite.export(model, path)
+        ks.tflite.export(model, path, target="xnnpack")
         return path.stat().st_size
 
 

@@ -35,7 +35,7 @@ def main():
     keras.utils.set_random_seed(0)
     model = network()
     ks.prune(model, 0.9, filters="pointwise")
-    print(ks.tflite.export(model, FOLDER / "demo_sparse.tflite"))
+    print(ks.tflite.export(model, FOLDER / "demo_sparse.tflite", target="xnnpack"))
     ks.tflite.export(model, FOLDER / "demo_dense.tflite", sparse=False)
 
 

@@ -222,7 +222,7 @@ def _export(models, folder, x, advance):
     for name, model in models.items():
         file = f"model_{name}.tflite"
         path = os.path.join(folder, file)
-        exported[name] = tflite.export(model, path, sparse=name == "sparse", representative_data=x)
+        exported[name] = tflite.export(model, path, target="xnnpack", sparse=name == "sparse", representative_data=x)
         exported[name].title = f"Export to {file}"  # the folder is a temporary one
         advance()
     return exported

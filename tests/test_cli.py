@@ -59,7 +59,7 @@ def sparse_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("cli") / "sparse.tflite"
     model = small_model()
     ks.prune(model, 0.9)
-    ks.tflite.export(model, path)
+    ks.tflite.export(model, path, target="xnnpack")
     return path
 
 
@@ -225,10 +225,10 @@ def test_report(saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "encoding", "dtype"),
     [
-        ([], "sparse", "float32"),
-        (["--dense"], "dense", "float32"),
-        (["--quantize", "float16"], "sparse", "float16"),
-        (["--quantize", "dynamic", "--representative-data", "data.npz"], "sparse", "int8"),
+        (["--target", "xnnpack"], "sparse", "float32"),
+        (["--target", "xnnpack", "--dense"], "dense", "float32"),
+        (["--target", "xnnpack", "--quantize", "float16"], "sparse", "float16"),
+        (["--target", "xnnpack", "--quantize", "dynamic", "--representative-data", "data.npz"], "sparse", "int8"),
     ],
 )
 def test_export_and_inspect(saved, tmp_path, capsys, options, encoding, dtype):

@@ -49,8 +49,8 @@ def folder(tmp_path_factory):
     model = classifier()
     model.save(folder / "dense.keras")
     if TENSORFLOW:
-        ks.tflite.export(model, folder / "dense.tflite")
-        ks.tflite.export(pruned(model), folder / "sparse.tflite")
+        ks.tflite.export(model, folder / "dense.tflite", target="xnnpack")
+        ks.tflite.export(pruned(model), folder / "sparse.tflite", target="xnnpack")
     return folder
 
 
@@ -298,7 +298,7 @@ def test_several_inputs_and_outputs(structure, file, tmp_path):
     left, right, amounts = X, X[:, :2] * 2, X.sum(axis=1)
     models = {"model": model}
     if file:
-        ks.tflite.export(model, tmp_path / "m.tflite")
+        ks.tflite.export(model, tmp_path / "m.tflite", target="xnnpack")
         models["file"] = tmp_path / "m.tflite"
     x = {"left": left, "right": right} if structure == "dict" else [left, right]
     wanted = {"kind": ["accuracy"], "amount": ["mse"]}
@@ -364,7 +364,7 @@ def test_the_order_of_models_changes_no_number(names, tmp_path):
     else:
         outputs = {name: keras.layers.Dense(1)(inputs) for name in names}
     model = keras.Model(inputs, outputs)
-    ks.tflite.export(model, tmp_path / "m.tflite")
+    ks.tflite.export(model, tmp_path / "m.tflite", target="xnnpack")
     models = {"m": model, "f": tmp_path / "m.tflite"}
     targets = [X[:, i] for i in range(len(outputs))]
     found = keras.tree.flatten(model.predict(X, verbose=0))  # in the order in which Keras has the outputs
@@ -615,7 +615,7 @@ def test_more_mutated_files(folder, tmp_path):
 @pytest.mark.slow
 def test_file_next_to_its_model_on_each_backend(tmp_path):
     model = classifier()
-    ks.tflite.export(model, tmp_path / "m.tflite")
+    ks.tflite.export(model, tmp_path / "m.tflite", target="xnnpack")
     report = ks.compare({"m": model, "f": tmp_path / "m.tflite"}, X, LABELS, ["accuracy"], seconds=0.01)
     assert report.rows[0]["accuracy"] == report.rows[1]["accuracy"]
 

@@ -46,7 +46,7 @@ def trained(digits):
 @pytest.fixture(scope="module")
 def exported(trained, digits, tmp_path_factory):
     path = tmp_path_factory.mktemp("end_to_end") / "model.tflite"
-    return ks.tflite.export(trained[0], path, representative_data=digits[0][1300:1400])
+    return ks.tflite.export(trained[0], path, target="xnnpack", representative_data=digits[0][1300:1400])
 
 
 def kernels(model):

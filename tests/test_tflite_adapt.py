@@ -357,7 +357,7 @@ def test_applications_engage(name, tmp_path):
     adapted, report = ks.tflite.adapt(alive(APPLICATIONS[name]((96, 96, 3))), verbose=0, return_report=True)
     assert report.totals["exact"] and report.totals["difference"] < 1e-4
     ks.prune(adapted, 0.9, filters=lambda v: tuple(v.shape[:2]) == (1, 1) and len(v.shape) == 4)
-    exported = ks.tflite.export(adapted, tmp_path / "m.tflite", batch_size=1)
+    exported = ks.tflite.export(adapted, tmp_path / "m.tflite", target="xnnpack", batch_size=1)
     assert exported.encoding == "sparse" and {use["operator"] for use in exported.runs_sparse} == {"CONV_2D"}
     if available()["x86-no-avx"] is None or available()["wasm"] is None:
         assert len(exported.verified_on) > 1

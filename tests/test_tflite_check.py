@@ -36,7 +36,7 @@ def test_what_it_predicts_is_what_export_writes(build, tmp_path):
         np.testing.assert_array_equal(value, other)
     assert report.pattern == "block_1x4" and bool(report.violations) == (build is cnn)
     assert set(report.filters) == set(report.target_sparsity)
-    exported = ks.tflite.export(pruned(model, report), tmp_path / "m.tflite")
+    exported = ks.tflite.export(pruned(model, report), tmp_path / "m.tflite", target="xnnpack")
     assert exported.bytes_dense == report.bytes_dense
     assert exported.bytes_file == pytest.approx(report.bytes_sparse, rel=0.03)
     sparse = [row for row in report.rows if row["runs"] == "sparse"]
@@ -58,7 +58,7 @@ def test_networks_that_fit(name, tmp_path):
     assert report.violations == [] and report.pattern == "unstructured" and report.totals["runs_sparse"] > 0.5
     convolutions = [row for row in report.rows if row["operator"] == "CONV_2D" and row["shape"][1:3] == [1, 1]]
     assert all(row["runs"] == "sparse" and row["from_sparsity"] == 2 / 3 for row in convolutions)
-    exported = ks.tflite.export(pruned(model, report), tmp_path / "m.tflite", batch_size=1)
+    exported = ks.tflite.export(pruned(model, report), tmp_path / "m.tflite", target="xnnpack", batch_size=1)
     assert len([use for use in exported.runs_sparse if use["operator"] == "CONV_2D"]) == len(convolutions)
 
 
@@ -109,13 +109,13 @@ def test_training_for_it(tmp_path):
     model.fit(
         x, y, verbose=0, callbacks=[ks.callbacks.Pruning(0.9, filters=report.filters, pattern=report.pattern, end=1)]
     )
-    assert ks.tflite.export(model, tmp_path / "m.tflite").runs_sparse
+    assert ks.tflite.export(model, tmp_path / "m.tflite", target="xnnpack").runs_sparse
     model = mlp()
     report = ks.tflite.check(model, "xnnpack-x86")
     model.compile("adam", "mse")
     x = np.ones((32, 64))
     model.fit(x, x, verbose=0, callbacks=[ks.callbacks.Pruning(report.target_sparsity, end=1)])
-    assert len(ks.tflite.export(model, tmp_path / "m.tflite").runs_sparse) == 2
+    assert len(ks.tflite.export(model, tmp_path / "m.tflite", target="xnnpack").runs_sparse) == 2
 
 
 def test_bad_arguments():

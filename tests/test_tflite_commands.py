@@ -79,7 +79,7 @@ def test_cache_folder(variables, expected, monkeypatch):
     assert str(cache_folder()) == expected
 
 
-@pytest.mark.parametrize("name", ["gpu", None, 1, ["native"]])
+@pytest.mark.parametrize("name", ["tpu", None, 1, ["native"]])
 @pytest.mark.parametrize("among", [None, MEASURING])
 def test_unknown_runtimes(name, among):
     names = ", ".join(map(repr, RUNTIMES if among is None else among))
@@ -90,7 +90,7 @@ def test_unknown_runtimes(name, among):
 
 def test_what_is_derived_from_the_runtimes():
     assert all(name == runtime.name and runtime.title for name, runtime in RUNTIMES.items())
-    assert list(MEASURING) == ["native", "wasm", "arm64"]
+    assert [name for name in MEASURING if not name.startswith("gpu")] == ["native", "wasm", "arm64", "compiled-cpu"]
     # Where sparse kernels are off, a comparison cannot see their faults.
     assert all(runtime.sparse_convolutions for runtime in RUNTIMES.values() if runtime.verifies)
 

@@ -87,6 +87,7 @@ def export(model, path, quantize):
     return ks.tflite.export(
         model,
         path,
+        target="xnnpack",
         quantize=quantize,
         representative_data=samples(model) if quantize == "int8" else None,
         # Every file in one format; of the others those that sparse kernels could touch, as users have it.
@@ -121,7 +122,7 @@ def test_every_kind_of_layer(kind, quantize, tmp_path):
 def test_few_zeros_make_nothing_larger(kind, tmp_path):
     """Near 40 % zeros, TensorFlow's own encoding is larger than none."""
     build, shape = LAYERS[kind]
-    report = ks.tflite.export(pruned(build(), shape, 0.4), tmp_path / "m.tflite", quantize="dynamic")
+    report = ks.tflite.export(pruned(build(), shape, 0.4), tmp_path / "m.tflite", target="xnnpack", quantize="dynamic")
     assert report.bytes_file <= report.bytes_dense
 
 

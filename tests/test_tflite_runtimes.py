@@ -164,7 +164,7 @@ def test_inputs_without_names(files):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"runtime": "gpu"}, "`runtime` must be one of 'native', 'x86-no-avx', 'wasm', 'arm64'. Received.*'gpu'"),
+        ({"runtime": "tpu"}, "`runtime` must be one of 'native', 'x86-no-avx', 'wasm', 'arm64', .*. Received.*'tpu'"),
         ({"threads": 0}, "`threads` must be a positive integer. Received: threads=0"),
         ({"runtime": "arm64", "threads": 2}, "`threads` must be at most 1 on the runtime 'arm64'. Received: threads=2"),
     ],

@@ -20,12 +20,12 @@ def test_each_statement_has_a_source():
         for kind in target.sparse:
             assert ks.patterns.get(kind.pattern) and 0.5 < kind.sparsity < 1
     names = [target.name for target in TARGETS]
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) == 19
 
 
 def test_unknown_targets():
     for call in (get, lambda name: ks.tflite.check(keras.Sequential([keras.Input((3,))]), name)):
-        with pytest.raises(ValueError, match=r"must be one of 'xnnpack', .*'micro'\. Received: target='phone'"):
+        with pytest.raises(ValueError, match=r"must be one of 'xnnpack', .*'qnn'\. Received: target='phone'"):
             call("phone")
 
 

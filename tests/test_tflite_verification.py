@@ -40,16 +40,18 @@ def test_strict_needs_a_runtime(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "empty")
     assert verification.sparse_runtimes() == []
     with pytest.raises(ks.tflite.runtimes.RuntimeMissing, match="one is enough. .*Node.js"):
-        ks.tflite.export(mlp(), tmp_path / "m.tflite", verify="strict")
+        ks.tflite.export(mlp(), tmp_path / "m.tflite", target="xnnpack", verify="strict")
     with pytest.raises(ValueError, match="'auto' or 'strict'"):
-        ks.tflite.export(mlp(), tmp_path / "m.tflite", verify=True)
+        ks.tflite.export(mlp(), tmp_path / "m.tflite", target="xnnpack", verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.thorough(2)
 def test_strict_verification(sparse, runtime, tmp_path):
-    report = ks.tflite.export(sparsify(mlp(), 0.9), tmp_path / "m.tflite", sparse, verify="strict")
+    report = ks.tflite.export(
+        sparsify(mlp(), 0.9), tmp_path / "m.tflite", target="xnnpack", sparse=sparse, verify="strict"
+    )
     assert verification.SPARSE_RUNTIMES[runtime] in report.verified_on[1:]
 
 
@@ -111,7 +113,7 @@ def test_a_runtime_that_cannot_run_the_dense_file_either(runtime, monkeypatch):
 @pytest.mark.parametrize("batch_size", [None, 1])
 def test_what_browsers_do_with_an_open_batch_is_said(batch_size, tmp_path):
     model = image_model(WHOLE["mobilenet"])
-    report = ks.tflite.export(model, tmp_path / "m.tflite", batch_size=batch_size)
+    report = ks.tflite.export(model, tmp_path / "m.tflite", target="xnnpack", batch_size=batch_size)
     assert verification.SPARSE_RUNTIMES["wasm"] in report.verified_on
     said = [note for note in report.notes if "LiteRT.js refuses" in note and "batch_size=1" in note]
     assert len(said) == (batch_size is None)

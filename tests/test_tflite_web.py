@@ -108,7 +108,7 @@ def test_own_files(browser, address, tmp_path):
     wait(browser, "ready")
     model = sparsify(mlp(), 0.9, blocks=True)
     for name, sparse in (("dense", False), ("sparse", True)):
-        ks.tflite.export(model, tmp_path / f"own {name}.tflite", sparse=sparse)
+        ks.tflite.export(model, tmp_path / f"own {name}.tflite", target="xnnpack", sparse=sparse)
         browser.find_element("id", f"{name}-file").send_keys(str(tmp_path / f"own {name}.tflite"))
     while "own sparse.tflite" not in text(browser, "sparse-name"):
         time.sleep(0.05)

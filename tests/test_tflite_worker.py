@@ -15,7 +15,7 @@ from keras_sparse.tflite.worker import serve
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     path = tmp_path_factory.mktemp("worker") / "several.tflite"
-    ks.tflite.export(several(), path)
+    ks.tflite.export(several(), path, target="xnnpack")
     return str(path)
 
 

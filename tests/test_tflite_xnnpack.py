@@ -121,9 +121,9 @@ def test_squeeze_and_excite_of_an_open_batch(tmp_path):
     checked = ks.tflite.check(model)
     assert checked.violations == [] and any("batch_size=1" in note for note in checked.notes)
     assert {row["runs"] for row in checked.rows if row["operator"] == "CONV_2D" and row["size"] > 500} >= {"sparse"}
-    report = ks.tflite.export(model, tmp_path / "open.tflite")
+    report = ks.tflite.export(model, tmp_path / "open.tflite", target="xnnpack")
     assert report.encoding == "sparse" and report.runs_sparse == [] and "batch_size=1" in report.notes[0]
-    report = ks.tflite.export(model, tmp_path / "two.tflite", batch_size=2)
+    report = ks.tflite.export(model, tmp_path / "two.tflite", target="xnnpack", batch_size=2)
     assert report.encoding == "sparse" and len(report.runs_sparse) >= 2
     if MISSING["x86-no-avx"] is None:
         called, fixed = signature(model), signature(model).with_batch(2)
@@ -163,7 +163,7 @@ def test_what_a_cpu_without_avx_cannot_load_is_no_missing_runtime():
 def test_export_does_not_hand_out_a_partial_cluster(name, size, tmp_path):
     """At even sizes the way into the cluster can be closed; at unknown ones the file is stored dense."""
     model = image_model(BROKEN[name], size)
-    report = ks.tflite.export(model, tmp_path / "m.tflite")
+    report = ks.tflite.export(model, tmp_path / "m.tflite", target="xnnpack")
     assert name in report.notes[0] and report.runs_sparse == []
     assert (report.encoding, "stays out of XNNPACK" in report.notes[0]) == (
         ("sparse", True) if size else ("dense", False)
@@ -172,7 +172,7 @@ def test_export_does_not_hand_out_a_partial_cluster(name, size, tmp_path):
 
 
 def test_export_of_a_whole_cluster(tmp_path):
-    report = ks.tflite.export(image_model(WHOLE["mobilenet"]), tmp_path / "m.tflite")
+    report = ks.tflite.export(image_model(WHOLE["mobilenet"]), tmp_path / "m.tflite", target="xnnpack")
     assert report.encoding == "sparse" and "x86 without AVX" in report.runs_sparse[0]["where"]
 
 
@@ -219,7 +219,7 @@ def test_verdicts_on_a_cpu_without_avx(bodies, right):
 def test_no_broken_file_with_an_open_batch_leaves_export(tmp_path):
     """Whatever the rules say, on the runtimes themselves: right numbers, and smaller than dense."""
     for name, body in {**BROKEN, **WHOLE, **DOUBTFUL}.items():
-        report = ks.tflite.export(image_model(body), tmp_path / "m.tflite")
+        report = ks.tflite.export(image_model(body), tmp_path / "m.tflite", target="xnnpack")
         assert report.encoding == "sparse" or "not smaller" in report.notes[0], (name, report.notes)
         if report.encoding == "sparse":
             # LiteRT.js 2.5.3 computes zeros of one, however its weights are stored.

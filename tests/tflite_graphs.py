@@ -176,7 +176,7 @@ def outcome(words, quantize=None, runtimes=("native", "x86-no-avx", "wasm"), tol
     missing_arm64 = available()["arm64"]
     missing = {name: None if name == "native" else "not for this test" for name in available()}
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(verification, "available", lambda: missing):
-        report = ks.tflite.export(model, f"{folder}/m.tflite", quantize=quantize, **calibration)
+        report = ks.tflite.export(model, f"{folder}/m.tflite", target="xnnpack", quantize=quantize, **calibration)
         dense = ks.tflite.export(model, f"{folder}/d.tflite", sparse=False, quantize=quantize, **calibration)
         sparse_file, dense_file = (pathlib.Path(one.path).read_bytes() for one in (report, dense))
     step = called.inputs[0].shape[0] or 1

@@ -196,7 +196,7 @@ def exported(build, sparse=True):
     model = build() if build is qualifying else sparsify(build(), 0.9, blocks=build is mlp)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "model.tflite"
-        ks.tflite.export(model, path, sparse=sparse)
+        ks.tflite.export(model, path, target="xnnpack", sparse=sparse)
         return path.read_bytes()
 
 

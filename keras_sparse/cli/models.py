@@ -196,6 +196,12 @@ def _adapt(options, stderr):
 @command(
     saved_model,
     argument("output", metavar="OUT.tflite", help="file to write"),
+    argument(
+        "--target",
+        action="append",
+        metavar="NAME",
+        help="what the file is for, may be repeated; see `keras-sparse targets` (default: all, with dense weights)",
+    ),
     argument("--dense", action="store_true", help="do not use a sparse encoding, however small"),
     argument(
         "--quantize",
@@ -207,7 +213,7 @@ def _adapt(options, stderr):
         choices="keras_sparse.tflite.export:INFERENCE_TYPES",
         help="of inputs and outputs, as integers (default: float32)",
     ),
-    argument("--batch-size", type=int, metavar="N", help="of the file (default: open, if the model's is)"),
+    argument("--batch-size", type=int, metavar="N", help="of the file (default: what its targets need)"),
     argument(
         "--representative-data",
         metavar="FILE.npz",
@@ -219,7 +225,7 @@ def _adapt(options, stderr):
         default="auto",
         help="strict: runtimes with sparse kernels must agree (default: auto)",
     ),
-    example="model.keras model.tflite --quantize float16",
+    example="model.keras model.tflite --target xnnpack --quantize float16",
 )
 def _export(options, stderr):
     """Write a saved model as a .tflite file that is verified against it."""
@@ -231,6 +237,7 @@ def _export(options, stderr):
     return tflite.export(
         comparison.load(options.model),
         options.output,
+        target=options.target,
         sparse=not options.dense,
         quantize=options.quantize,
         representative_data=data,

@@ -23,6 +23,37 @@ def _inspect(options, stderr):
 
 @command(
     argument("file", metavar="FILE.tflite"),
+    argument("reference", metavar="REFERENCE", help="what it should compute: a .keras or another .tflite file"),
+    argument(
+        "--accelerator",
+        choices="keras_sparse.tflite.verify:ACCELERATORS",
+        default="cpu",
+        help="where to run it (default: cpu); see `keras-sparse runtimes`",
+    ),
+    example="model.tflite model.keras --accelerator gpu",
+)
+def _verify(options, stderr):
+    """Compare a .tflite file, whoever wrote it, with its model. It is run: use files that you trust."""
+    from keras_sparse import tflite
+
+    return tflite.verify(options.file, options.reference, options.accelerator)
+
+
+@command(
+    argument("file", metavar="FILE.tflite"),
+    argument("output", metavar="OUT.tflite", help="file to write; may be the input"),
+    argument("--target", default="xnnpack", metavar="NAME", help="see `keras-sparse targets` (default: xnnpack)"),
+    example="quantized.tflite small.tflite",
+)
+def _encode(options, stderr):
+    """Store the zeros of a .tflite file sparsely, whoever wrote it. It is run: use files that you trust."""
+    from keras_sparse import tflite
+
+    return tflite.encode(options.file, options.output, options.target)
+
+
+@command(
+    argument("file", metavar="FILE.tflite"),
     argument("--baseline", metavar="FILE.tflite", help="another file to compare with, run in turns"),
     argument(
         "--runtime",
@@ -53,3 +84,23 @@ def _setup_arm64(options, stderr):
     from keras_sparse import reports, tflite
 
     return reports.Report("ARM64 runtime", [{"folder": str(tflite.setup_arm64())}], {})
+
+
+@command()
+def _setup_gpu(options, stderr):
+    """Set up a software driver for LiteRT's GPU accelerator, from Debian's package of Chromium."""
+    from keras_sparse import reports, tflite
+
+    return reports.Report("GPU runtime", [{"folder": str(tflite.setup_gpu())}], {})
+
+
+@command()
+def _runtimes(options, stderr):
+    """List the programs that run .tflite files here: those that are installed, and what the others need."""
+    from keras_sparse import reports, tflite
+
+    titles = {name: runtime.title for name, runtime in tflite.runtimes.RUNTIMES.items()}
+    missing = tflite.runtimes.available()
+    rows = [{"runtime": n, "what it is": t, "installed": missing[n] is None} for n, t in titles.items()]
+    notes = [f"{name}: {reason}" for name, reason in missing.items() if reason is not None]
+    return reports.Report("Runtimes", rows, {}, notes)

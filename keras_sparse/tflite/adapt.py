@@ -71,7 +71,10 @@ def adapt(model, target="xnnpack", verbose=1, return_report=False):
     form = get(target).form
     if form is None:
         names = ", ".join(repr(one.name) for one in TARGETS if one.form is not None)
-        raise ValueError(f"`target` must be one with rules for the graph: {names}. Received: target={target!r}")
+        raise ValueError(
+            f"`target` must be one with rules for the graph: {names}. Others run a network as it is; "
+            f"fewer channels (`ks.shrink`) make it faster there. Received: target={target!r}"
+        )
     selection.check_model(model)
     _check(model)
     trials = []

@@ -5,16 +5,22 @@ import numpy as np
 
 from keras_sparse import patterns, selection
 from keras_sparse.reports import Report
+from keras_sparse.tflite import signatures
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.editing import File
 from keras_sparse.tflite.encoding import OUTWEIGHED, encode
+from keras_sparse.tflite.errors import ExportError
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.matching import LayerNames, match, readers
+from keras_sparse.tflite.parity import in_batches_of, random_batches
 from keras_sparse.tflite.targets import get
+from keras_sparse.tflite.trial import DENSE, PARTLY, REFUSED, SPARSE, Trial, tried
 from keras_sparse.tflite.xnnpack import hazard, uses, violations
 
 __all__ = ["CheckReport", "check"]
+
+_FEW = 0.05  # a share of zeros that a model may have by chance
 
 
 class CheckReport(Report):
@@ -28,6 +34,9 @@ class CheckReport(Report):
         target_sparsity: `{regex: (sparsity, pattern)}` for `Pruning` and `ks.prune`: all weights that can run sparse.
         filters: Regexes of the weights with the pattern that most weights need.
         pattern: That pattern.
+        verdict: How the model will run there: `"runs sparse"`, if it is pruned as `target_sparsity` says;
+            `"runs dense"`, `"in part on the CPU"` or `"refused"`, found by loading it where the target's runtime is
+            installed; else `"not tried"`.
         bytes_dense: Predicted size of the file with dense weights.
         bytes_sparse: Predicted size with the weights of `target_sparsity` pruned.
 
@@ -56,6 +65,7 @@ class CheckReport(Report):
         self.pattern = max(sizes, key=sizes.get, default=None)
         self.filters = [regex for regex, (_, pattern) in target_sparsity.items() if pattern == self.pattern]
         self.bytes_dense, self.bytes_sparse = totals["bytes_dense"], totals["bytes_sparse"]
+        self.verdict = totals["verdict"]
 
     def to_dict(self):
         """The report as plain data, with `violations` and `target_sparsity`."""
@@ -66,8 +76,9 @@ def check(model, target="xnnpack", sparsity=0.9):
     """Say what a model would gain on a target if it were pruned, as TFLite's converter will see it.
 
     The model is converted, the weights that the target could run sparse are pruned in the file by magnitude, in the
-    pattern they need, and the file is looked at with the rules of `keras_sparse.tflite.xnnpack`. Nothing is trained or
-    run, and the model is left as it is.
+    pattern they need, and the file is looked at with the rules of `keras_sparse.tflite.xnnpack`. Where a runtime of the
+    target is installed, it loads the dense file, in a process of its own; Arm's compiler for Ethos-U NPUs gets one in
+    integers. Nothing is trained, and the model is left as it is.
 
     Args:
         model: A built Keras model on any backend.
@@ -138,8 +149,10 @@ def check(model, target="xnnpack", sparsity=0.9):
             violation = f"{operator}: {text}" if operator else text
             row = {"layer": names.layer(operator, name), "violation": violation, "mend": mend}
             found += [] if row in found else [row]
+    trial = _trial(model, wanted, dense)
     totals = {
         "target": wanted.name,
+        "verdict": SPARSE if goals and trial.verdict not in (REFUSED, PARTLY) else trial.verdict,
         "runs_sparse": sum(row["size"] for row in rows if row["runs"] == "sparse")
         / max(1, sum(r["size"] for r in rows)),
         "bytes_dense": len(dense),
@@ -153,9 +166,34 @@ def check(model, target="xnnpack", sparsity=0.9):
         notes.append(f"As it is, {of_open_batch}.")
     if encoded.outweighed:
         notes.append(f"{OUTWEIGHED}: they need a number of inputs that 4 divides.")
+    if trial.reason and trial.verdict != DENSE:
+        notes.append(f"{trial.verdict[0].upper()}{trial.verdict[1:]}. {trial.reason.rstrip('.')}.")
     if not goals:
-        notes.append(f"Nothing would run sparse on {wanted.title}. {wanted.otherwise.text}.")
+        nothing = f"Nothing would run sparse on {wanted.title}. " if not wanted.npu else ""
+        zeros = sum(int(np.sum(weight.numpy() == 0)) for weight in weights) / max(1, sum(r["size"] for r in rows))
+        lost = zeros > _FEW and not wanted.takes_sparse and not wanted.npu
+        gain = f" The {zeros:.0%} zeros that the model has now gain nothing there." if lost else ""
+        notes.append(f"{nothing}{wanted.otherwise.text}.{gain}")
     return CheckReport(f"{model.name} at {sparsity:.0%} on {wanted.title}", rows, totals, notes, found, goals)
+
+
+def _trial(model, target, dense):
+    """How a file as the target wants it is loaded there."""
+    if target.takes_sparse and not target.fixed_batch:
+        return Trial(DENSE, "")  # on this kind of CPU all loads that was converted
+    if not target.runtimes:
+        return tried(dense, target)
+    signature = signatures.signature(model)
+    if target.fixed_batch:
+        signature = signature.with_batch(1)
+    samples, mode = [], target.quantize[0] if target.quantize else None
+    if mode is not None:  # what runs where does not depend on the ranges
+        samples = in_batches_of(1, random_batches(model, signature))
+    try:
+        content = convert(Job(model, signature, mode, samples, mode)).content
+    except ExportError as error:
+        return Trial(REFUSED, str(error))
+    return tried(content, target)
 
 
 def _pruned(content, kinds, sparsity, only=None):

@@ -20,6 +20,7 @@ class Choice:
         parity: The `Parity` of the file on this machine.
         bytes_sparse: Size of the sparse encoding; `None` if none was asked for.
         verified_on: Where it was compared with the model, in words.
+        not_verified: For which targets it was not, in sentences.
         notes: List of sentences: what was weighed.
 
     Example:
@@ -33,6 +34,7 @@ class Choice:
     parity: Parity
     bytes_sparse: int | None = None
     verified_on: list = field(default_factory=list)
+    not_verified: list = field(default_factory=list)
     notes: list = field(default_factory=list)
 
 
@@ -67,6 +69,7 @@ def smallest_right(dense, verification, sparse=True):
     """
     choice = _smallest(dense, verification, sparse)
     verification.check_strict()
+    choice.not_verified = list(verification.not_verified)
     choice.verified_on, choice.notes = list(verification.verified_on), choice.notes + verification.notes
     return choice
 

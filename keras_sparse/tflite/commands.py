@@ -11,18 +11,25 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
 __all__ = [
-    "LITERTJS", "MEASURING", "RUNTIMES", "Runtime", "RuntimeMissing", "arm64_python", "available", "cache_folder",
-    "get", "program",
+    "COMPILERS", "LITERTJS", "MEASURING", "RUNTIMES", "Runtime", "RuntimeMissing", "arm64_python", "available",
+    "cache_folder", "get", "gpu_driver", "program", "python_worker",
 ]  # fmt: skip
 
 LITERTJS = "@litertjs/core@2.5.3"  # what we know of WebAssembly was measured with this version
 
 _HERE = pathlib.Path(__file__).parent
 _WORKER = str(_HERE / "worker.py")
+_CHROMIUM = ("/usr/lib/chromium", "/usr/lib/chromium-browser")  # where Debian's and others' packages put it
+_HARDWARE = ("dri/renderD*", "nvidia[0-9]*")  # devices below /dev
+_GPU = (
+    "The runtimes 'gpu' and 'gpu-cpu' need a Vulkan driver. Without a GPU: `apt-get install chromium` brings "
+    "SwiftShader, a software driver; `keras-sparse setup-gpu` takes it out of Debian's package without installing that."
+)
 _QEMU = "QEMU's user mode emulation: `apt-get install qemu-user`"
 
 
@@ -53,9 +60,14 @@ class Runtime:
         counts: What `ks.tflite.benchmark` measures there: `"seconds"`, `"instructions"`, or `None` where neither would
             mean anything.
         resizes: Whether it runs batches of other sizes than the one that the file is made for.
-        open_batch: What users must know of files with an open batch size there, in a sentence.
         tells_memory: Whether the memory of its process says something of the file's.
         max_threads: How many threads it takes; `None`: any number.
+        takes_sparse: Whether it reads weights that are stored without their zeros, and reads them right.
+        runs: Whether it runs files; a compiler does not.
+        precision: What it computes floats in; `"float16"` where a GPU may.
+        says: Regular expression of what it prints where its errors do not tell the reason.
+        absent: Regular expression of what it prints where its driver turns out to be missing, and
+        install: what to do about that.
 
     Example:
 
@@ -72,9 +84,14 @@ class Runtime:
     thorough: bool = False
     counts: str | None = None
     resizes: bool = True
-    open_batch: str = ""
     tells_memory: bool = True
     max_threads: int | None = None
+    takes_sparse: bool = True
+    runs: bool = True
+    precision: str = "float32"
+    says: str = ""
+    absent: str = ""
+    install: str = ""
 
     def missing(self):
         """The sentence that says what is missing here, or `None` if the runtime can be used."""
@@ -95,7 +112,7 @@ def available():
 
     >>> import keras_sparse as ks
     >>> list(ks.tflite.runtimes.available())
-    ['native', 'x86-no-avx', 'wasm', 'arm64']
+    ['native', 'x86-no-avx', 'wasm', 'arm64', 'compiled-cpu', 'gpu', 'gpu-cpu', 'micro', 'ethos-u']
     """
     return {name: runtime.missing() for name, runtime in RUNTIMES.items()}
 
@@ -123,7 +140,33 @@ def get(name, among=None):
 
 
 def _start_native(folder):
-    return [sys.executable, "-P", _WORKER], {"PYTHONPATH": _packages()}
+    return python_worker("ai_edge_litert")
+
+
+def python_worker(package, *engine, install=""):
+    """The command line of the worker under this Python, and what must be set in its environment.
+
+    Args:
+        package: Name of the package that it imports, besides NumPy: this Python may know it from `sys.path` alone.
+        engine: Name of the module beside `worker.py` that holds what runs the file, and what that is made with.
+        install: What to install if the package is missing.
+
+    Raises:
+        RuntimeMissing: If it is.
+
+    Example:
+
+    >>> from keras_sparse.tflite.commands import python_worker
+    >>> line, environment = python_worker("ai_edge_litert")
+    >>> line[1], list(environment)
+    ('-P', ['PYTHONPATH'])
+    """
+    specs = [importlib.util.find_spec(name) for name in (package, "numpy")]
+    if None in specs:
+        raise RuntimeMissing(install)
+    folders = [os.path.dirname(next(iter(spec.submodule_search_locations))) for spec in specs]
+    script = [str(_HERE / f"{engine[0]}.py"), *engine[1:]] if engine else []
+    return [sys.executable, "-P", _WORKER, *script], {"PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))}
 
 
 def _start_without_avx(folder):
@@ -234,12 +277,6 @@ def _litertjs():
     )
 
 
-def _packages():
-    """Folders of the packages that the worker imports: this Python may know them from `sys.path` alone."""
-    specs = [importlib.util.find_spec(name) for name in ("ai_edge_litert", "numpy")]
-    return os.pathsep.join(dict.fromkeys(os.path.dirname(os.path.dirname(spec.origin)) for spec in specs))
-
-
 def _has_avx():
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
@@ -248,6 +285,84 @@ def _has_avx():
     except OSError:  # not Linux; CPUs without AVX are from before 2013
         return True
 
+
+def _start_compiled(accelerators):
+    return lambda folder: python_worker("ai_edge_litert", "compiled", accelerators)
+
+
+def _start_gpu(accelerators):
+    def start(folder):
+        line, environment = _start_compiled(accelerators)(folder)
+        return line, environment | gpu_driver()[0]
+
+    return start
+
+
+def gpu_driver():
+    """How LiteRT's GPU accelerator finds a driver here.
+
+    On Linux it computes by Vulkan: on a GPU if there is one with a driver, else on SwiftShader, a software driver that
+    Chromium brings along. `VK_DRIVER_FILES` in the environment is heeded, as by all programs that use Vulkan.
+
+    Returns:
+        `(environment, is_software)`: what must be set, and whether no GPU computes.
+
+    Raises:
+        RuntimeMissing: If there is none.
+
+    Example:
+
+    >>> from keras_sparse.tflite.commands import RuntimeMissing, gpu_driver
+    >>> try:
+    ...     environment, is_software = gpu_driver()
+    ... except RuntimeMissing as error:
+    ...     assert "setup-gpu" in str(error) or "ai-edge-litert" in str(error)
+    """
+    spec = importlib.util.find_spec("ai_edge_litert")
+    package = pathlib.Path(next(iter(spec.submodule_search_locations)))
+    if not list(package.glob("*LiteRt*GpuAccelerator*")) + list(package.glob("*LiteRt*MetalAccelerator*")):
+        raise RuntimeMissing(f"ai-edge-litert brings no GPU accelerator for {sys.platform} on {platform.machine()}.")
+    named = [os.environ[name] for name in ("VK_DRIVER_FILES", "VK_ICD_FILENAMES") if os.environ.get(name)]
+    if sys.platform != "linux" or named:
+        return {}, "swiftshader" in "".join(named)
+    devices = [device for pattern in _HARDWARE for device in pathlib.Path("/dev").glob(pattern)]
+    manifests = [
+        file for folder in ("/usr/share", "/etc") for file in pathlib.Path(folder, "vulkan/icd.d").glob("*.json")
+    ]
+    if devices and manifests:
+        return {}, False
+    for folder in (cache_folder() / "swiftshader", *map(pathlib.Path, _CHROMIUM)):
+        manifest = str(folder / "vk_swiftshader_icd.json")
+        if os.path.exists(manifest) and (folder / "libvk_swiftshader.so").exists():
+            libraries = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
+            variables = {"VK_DRIVER_FILES": manifest, "VK_ICD_FILENAMES": manifest, "LD_LIBRARY_PATH": libraries}
+            return variables | {"XDG_RUNTIME_DIR": tempfile.gettempdir()}, True
+    raise RuntimeMissing(_GPU)
+
+
+def _gpu():
+    """Title, precision and measure of the GPU accelerator on what computes here."""
+    try:
+        software = gpu_driver()[1]
+    except RuntimeMissing:
+        software = True
+    if software:  # its time says nothing of a GPU's
+        return "software driver", {"precision": "float32", "counts": None}
+    return "this machine's GPU", {"precision": "float16", "counts": "seconds"}
+
+
+_GPU_PLACE, _GPU_KIND = _gpu()
+_GPU_KIND |= {
+    "sparse_convolutions": False,
+    "resizes": False,
+    "takes_sparse": False,  # measured with ai-edge-litert 2.3: wrong numbers without an error
+    "max_threads": 1,
+    "says": r"^.*(?:[Oo]peration is not supported|not supported by|has dynamic-sized tensors).*$",
+    "absent": "No adapters found|Failed to load Vulkan",
+    "install": _GPU,
+}
+_MICRO = "The runtime 'micro' needs tflite-micro: `pip install --pre tflite-micro` (Linux on x86_64)."
+_VELA = "The runtime 'ethos-u' needs Arm's compiler Vela: `pip install ethos-u-vela`."
 
 RUNTIMES = {
     runtime.name: runtime
@@ -275,8 +390,6 @@ RUNTIMES = {
             verifies=True,
             counts="seconds",
             resizes=False,
-            open_batch="LiteRT.js refuses files with an open batch size (`ks.tflite.runtimes` gets around that, with "
-            "one sample at a time): for browsers, use batch_size=1",
             tells_memory=False,  # the compiler of WebAssembly takes more, at its own times, than a file does
         ),
         Runtime(
@@ -287,6 +400,42 @@ RUNTIMES = {
             counts="instructions",
             max_threads=1,  # the instructions of one are counted
         ),
+        Runtime(
+            "compiled-cpu",
+            f"LiteRT's CompiledModel on this {platform.machine()} CPU",
+            _start_compiled("CPU"),
+            sparse_convolutions=not _has_avx(),
+            counts="seconds",
+            resizes=False,
+        ),
+        Runtime("gpu", f"LiteRT's GPU alone, {_GPU_PLACE}", _start_gpu("GPU"), **_GPU_KIND),
+        Runtime(
+            "gpu-cpu",
+            f"LiteRT's GPU and CPU, {_GPU_PLACE}",
+            _start_gpu("GPU+CPU"),
+            **_GPU_KIND,
+        ),
+        Runtime(
+            "micro",
+            "TFLite Micro on this CPU",
+            lambda folder: python_worker("tflite_micro", "micro", install=_MICRO),
+            sparse_convolutions=False,
+            resizes=False,
+            takes_sparse=False,  # it has no DENSIFY
+            max_threads=1,
+            says=r"^.*(?:Failed to get registration|Didn't find op).*$",
+        ),
+        Runtime(
+            "ethos-u",
+            "Vela, the compiler for Arm's Ethos-U NPUs",
+            lambda folder: python_worker("ethosu", "vela", install=_VELA),
+            sparse_convolutions=False,
+            resizes=False,
+            takes_sparse=False,
+            runs=False,
+            max_threads=1,
+        ),
     )
 }
 MEASURING = {name: runtime for name, runtime in RUNTIMES.items() if runtime.counts is not None}
+COMPILERS = [runtime for runtime in RUNTIMES.values() if not runtime.runs]

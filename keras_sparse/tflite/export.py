@@ -10,6 +10,7 @@ from keras_sparse.tflite import signatures
 from keras_sparse.tflite.acceptance import accepted
 from keras_sparse.tflite.choice import smallest_right
 from keras_sparse.tflite.convert import convert
+from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.errors import ExportError
 from keras_sparse.tflite.flatmodel import gzip_size, read
 from keras_sparse.tflite.halves import kept_whole
@@ -17,7 +18,8 @@ from keras_sparse.tflite.inspect import brief_name
 from keras_sparse.tflite.job import CALIBRATED, QUANTIZE, Job
 from keras_sparse.tflite.matching import match, readers
 from keras_sparse.tflite.parity import in_batches_of, representative_batches
-from keras_sparse.tflite.verification import Verification, sparse_runtimes
+from keras_sparse.tflite.targets import NOT_SPARSE, OPEN_BATCH, chosen
+from keras_sparse.tflite.verification import VERIFY, Verification, sparse_runtimes
 from keras_sparse.tflite.xnnpack import uses
 
 __all__ = ["ExportError", "ExportReport", "export"]
@@ -45,6 +47,7 @@ class ExportReport(Report):
             `None` where the converter split or merged the weight.
         runs_sparse: List of `{"tensor", "operator", "where"}`: multiplications that skip zeros, and on which runtime.
         verified_on: List of the runtimes that the file was compared on.
+        not_verified: List of sentences: for which of the targets it was not, and why.
 
     Example:
 
@@ -69,12 +72,12 @@ class ExportReport(Report):
         self.path = path
         self.zeros = zeros
         self.runs_sparse = runs_sparse
-        for name in ("encoding", *sizes[:5], "parity", "parity_relative", "verified_on"):
+        for name in ("encoding", *sizes[:5], "parity", "parity_relative", "verified_on", "not_verified"):
             setattr(self, name, totals[name])
 
     @classmethod
-    def of(cls, path, job, conversion, choice):
-        """The report on what was chosen of a job's conversion."""
+    def of(cls, path, job, conversion, choice, targets=()):
+        """The report on what was chosen of a job's conversion, for some targets."""
         written = read(choice.content)
         how = {id(use.tensor): use for use in uses(written)}
         held = _held(job.model, written)
@@ -82,7 +85,7 @@ class ExportReport(Report):
         zeros = _zeros(job.model, held)
         found = [count for count in zeros if count["file"] is not None]
         lost = [count["weight"] for count in found if count["file"] < count["model"]]
-        notes = _notes_on_conversion(job, conversion) + choice.notes
+        notes = _notes_on_conversion(job, conversion) + choice.notes + _notes_on_use(written, choice, targets)
         if job.quantize == "dynamic" and _restores_integers(written):
             notes.append(
                 "Slower than with dense weights: 8-bit weights that are stored without zeros are restored as floats "
@@ -103,6 +106,7 @@ class ExportReport(Report):
             "zeros_model": sum(count["model"] for count in found),
             "zeros_kept": sum(min(count["file"], count["model"]) for count in found),
             "verified_on": choice.verified_on,
+            "not_verified": choice.not_verified,
         }
         runs = [{"tensor": u.tensor.name, "operator": u.operator, "where": u.where} for u in how.values() if u.sparse]
         return cls(path, rows, totals, notes, zeros, runs)
@@ -111,6 +115,7 @@ class ExportReport(Report):
 def export(
     model,
     path,
+    target=None,
     sparse=True,
     quantize=None,
     representative_data=None,
@@ -120,17 +125,25 @@ def export(
 ):
     """Write a model as a .tflite file that is proven to compute what the model computes.
 
-    The model is converted, and weights with many zeros are encoded without them: weight by weight, where the encoding
-    is smaller and known to be read right. The file is run and every output is compared with the Keras model's before
-    anything is left at `path`: with ai-edge-litert on this machine; and, if XNNPACK's sparse kernels could touch the
-    file, on those runtimes that are installed here and have these kernels on (x86 CPUs with AVX have not):
-    `"x86-no-avx"` and `"wasm"` of `ks.tflite.runtimes`. An encoding with which those kernels would compute wrong
-    numbers gives way to one that they do not touch, or to the dense one, with a note.
+    The model is converted, and the file is run and every output compared with the Keras model's before anything is left
+    at `path`: with ai-edge-litert on this machine, and on the runtimes that prove it for its targets, where these are
+    installed (`ks.tflite.runtimes`; the report says which were not).
+
+    For CPUs, weights with many zeros are encoded without them: weight by weight, where the encoding is smaller and
+    known to be read right. If XNNPACK's sparse kernels could touch the file, it is compared on those runtimes, too,
+    that are installed here and have these kernels on (x86 CPUs with AVX have not): `"x86-no-avx"` and `"wasm"`. An
+    encoding with which those kernels would compute wrong numbers gives way to one that they do not touch, or to the
+    dense one, with a note. All other targets get dense weights, because their runtimes refuse others or compute wrong
+    numbers from them.
 
     Args:
         model: A built Keras model on any backend, or the path of a .keras file.
         path: Where to write; must end in `.tflite`. An existing file is replaced.
-        sparse: Whether a sparse encoding may be used. `False`: dense encoding.
+        target: What the file is meant for: a name of `ks.tflite.targets()`, or several, such as
+            `["xnnpack", "gpu"]`; it is right on all of them. `None`: dense weights, which are right on all
+            accelerators, since nobody knows where a file of unknown use will run: LiteRT's GPU accelerator, which
+            most apps ask for, computes wrong numbers from weights that are stored without zeros, and raises no error.
+        sparse: Whether a sparse encoding may be used if all targets read it. `False`: dense encoding.
         quantize: `None` for float32 weights; `"float16"` for weights stored in half precision; `"dynamic"` for weights
             stored in 8 bits, where they have more than 1,024 elements, and computation in floats; `"int8"` for
             computation in integers of 8 bits; `"int16x8"` for weights of 8 bits and all else in 16, for audio and
@@ -139,19 +152,21 @@ def export(
             an array, a list, tuple or dict of arrays, a dataset, a generator or a function that returns one. The first
             128 samples are used.
         verify: `"auto"`, or `"strict"`: compare on all runtimes with sparse kernels that are installed, whatever is
-            known about the file, and raise if there is none.
+            known about the file, and raise if there is none, or if a target is left unproven.
         inference_type: The type of inputs and outputs that are floats in the model: `None` (float32), with `"int8"`
             also `"int8"` or `"uint8"`, with `"int16x8"` also `"int16"`; what a stored integer means is in the file.
-        batch_size: The size of the batches that the file takes; `None`: any, if the model takes any. Networks with
-            squeeze-and-excite branches run sparse only in files of a fixed size.
+        batch_size: The size of the batches that the file takes; `None`: any, if the model takes any, but 1 for
+            targets that want a fixed size: browsers, GPUs, NPUs, microcontrollers. Networks with squeeze-and-excite
+            branches run sparse only in files of a fixed size.
 
     Returns:
         An `ExportReport`.
 
     Raises:
-        ExportError: If the model cannot be converted or the file's outputs differ from the model's. It is a
-            `ValueError`; no file is left.
-        RuntimeMissing: If `verify="strict"` and no runtime has sparse kernels; an `OSError`.
+        ExportError: If the model cannot be converted or the file's outputs differ from the model's, here or on a
+            target. It is a `ValueError`; no file is left.
+        RuntimeMissing: If `verify="strict"` and no runtime has sparse kernels, or one for a target is missing; an
+            `OSError`.
         ValueError: If an argument is wrong.
         TypeError: If `model` is no Keras 3 model, or `sparse` no bool.
         OSError: If the file cannot be written.
@@ -162,20 +177,31 @@ def export(
     >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64), keras.layers.Dense(3)])
     >>> _ = ks.prune(model, 0.9)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     report = ks.tflite.export(model, os.path.join(folder, "model.tflite"))
-    >>> report.encoding, report.bytes_file < report.bytes_dense / 3
-    ('sparse', True)
+    ...     path = os.path.join(folder, "model.tflite")
+    ...     anywhere = ks.tflite.export(model, path)
+    ...     report = ks.tflite.export(model, path, target="xnnpack")
+    >>> anywhere.encoding, report.encoding, report.bytes_file < anywhere.bytes_file / 3
+    ('dense', 'sparse', True)
     """
+    targets = chosen(target)
     if not isinstance(sparse, bool):
         raise TypeError(f"`sparse` must be True or False. Received: sparse={sparse!r}")
     _check_quantize(quantize, representative_data, inference_type)
-    runtimes = sparse_runtimes(verify)
+    _check_targets(targets, quantize)
+    readable = all(each.takes_sparse for each in targets)
+    runtimes = sparse_runtimes(verify if readable or verify not in VERIFY else VERIFY[0])
     path = _check_path(path)
-    job = _job(accepted(model), quantize, representative_data, inference_type, batch_size)
+    model = accepted(model)
+    if batch_size is None and any(each.fixed_batch for each in targets):
+        batch_size = 1 if signatures.signature(model).inputs[0].shape[0] is None else None
+    job = _job(model, quantize, representative_data, inference_type, batch_size)
     conversion = convert(job)
-    verification = Verification.of(job, conversion, runtimes, strict=verify == "strict")
-    choice = smallest_right(conversion.content, verification, sparse)
-    report = ExportReport.of(path, job, conversion, choice)
+    verification = Verification.of(job, conversion, runtimes, strict=verify == "strict", targets=targets)
+    readable = readable and bool(targets)
+    choice = smallest_right(conversion.content, verification, sparse and readable)
+    if sparse and not readable:
+        choice.bytes_sparse = min(len(encode(conversion.content).content), len(conversion.content))
+    report = ExportReport.of(path, job, conversion, choice, targets)
     _write(path, choice.content)
     return report
 
@@ -195,6 +221,16 @@ def _check_quantize(quantize, representative_data, inference_type):
             "`inference_type` must be None, or 'int8' or 'uint8' with quantize='int8', or 'int16' with 'int16x8'. "
             f"Received: inference_type={inference_type!r}, quantize={quantize!r}"
         )
+
+
+def _check_targets(targets, quantize):
+    for target in targets:
+        if target.quantize and quantize not in target.quantize:
+            taken = " or ".join(f"quantize={mode!r}" for mode in target.quantize)
+            raise ValueError(
+                f"The target {target.name!r} takes {taken}; integers need `representative_data`. Received: "
+                f"quantize={quantize!r}"
+            )
 
 
 def _job(model, quantize, representative_data, inference_type, batch_size):
@@ -248,6 +284,21 @@ def _notes_on_conversion(job, conversion):
             "as `representative_data` for a file that takes integers."
         )
     return notes
+
+
+def _notes_on_use(written, choice, targets):
+    """Where the file must not be used, and what a target makes of zeros."""
+    notes = []
+    if any(tensor.levels is not None for graph in written.subgraphs for tensor in graph.tensors):
+        notes.append(f"{NOT_SPARSE}.")
+    elif choice.bytes_sparse is not None and choice.bytes_sparse < 0.9 * written.bytes:
+        notes += [f"For {target.name}: {target.otherwise.text}." for target in targets if not target.takes_sparse] or [
+            "Stored dense, which is right on every accelerator. For CPUs alone target='xnnpack' leaves the zeros out: "
+            f"{choice.bytes_sparse:,d} bytes."
+        ]
+    if any(0 in written.subgraphs[0].tensors[number].opened for number in written.subgraphs[0].inputs):
+        notes.append(f"{OPEN_BATCH}.")
+    return notes + [f"Not verified for {reason}" for reason in choice.not_verified]
 
 
 def _restores_integers(written):

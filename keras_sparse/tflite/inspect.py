@@ -7,6 +7,7 @@ from keras_sparse import patterns
 from keras_sparse.graph import operator_axes
 from keras_sparse.reports import Report
 from keras_sparse.tflite.flatmodel import UNPACK, damaged, read
+from keras_sparse.tflite.targets import NOT_SPARSE, OPEN_BATCH
 
 __all__ = ["inspect"]
 
@@ -78,7 +79,10 @@ def inspect(path):
     columns = dict.fromkeys(("tensor", "shape", "dtype", "encoding", "block", "sparsity", "pattern", "bytes"))
     columns["tensor"] = lambda row: brief_name(row["tensor"])
     title = f"Tensors of {os.path.basename(path)}"
-    return Report(title, rows, totals, (), formats, columns, lambda row: len(row["shape"]) >= 2)
+    notes = [f"{NOT_SPARSE}."] if totals["tensors_sparse"] else []
+    if model.subgraphs and any(0 in model.subgraphs[0].tensors[n].opened for n in model.subgraphs[0].inputs):
+        notes.append(f"{OPEN_BATCH}.")
+    return Report(title, rows, totals, notes, formats, columns, lambda row: len(row["shape"]) >= 2)
 
 
 def brief_name(tensor):

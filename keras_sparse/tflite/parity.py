@@ -1,7 +1,7 @@
 """A parity check runs a .tflite file and its Keras model on the same inputs and measures how far the outputs differ."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ from keras_sparse.tflite.inputs import random_batches, spread
 from keras_sparse.tflite.runtimes import TIMEOUT, Worker
 from keras_sparse.tflite.signatures import HALF, output_names
 
-__all__ = ["Parity", "Reference", "in_batches_of", "random_batches", "representative_batches"]
+__all__ = ["KnownOutputs", "Parity", "Reference", "in_batches_of", "random_batches", "representative_batches"]
 
 _MAX_SAMPLES = 128  # of representative data: a check, not an evaluation
 
@@ -30,6 +30,7 @@ class Parity:
             may differ by 1e-3, one number in ten may be another; by 3e-2, three in ten). Beside outputs of other
             numbers it counts a third of that: near-equal scores may come in any order.
         worst: Name of the output with the largest relative difference.
+        accelerated: Whether all of the file ran on the accelerator that was asked for; `None` where nobody tells.
 
     Example:
 
@@ -40,6 +41,7 @@ class Parity:
     absolute: float
     relative: float
     worst: str
+    accelerated: bool | None = None
 
 
 class Reference:
@@ -118,8 +120,8 @@ class Reference:
         """Run a file (bytes) in a process of its own and compare it.
 
         Args:
-            runtime: One of `runtimes.RUNTIMES`. Slow ones (all but `"native"`) run the first batch and, where the batch
-                size is open, the third, of several samples.
+            runtime: One of `runtimes.RUNTIMES`. Slow ones (all but `"native"`) run the first batch, the third and the
+                last, of those whose size they take.
             content: The file.
             timeout: Seconds that loading and each run may take.
 
@@ -135,16 +137,29 @@ class Reference:
             wanted = {leaf["name"]: leaf["dtype"] for leaf in worker.inputs}
             scales = worker.scales  # LiteRT.js does not tell, and takes no integers of 8 bits
             results = []
-            some = slice(None) if get(runtime).thorough else slice(0, 3, 2) if worker.resizes else slice(1)
-            for inputs in self._inputs[some]:
+            some = range(len(self._inputs)) if get(runtime).thorough else self._some(worker)
+            for inputs in (_renamed(self._inputs[i], list(wanted)) for i in some):
                 worker.feed({name: _quantized(inputs[name], wanted[name], scales.get(name)) for name in wanted})
                 outputs = worker.run()
                 results.append({name: _dequantized(value, scales.get(name)) for name, value in outputs.items()})
-        return self._parity(self._outputs[some], results)
+            accelerated = worker.accelerated
+        return replace(self._parity([self._outputs[i] for i in some], results), accelerated=accelerated)
+
+    def _some(self, worker):
+        """Numbers of a few batches that a worker takes: of several sizes, and of inputs as the model will meet them."""
+        shapes = {leaf["name"]: tuple(leaf["shape"]) for leaf in worker.inputs}
+        named = [_renamed(inputs, list(shapes)) for inputs in self._inputs]
+        fit = [
+            i
+            for i, inputs in enumerate(named)
+            if worker.resizes or all(inputs[name].shape == shape for name, shape in shapes.items())
+        ]
+        return sorted({fit[i] for i in (0, 2, -1) if i < len(fit)}) or [0]
 
     def _parity(self, outputs, results):
         found = {name: [] for name in outputs[0]}
         for expected, result in zip(outputs, results, strict=True):
+            result = _renamed(result, list(expected))
             for name, value in expected.items():
                 found[name].append((value, _numbers(result[name])))
         whole = {name for name, pairs in found.items() if all(_are_whole(y) for pair in pairs for y in pair)}
@@ -158,6 +173,37 @@ class Reference:
         worst = max(ratios, key=ratios.get, default="")
         absolute = max((largest for pairs in differences.values() for largest, _ in pairs), default=0.0)
         return Parity(absolute, ratios.get(worst, 0.0), worst)
+
+
+class KnownOutputs(Reference):
+    """A reference whose outputs are known.
+
+    Args:
+        name: Of what computed them.
+        inputs: List of dicts from the name of each input to an array, one for each batch.
+        outputs: Likewise, what comes of them.
+
+    Example:
+
+    >>> from keras_sparse.tflite.parity import KnownOutputs
+    >>> KnownOutputs("other", [{"x": np.ones((1, 4))}], [{"y": np.ones((1, 2))}]).name
+    'other'
+    """
+
+    def __init__(self, name, inputs, outputs):
+        self.name, self._inputs = name, inputs
+        self._outputs = [{name: _numbers(values) for name, values in batch.items()} for batch in outputs]
+
+
+def _renamed(arrays, names):
+    """Arrays by the names that are wanted: in their order, if they have others, as in files that others wrote."""
+    if set(names) <= set(arrays):
+        return arrays
+    if len(names) != len(arrays):
+        raise ValueError(
+            f"The file must have the inputs and outputs of its reference. Received: {sorted(arrays)}, {sorted(names)}"
+        )
+    return dict(zip(names, arrays.values(), strict=True))
 
 
 def _quantized(values, dtype, scale):

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,9 @@ def run(file, inputs, runtime="native", threads=1, timeout=TIMEOUT):
             numbers.
         runtime: `"native"` (ai-edge-litert on this CPU), `"x86-no-avx"` (the same under `qemu-x86_64`, as a CPU without
             AVX), `"wasm"` (LiteRT.js in Node) or `"arm64"` (ai-edge-litert under `qemu-aarch64`). All but the first
-            run XNNPACK's sparse kernels; so does the first on ARM.
+            run XNNPACK's sparse kernels; so does the first on ARM. By LiteRT's `CompiledModel`: `"compiled-cpu"`,
+            `"gpu"` (the GPU alone) and `"gpu-cpu"` (what the GPU refuses runs on the CPU, as most apps ask for).
+            `"micro"` is TFLite Micro.
         threads: Threads of the interpreter.
         timeout: Seconds that loading the file and each run may take.
 
@@ -90,6 +93,7 @@ class Worker:
             `scale * (q - zero point)`. Empty on `"wasm"`, which does not tell.
         resizes: Whether it runs batches of any size, as files with an open batch size do but on `"wasm"`.
         load: Seconds that loading took, by the process's own clock; instructions where the runtime counts them.
+        accelerated: Whether all of the file runs on the accelerator that was asked for; `None` where nobody tells.
 
     Raises:
         As `run`.
@@ -126,6 +130,7 @@ class Worker:
             self.resizes = any(0 in axes for axes in self._open.values())
             self._check_types(self.inputs)
             self.outputs = loaded["outputs"]
+            self.accelerated = loaded.get("accelerated")
             self.scales = {name: tuple(scale) for name, scale in loaded.get("scales", {}).items()}
             self.load = self._counts(-2) if self._runtime.counts == "instructions" else loaded["seconds"]
             self._stack = stack.pop_all()
@@ -219,6 +224,10 @@ class Worker:
         """Bytes that loading and running the file added to the most that the process has held. Not on `"wasm"`."""
         return self._ask("memory")["bytes"]
 
+    def compile(self, npu):
+        """What a compiler says of the file for an NPU, a dict, where the runtime is one: see `vela.Engine.compile`."""
+        return self._ask("compile", npu=npu)
+
     def _check_size(self):
         size = sum(float(np.prod(leaf["shape"], dtype=float)) * 8 for leaf in self.inputs)
         if size > _OUTPUT:
@@ -278,7 +287,9 @@ class Worker:
         if self._late:
             raise TimeoutError(f"The file took longer than {self._timeout:g} seconds. Received: {self._what}")
         if "error" in answer:
-            reason = " ".join(answer["error"].split())[:300]
+            if self._runtime.absent and re.search(self._runtime.absent, self._said()):
+                raise RuntimeMissing(self._runtime.install)
+            reason = " ".join(f"{self.objections()} {answer['error']}".split())[:300]
             raise ValueError(
                 f"The file cannot be run on the runtime {self._runtime.name!r}. Received: {self._what} ({reason})"
             )
@@ -290,13 +301,22 @@ class Worker:
 
     def _why_it_ended(self):
         status = self._process.wait()
-        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 2000))
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        lines = self._said()[-2000:].strip().splitlines()
         if status < 0:
             died = f"the process was ended by {signal.Signals(-status).name}"
         else:
             died = f"the process ended with exit status {status}"
         return f"{died}: {lines[-1]}" if lines else died
+
+    def objections(self):
+        """What the process has printed of operators that it does not take, in a line."""
+        told = re.findall(self._runtime.says, self._said(), re.MULTILINE) if self._runtime.says else []
+        return " ".join(" ".join(dict.fromkeys(told[:3])).split())
+
+    def _said(self):
+        """The end of what the process has printed."""
+        self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 20_000))
+        return self._errors.read().decode(errors="replace")
 
 
 def _fill(values, missing):

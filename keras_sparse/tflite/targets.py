@@ -8,7 +8,20 @@ from dataclasses import dataclass
 
 from keras_sparse.reports import Report
 
-__all__ = ["TARGETS", "XNNPACK", "Form", "Sparse", "Statement", "Target", "get", "pays_from", "targets"]
+__all__ = [
+    "NOT_SPARSE",
+    "OPEN_BATCH",
+    "TARGETS",
+    "XNNPACK",
+    "Form",
+    "Sparse",
+    "Statement",
+    "Target",
+    "chosen",
+    "get",
+    "pays_from",
+    "targets",
+]
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,13 @@ class Target:
         rules: Tuple of `Statement`: what the graph must be like for 1x1 convolutions to run sparse.
         otherwise: `Statement`: what becomes of other weights with zeros.
         form: The same rules in numbers, a `Form`; `None` where no convolution runs sparse.
+        takes_sparse: Whether it reads weights that are stored without their zeros, and computes right numbers from
+            them.
+        runtimes: Names of the runtimes (`ks.tflite.runtimes`) that prove a file for it; none where that needs the
+            device.
+        npu: What Arm's compiler calls it, where that can be asked.
+        fixed_batch: Whether it wants files of a fixed batch size.
+        quantize: The values of `export(quantize=...)` that it takes; empty: any.
 
     Example:
 
@@ -127,8 +147,22 @@ class Target:
     rules: tuple
     otherwise: Statement
     form: Form | None = None
+    takes_sparse: bool = False
+    runtimes: tuple = ()
+    npu: str = ""
+    fixed_batch: bool = False
+    quantize: tuple = ()
 
 
+# What users must know of two kinds of files, wherever these are reported.
+NOT_SPARSE = (
+    "For CPUs only, because weights are stored without zeros: LiteRT's GPU accelerator computes wrong numbers from "
+    "such a file without an error, TFLite Micro and NPU compilers refuse it"
+)
+OPEN_BATCH = (
+    "The batch size is open: LiteRT.js refuses such a file, and LiteRT's GPU accelerator refuses some. For browsers, "
+    "GPUs and NPUs use batch_size=1"
+)
 _SUBGRAPH = "XNNPACK src/subgraph.c, xnn_subgraph_rewrite_for_nchw"
 _CHECK = "XNNPACK src/subgraph.c, xnn_check_nchw_compatibility"
 _FULLY_CONNECTED = "tensorflow/lite/kernels/fully_connected.cc"
@@ -164,14 +198,96 @@ _RESTORED = Statement(
 )
 
 
-def _xnnpack(name, title, convolutions, dense_source, dense_from=0.85):
+def _xnnpack(name, title, convolutions, dense_source, dense_from=0.85, **proof):
     sparse = (Sparse("FULLY_CONNECTED", "block_1x4", dense_from, ("float32",), dense_source),)
     if convolutions:
         first = Sparse("CONV_2D", "unstructured", 2 / 3, ("float32", "float16"), convolutions)
-        return Target(name, title, (first, *sparse), _RULES, _RESTORED, XNNPACK)
-    return Target(name, title, sparse, (), _RESTORED)
+        return Target(name, title, (first, *sparse), _RULES, _RESTORED, XNNPACK, takes_sparse=True, **proof)
+    return Target(name, title, sparse, (), _RESTORED, takes_sparse=True, **proof)
 
 
+_TABLE = "the table of operators at ai.google.dev/edge/litert/inference, which has no DENSIFY there; read"
+_REMOVE = (
+    "Multiplied dense; weights that are stored without zeros are refused. Removed channels (`ks.shrink`) are faster"
+)
+_ETHOS = "A plain int8 file: zeros are compressed, and the more of them, the fewer cycles"
+
+
+def _ethos(generation, npu, measured):
+    source = f"measured with Vela 5.2.0 for {npu}: 784-512-256-10 at 95 %, {measured}"
+    proof = {"runtimes": ("micro",), "npu": npu, "fixed_batch": True, "quantize": ("int8", "int16x8")}
+    return f"ethos-{generation}", f"Arm's Ethos-{generation.upper()} NPUs", Statement(_ETHOS, source), proof
+
+
+def _npu(name, title, source=_TABLE):
+    return name, title, Statement(_REMOVE, source), {"fixed_batch": True}
+
+
+_DENSE = (  # name, title, what becomes of zeros, and what else is known of targets that read dense weights only
+    (
+        "gpu",
+        "LiteRT's GPU accelerator (ML Drift: OpenCL, Metal, WebGPU)",
+        Statement(
+            "Multiplied dense; from weights that are stored without zeros it computes wrong numbers, without an error. "
+            "Removed channels (`ks.shrink`) are faster, and quantize='float16' halves the file",
+            "measured, ai-edge-litert 2.3.0",
+        ),
+        {"runtimes": ("gpu-cpu",), "fixed_batch": True},
+    ),
+    (
+        "ynnpack",
+        "LiteRT on CPUs by YNNPACK (optional, off by default)",
+        Statement("Multiplied dense; Dense layers in blocks, too", "LiteRT's sources of mid-2026; read"),
+        {"takes_sparse": True},
+    ),
+    (
+        "micro",
+        "TFLite Micro on microcontrollers",
+        Statement(
+            "Multiplied dense; files with DENSIFY do not load. Removed channels (`ks.shrink`) are faster and smaller",
+            "measured, tflite-micro of 2026-10",
+        ),
+        {"runtimes": ("micro",), "fixed_batch": True, "quantize": (None, "int8", "int16x8")},
+    ),
+    _ethos("u55", "ethos-u55-128", "0.063 of the bytes of weights"),
+    _ethos("u65", "ethos-u65-256", "0.063 of the bytes of weights"),
+    _ethos("u85", "ethos-u85-128", "0.063 of the bytes of weights, 0.29 of the cycles"),
+    _npu("google-tensor", "Google Tensor's TPU", "LiteRT, litert/vendors/google_tensor/compiler, no DENSIFY; read"),
+    _npu("qualcomm", "Qualcomm's NPUs (AI Engine Direct)"),
+    _npu("mediatek", "MediaTek's NPUs (NeuroPilot)"),
+    _npu("samsung", "Samsung's NPUs (Exynos)"),
+    _npu("intel", "Intel's NPUs (OpenVINO)"),
+    (
+        "edgetpu",
+        "Edge TPU",
+        Statement(
+            "Multiplied dense; the compiler takes int8 files with dense weights, of fixed batch size",
+            "coral.ai/docs/edgetpu/models-intro, whose list of operators has no DENSIFY; read",
+        ),
+        {"fixed_batch": True, "quantize": ("int8",)},
+    ),
+    (
+        "nnapi",
+        "Android's NNAPI delegate (deprecated since Android 15)",
+        Statement("Multiplied dense", "tensorflow/lite/delegates/nnapi/nnapi_delegate.cc, IsDensifyConstTensor; read"),
+        {"fixed_batch": True},
+    ),
+    (
+        "coreml",
+        "TFLite's Core ML delegate (deprecated: iPhones' GPUs are 'gpu')",
+        Statement(
+            "Multiplied dense; operators with restored weights stay on the CPU",
+            "tensorflow/lite/delegates/coreml/README.md, whose list of operators has no DENSIFY; read",
+        ),
+        {"fixed_batch": True},
+    ),
+    (
+        "qnn",
+        "Qualcomm's delegates (QNN; Hexagon before); see 'qualcomm'",
+        Statement(_REMOVE, "tensorflow/lite/delegates/hexagon/README.md, no DENSIFY; read"),
+        {"fixed_batch": True},
+    ),
+)
 TARGETS = (
     _xnnpack(
         "xnnpack",
@@ -179,6 +295,7 @@ TARGETS = (
         _SUBGRAPH + "; measured, 0.30 of the dense instructions at 90 %",
         _FULLY_CONNECTED + "; measured, 0.77 of the dense instructions at 90 %, 0.43 at 95 %",
         0.9,
+        runtimes=("native",),
     ),
     _xnnpack(
         "xnnpack-wasm",
@@ -186,12 +303,15 @@ TARGETS = (
         _SUBGRAPH + "; measured, 0.28 of the dense time at 90 % in Chromium",
         _FULLY_CONNECTED + "; measured, 0.71 of the dense time at 90 %, 0.39 at 95 %",
         0.9,
+        runtimes=("wasm",),
+        fixed_batch=True,
     ),
     _xnnpack(
         "xnnpack-x86",
         "LiteRT on x86 CPUs with AVX (XNNPACK): PCs, Colab",
         None,  # off by design where there is AVX: measured, ratio 1.00
         _FULLY_CONNECTED + "; measured, 0.36 of the dense time at 90 %, 1.17 at 80 %",
+        runtimes=("native",),
     ),
     Target(
         "builtin",
@@ -202,67 +322,9 @@ TARGETS = (
         ),
         (),
         _RESTORED,
+        takes_sparse=True,
     ),
-    Target(
-        "gpu",
-        "TFLite's GPU delegate",
-        (),
-        (),
-        Statement(
-            "Restored when the model loads, multiplied dense; not measured",
-            "tensorflow/lite/tools/versioning/gpu_compatibility.cc lists DENSIFY; read",
-        ),
-    ),
-    Target(
-        "nnapi",
-        "Android's NNAPI delegate (deprecated since Android 15)",
-        (),
-        (),
-        Statement(
-            "Restored when the model loads, multiplied dense; not measured",
-            "tensorflow/lite/delegates/nnapi/nnapi_delegate.cc, IsDensifyConstTensor; read",
-        ),
-    ),
-    Target(
-        "coreml",
-        "TFLite's Core ML delegate",
-        (),
-        (),
-        Statement(
-            "Operators with restored weights stay on the CPU: export with sparse=False; not measured",
-            "tensorflow/lite/delegates/coreml/README.md, whose list of operators has no DENSIFY; read",
-        ),
-    ),
-    Target(
-        "qnn",
-        "Qualcomm's delegates (QNN; Hexagon before)",
-        (),
-        (),
-        Statement(
-            "No sparse multiplication is documented: export with sparse=False, remove channels instead; not measured",
-            "tensorflow/lite/delegates/hexagon/README.md, whose list of operators has no DENSIFY; read",
-        ),
-    ),
-    Target(
-        "edgetpu",
-        "Edge TPU",
-        (),
-        (),
-        Statement(
-            "The compiler takes int8 files with dense weights: sparse=False and quantize='int8'; not measured",
-            "coral.ai/docs/edgetpu/models-intro, whose list of operators has no DENSIFY; read",
-        ),
-    ),
-    Target(
-        "micro",
-        "TFLite Micro",
-        (),
-        (),
-        Statement(
-            "Files with DENSIFY do not load: export with sparse=False; not measured",
-            "tflite-micro, tensorflow/lite/micro/kernels, which has no densify.cc; read",
-        ),
-    ),
+    *(Target(name, title, (), (), statement, **more) for name, title, statement, more in _DENSE),
 )
 
 
@@ -283,6 +345,32 @@ def get(name):
         names = ", ".join(repr(target.name) for target in TARGETS)
         raise ValueError(f"`target` must be one of {names}. Received: target={name!r}")
     return found[0]
+
+
+def chosen(names):
+    """The targets that a file is meant for.
+
+    Args:
+        names: A name, a list or tuple of names, or `None` for no target in particular.
+
+    Returns:
+        Tuple of `Target`s.
+
+    Raises:
+        ValueError: If a name is none of a target.
+        TypeError: If `names` is something else.
+
+    Example:
+
+    >>> from keras_sparse.tflite.targets import chosen
+    >>> [target.name for target in chosen(["xnnpack", "gpu"])], chosen(None)
+    (['xnnpack', 'gpu'], ())
+    """
+    if names is None:
+        return ()
+    if not isinstance(names, (str, list, tuple)):
+        raise TypeError(f"`target` must be the name of a target, a list of names or None. Received: target={names!r}")
+    return tuple(get(name) for name in dict.fromkeys([names] if isinstance(names, str) else names))
 
 
 def pays_from(operator, pattern):

@@ -5,12 +5,14 @@ faults. Others that have them on are emulated.
 """
 
 import os
+from dataclasses import replace
 
-from keras_sparse.tflite.commands import RUNTIMES, RuntimeMissing, available
+from keras_sparse.tflite.commands import COMPILERS, RUNTIMES, RuntimeMissing, available
 from keras_sparse.tflite.errors import ExportError, first_line
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import CALIBRATED, INTEGERS
 from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches
+from keras_sparse.tflite.trial import REFUSED, UNKNOWN, tried
 from keras_sparse.tflite.xnnpack import hazard, touched
 
 __all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "VERIFY", "Verification", "sparse_runtimes"]
@@ -75,9 +77,11 @@ class Verification:
         integers: Whether weights are stored as integers.
         runtimes: Names of runtimes with sparse kernels, as `sparse_runtimes` returns them.
         strict: Whether these are asked about every file, not only those that sparse kernels could touch.
+        targets: The `Target`s that it is meant for: their runtimes are asked about every file.
 
     Attributes:
         verified_on: Where the last one that was looked at was right, in words.
+        not_verified: List of sentences: for which target it could not be compared, and why.
         notes: What was found out about runtimes that compute wrong numbers from the dense file, too.
 
     Example:
@@ -96,13 +100,13 @@ class Verification:
     (True, 1)
     """
 
-    def __init__(self, dense, reference, tolerance, integers=False, runtimes=(), strict=False):
+    def __init__(self, dense, reference, tolerance, integers=False, runtimes=(), strict=False, targets=()):
         self._dense, self._reference, self._tolerance = dense, reference, tolerance
-        self._integers, self._runtimes, self._strict = integers, runtimes, strict
-        self.verified_on, self.notes = [], []
+        self._integers, self._runtimes, self._strict, self._targets = integers, runtimes, strict, targets
+        self.verified_on, self.not_verified, self.notes = [], [], []
 
     @classmethod
-    def of(cls, job, conversion, runtimes=(), strict=False):
+    def of(cls, job, conversion, runtimes=(), strict=False, targets=()):
         """The verification of what a job made, on the inputs that suit it.
 
         Args:
@@ -110,6 +114,7 @@ class Verification:
             conversion: Its `Conversion`.
             runtimes: As above.
             strict: As above.
+            targets: As above.
 
         Raises:
             ExportError: If the model itself fails on these inputs.
@@ -122,7 +127,7 @@ class Verification:
         batches = in_batches_of(1, batches) if conversion.fixed_batch else batches
         reference = Reference(job.model, job.signature, batches)
         tolerance = max(TOLERANCE[name] for name in (_precision(job.model), job.quantize or "float32"))
-        made = cls(conversion.content, reference, tolerance, job.quantize in INTEGERS, runtimes, strict)
+        made = cls(conversion.content, reference, tolerance, job.quantize in INTEGERS, runtimes, strict, targets)
         alike = reference.alike(min(tolerance, _ALIKE))
         if alike:
             made.notes.append(
@@ -136,9 +141,9 @@ class Verification:
         """Whether the dense file is right, and its parity on this machine.
 
         Raises:
-            ExportError: If ai-edge-litert cannot run it.
+            ExportError: If ai-edge-litert cannot run it, or a target's runtime cannot, or computes something else.
         """
-        self.verified_on = [_NATIVE.title]
+        self.verified_on, self.not_verified = [_NATIVE.title], []
         try:
             parity = self._native(self._dense)
         except (RuntimeError, ValueError) as error:
@@ -148,11 +153,19 @@ class Verification:
             ) from error
         for runtime in self._runtimes if self._strict else ():
             self._fault_on(runtime, self._dense, self._tolerance)
-        return parity.relative <= self._tolerance, parity
+        right = parity.relative <= self._tolerance
+        for target in self._targets if right else ():
+            problem = self._unproven(target, self._dense, self._tolerance)
+            if problem is not None:
+                raise ExportError(
+                    f"The file is not for the target {target.name!r}; `ks.tflite.check(model, {target.name!r})` says "
+                    f"more. Received: {problem}"
+                )
+        return right, parity
 
     def fault(self, content):
         """Why a sparse-encoded file must not be handed out, or `None`; and its parity on this machine."""
-        self.verified_on = [_NATIVE.title]
+        self.verified_on, self.not_verified = [_NATIVE.title], []
         model = read(content)
         fault = hazard(model)
         if fault is not None:
@@ -174,6 +187,14 @@ class Verification:
                 fault = self._fault_on(runtime, content, allowed)
                 if fault is not None:
                     return fault, None
+        for target in self._targets:
+            if target.form is not None and touched(model) and not self._runtimes:
+                self.not_verified.append(
+                    f"{target.name}: no runtime with sparse kernels is asked here, {' or '.join(SPARSE_RUNTIMES)}."
+                )
+            fault = self._unproven(target, content, allowed)
+            if fault is not None:
+                return fault, None
         return None, parity
 
     def why_wrong(self, parity):
@@ -193,6 +214,10 @@ class Verification:
 
     def check_strict(self):
         """Raise an `ExportError` if the verification is strict and the last file was compared on this machine alone."""
+        if self._strict and self.not_verified:
+            raise RuntimeMissing(
+                f"verify='strict' needs a runtime for each target. Received: {' '.join(self.not_verified)}"
+            )
         if self._strict and len(self.verified_on) == 1:
             raise ExportError(
                 "verify='strict' needs a runtime on which sparse kernels are on and the file is right. Received: "
@@ -208,9 +233,7 @@ class Verification:
         try:
             problem = self._problem_on(runtime, content, allowed)
             if problem is None:
-                self.verified_on.append(name)
-                if RUNTIMES[runtime].open_batch and _has_open_batch(content):
-                    self._note(f"{RUNTIMES[runtime].open_batch}.")
+                self._verified(name)
                 return None
             unfit = self._problem_on(runtime, self._dense, self._tolerance)
         except TimeoutError:  # emulators are slow: nothing is known
@@ -219,6 +242,42 @@ class Verification:
             return f"on {name}, {problem}"
         self._note(f"Not for {name}: from the dense file as well, {unfit}.")
         return None
+
+    def _unproven(self, target, content, allowed):
+        """What is wrong with a file for a target, or `None`; what could not be found out is kept."""
+        if not target.runtimes:
+            self.not_verified.append(f"{target.name}: no runtime of this package runs it; try the file on the device.")
+        for runtime in [RUNTIMES[name] for name in target.runtimes]:
+            if runtime.title in self.verified_on:
+                continue
+            if not self._strict and os.environ.get("KERAS_SPARSE_VERIFY") == _NATIVE.name:
+                self.not_verified.append(f"{target.name}: KERAS_SPARSE_VERIFY keeps to this machine's CPU.")
+                continue
+            try:
+                problem = self._problem_on(runtime.name, content, max(allowed, TOLERANCE[runtime.precision]))
+            except (RuntimeMissing, TimeoutError) as error:
+                self.not_verified.append(f"{target.name}: {error}")
+                continue
+            if problem is not None:
+                return f"on {runtime.title}, {problem}"
+            self._verified(runtime.title)
+        return self._uncompiled(target, content) if target.npu else None
+
+    def _uncompiled(self, target, content):
+        """What the compiler for a target's NPU objects to, or `None`; a note says what it makes of the file."""
+        trial = tried(content, replace(target, runtimes=()))
+        if trial.verdict == UNKNOWN:
+            self.not_verified.append(f"{target.name}: {trial.reason}")
+        elif trial.verdict == REFUSED:
+            return trial.reason
+        else:
+            self._note(f"{trial.reason}.")
+            self._verified(COMPILERS[0].title)
+        return None
+
+    def _verified(self, title):
+        if title not in self.verified_on:
+            self.verified_on.append(title)
 
     def _note(self, note):
         if note not in self.notes:
@@ -230,12 +289,12 @@ class Verification:
         except ValueError as error:
             return f"the file cannot be run ({str(error).strip().splitlines()[0][-200:]})"
         if parity.relative <= allowed:
+            if parity.accelerated is False:
+                self._note(
+                    f"{RUNTIMES[runtime].title}: in part on the CPU. Without one the accelerator refuses the file."
+                )
             return None
         return f"output {parity.worst!r} differs by {parity.relative:.3g} of its magnitude"
-
-
-def _has_open_batch(content):
-    return any(0 in graph.tensors[n].opened for graph in read(content).subgraphs[:1] for n in graph.inputs)
 
 
 def _same_weights(sparse, dense):

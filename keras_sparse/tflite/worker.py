@@ -4,10 +4,16 @@
 NumPy and ai-edge-litert alone, since keras_sparse need not be there, and importing Keras takes minutes under an
 emulator. `worker.mjs` is the same program for LiteRT.js. Requests and answers are JSON objects; arrays travel in
 files, as raw bytes.
+
+What runs the file is an engine: LiteRT's interpreter, or the class `Engine` of the script that is named on the command
+line (`compiled.py`, `micro.py`, `vela.py`), which stands alone, too. An engine loads a file and tells what it takes,
+is given inputs, runs until the outputs are there, and hands these out.
 """
 
+import importlib
 import json
 import os
+import runpy
 import sys
 import time
 
@@ -18,12 +24,13 @@ __all__ = ["serve"]
 _OPEN = (32, 128, 512, 2048, 8192, 32768)  # sizes that are tried where the file leaves one open
 
 
-def serve(requests, answers):
+def serve(requests, answers, engine=None):
     """Answer each request, such as the line `{"do": "load", "path": "m.tflite", "threads": 1}`, with a line of JSON.
 
     Args:
         requests: Iterable of lines.
         answers: Where to write the answers: a text stream.
+        engine: What runs the file; `None`: LiteRT's interpreter.
 
     Example:
 
@@ -34,7 +41,7 @@ def serve(requests, answers):
     >>> "error" in json.loads(answers.getvalue())
     True
     """
-    session = _Session()
+    session = _Session(engine or _Interpreter())
     for line in requests:
         request = json.loads(line)
         try:
@@ -49,17 +56,73 @@ def serve(requests, answers):
 class _Session:
     """The file that is loaded, and what can be asked of it: each method without underscore is a request."""
 
-    def load(self, path, threads):
-        from ai_edge_litert.interpreter import Interpreter
+    def __init__(self, engine):
+        self._engine = engine
 
+    def load(self, path, threads):
+        self._engine.prepare()
         before = _peak_memory()
         _mark()
         start = time.perf_counter()
-        self._interpreter = Interpreter(model_path=path, num_threads=threads)
-        self._allocate()
+        self._engine.load(path, threads)
         seconds = time.perf_counter() - start
         _mark()
         self._base = before
+        return {**self._engine.describe(), "seconds": seconds}
+
+    def feed(self, arrays, path):
+        self._engine.set(_read(arrays, path))
+        return {}
+
+    def run(self, path):
+        self._engine.run()
+        return {"arrays": _write(self._engine.get(), path)}
+
+    def stack(self, arrays, inputs, outputs, step):
+        """Run on a stack of samples, `step` of them at a time: one request for many runs."""
+        stacks, parts = _read(arrays, inputs), []
+        for start in range(0, arrays[0]["shape"][0], step):
+            self._engine.set({name: values[start : start + step] for name, values in stacks.items()})
+            self._engine.run()
+            parts.append(self._engine.get())
+        return {"arrays": _write({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, outputs)}
+
+    def compile(self, npu):
+        """What a compiler says of the file for an NPU, where the engine is one."""
+        return self._engine.compile(npu)
+
+    def time(self, repeats):
+        self._engine.run()  # the process that ran meanwhile left its own data in the caches
+        start = time.perf_counter()
+        for _ in range(repeats):
+            self._engine.run()
+        return {"seconds": (time.perf_counter() - start) / repeats}
+
+    def count(self):
+        self._engine.run()
+        _mark()
+        _mark()  # what lies between these two is the cost of the marks
+        self._engine.run()
+        _mark()
+        return {}
+
+    def memory(self):
+        return {"bytes": max(0, _peak_memory() - self._base)}
+
+
+class _Interpreter:
+    """LiteRT's interpreter."""
+
+    def prepare(self):
+        importlib.import_module("ai_edge_litert.interpreter")  # this is no part of loading
+
+    def load(self, path, threads):
+        from ai_edge_litert.interpreter import Interpreter
+
+        self._interpreter = Interpreter(model_path=path, num_threads=threads)
+        self._allocate()
+
+    def describe(self):
         self._inputs = self._by_name("get_input_details")
         self._outputs = self._by_name("get_output_details")
         inputs = [
@@ -75,8 +138,7 @@ class _Session:
         opened = {
             name: [axis for axis, n in enumerate(d["shape_signature"]) if n < 0] for name, d in self._inputs.items()
         }
-        outputs = list(self._outputs)
-        return {"inputs": inputs, "outputs": outputs, "scales": scales, "open": opened, "seconds": seconds}
+        return {"inputs": inputs, "outputs": list(self._outputs), "scales": scales, "open": opened}
 
     def _allocate(self):
         """Get the memory for the file's own sizes; where it leaves some open, besides the batch, for larger ones."""
@@ -107,24 +169,7 @@ class _Session:
         known = {int(detail["index"]) for detail in found.values()}
         return found | {detail["name"]: detail for index, detail in details.items() if index not in known}
 
-    def feed(self, arrays, path):
-        self._set(_read(arrays, path))
-        return {}
-
-    def run(self, path):
-        self._interpreter.invoke()
-        return {"arrays": _write(self._get(), path)}
-
-    def stack(self, arrays, inputs, outputs, step):
-        """Run on a stack of samples, `step` of them at a time: one request for many runs."""
-        stacks, parts = _read(arrays, inputs), []
-        for start in range(0, arrays[0]["shape"][0], step):
-            self._set({name: values[start : start + step] for name, values in stacks.items()})
-            self._interpreter.invoke()
-            parts.append(self._get())
-        return {"arrays": _write({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, outputs)}
-
-    def _set(self, inputs):
+    def set(self, inputs):
         resized = False
         for name, values in inputs.items():
             detail = self._inputs[name]
@@ -138,26 +183,11 @@ class _Session:
         for name, values in inputs.items():
             self._interpreter.set_tensor(self._inputs[name]["index"], values)
 
-    def _get(self):
+    def run(self):
+        self._interpreter.invoke()
+
+    def get(self):
         return {name: self._interpreter.get_tensor(detail["index"]) for name, detail in self._outputs.items()}
-
-    def time(self, repeats):
-        self._interpreter.invoke()  # the process that ran meanwhile left its own data in the caches
-        start = time.perf_counter()
-        for _ in range(repeats):
-            self._interpreter.invoke()
-        return {"seconds": (time.perf_counter() - start) / repeats}
-
-    def count(self):
-        self._interpreter.invoke()
-        _mark()
-        _mark()  # what lies between these two is the cost of the marks
-        self._interpreter.invoke()
-        _mark()
-        return {}
-
-    def memory(self):
-        return {"bytes": max(0, _peak_memory() - self._base)}
 
 
 def _read(arrays, path):
@@ -205,4 +235,5 @@ if __name__ == "__main__":
     # Native code may print: only answers go where the answers are read.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    serve(sys.stdin, channel)
+    script, *arguments = sys.argv[1:] or [None]
+    serve(sys.stdin, channel, script and runpy.run_path(script)["Engine"](*arguments))
