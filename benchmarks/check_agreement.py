@@ -69,7 +69,7 @@ def main():
             normalize(model, x)
             parameters = model.count_params()
             if form == "adapted":
-                model, changes = ks.tflite.adapt(model, verbose=0, return_report=True)
+                model, changes = ks.tflite.adapt(model)
                 form += ", exact" if changes.totals["exact"] else ", shifted"
             says, does, error = agreement(model, x)
             agreed, wrong = agreed + (says == does), wrong + (error > 1e-3)

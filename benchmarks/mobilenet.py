@@ -74,7 +74,7 @@ def main():
             model = BUILD[name]((args.size, args.size, 3))
             x = np.random.default_rng(0).normal(size=(8, args.size, args.size, 3)).astype("float32")
             normalize(model, x)
-            model, changes = ks.tflite.adapt(model, verbose=0, return_report=True)
+            model, changes = ks.tflite.adapt(model)
             ks.prune(model, args.sparsity, filters=and_classifier if args.classifier else pointwise)
             normalize(model, x)
             called = signature(model).with_batch(1)

@@ -45,5 +45,5 @@ def test_an_exact_form_is_not_given_up_for_rounding():
         elif len(shape) > 1:
             fan = 9 if "depthwise" in weight.path else np.prod(shape[:-1])
             weight.assign(rng.normal(0, np.sqrt(2 / fan), shape))
-    _, report = ks.tflite.adapt(model, verbose=0, return_report=True)
+    _, report = ks.tflite.adapt(model)
     assert report.totals["exact"] and report.totals["difference"] < 1e-2

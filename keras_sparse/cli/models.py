@@ -187,7 +187,7 @@ def _adapt(options, stderr):
     from keras_sparse import comparison, files, tflite
 
     with files.replacing(options.output, ".keras") as path:
-        model, report = tflite.adapt(comparison.load(options.model), options.target, verbose=0, return_report=True)
+        model, report = tflite.adapt(comparison.load(options.model), options.target)
         model.save(path)
     report.notes.append(f"Written: {options.output}")
     return report

@@ -31,8 +31,8 @@ _DENSE_ARGUMENTS = (
 )  # fmt: skip
 
 
-def adapt(model, target="xnnpack", verbose=1, return_report=False):
-    """Return a model of the same weights in a form that `target` runs sparse.
+def adapt(model, target="xnnpack"):
+    """Build a model of the same weights in a form that `target` runs sparse.
 
     Changes:
 
@@ -48,13 +48,12 @@ def adapt(model, target="xnnpack", verbose=1, return_report=False):
     Args:
         model: A built functional or Sequential model with images of known, even size, channels last.
         target: `"xnnpack"` or `"xnnpack-wasm"`, which want the same.
-        verbose: `1` prints what was changed, `0` does not.
-        return_report: Whether to return `(model, report)`.
 
     Returns:
-        A functional `keras.Model` that is not compiled and shares nothing with `model`. Layers keep their names. With
-        `return_report` also a `Report`: a row for each change, with `layer`, `change` and `exact`; totals: `changes`,
-        `exact`, and `difference`, the largest difference of an output on random inputs, relative to its magnitude.
+        `(adapted, report)`: a functional `keras.Model` that is not compiled and shares nothing with `model`, whose
+        layers keep their names; and a `Report` with a row for each change, with `layer`, `change` and `exact`; totals:
+        `changes`, `exact`, and `difference`, the largest difference of an output on random inputs, relative to its
+        magnitude.
 
     Raises:
         ValueError: If `target` has no graph rules, or the model is not of a kind that can be rebuilt.
@@ -64,7 +63,7 @@ def adapt(model, target="xnnpack", verbose=1, return_report=False):
 
     >>> import keras, keras_sparse as ks
     >>> model = keras.applications.MobileNet((96, 96, 3), alpha=0.25, weights=None, classes=10)
-    >>> adapted, report = ks.tflite.adapt(model, verbose=0, return_report=True)
+    >>> adapted, report = ks.tflite.adapt(model)
     >>> report.totals["exact"], report.totals["difference"] < 1e-4
     (True, True)
     """
@@ -99,10 +98,8 @@ def adapt(model, target="xnnpack", verbose=1, return_report=False):
             f"keras_sparse if it has no random layer that is active in inference. Received: {model.name!r}, outputs "
             f"differ by {totals['difference']:.1e} of their magnitude"
         )
-    report = Report(f"Adaptation of {model.name} to {target}", best.rows, totals, best.notes, {"difference": ".1e"})
-    if verbose:
-        print(report)
-    return (adapted, report) if return_report else adapted
+    title = f"Adaptation of {model.name} to {target}"
+    return adapted, Report(title, best.rows, totals, best.notes, {"difference": ".1e"})
 
 
 def _check(model):

@@ -104,7 +104,7 @@ def check(model, target="xnnpack", sparsity=0.9):
     >>> report = ks.tflite.check(model)
     >>> report.violations[0]["layer"], report.violations[0]["mend"][:16]
     ('stem', 'ks.tflite.adapt:')
-    >>> adapted = ks.tflite.adapt(model, verbose=0)
+    >>> adapted, _ = ks.tflite.adapt(model)
     >>> report = ks.tflite.check(adapted)
     >>> report.violations, report.pattern
     ([], 'unstructured')
