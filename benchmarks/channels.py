@@ -4,9 +4,13 @@ Latency does not depend on the values of the weights, so the networks are not tr
 the MACs are what is asked for, `ks.shrink` removes them, both files are dense and run in turns on this CPU
 (`ks.tflite.benchmark`). `difference` is that of the outputs of the masked and the shrunk Keras model, relative to the
 largest output, with random statistics in the normalizations.
+
+`CPU` is for machines that others use: all files run in turns in this process, one thread, and the ratio is that of the
+least CPU time of a run, with that of the dense file.
 """
 
 import argparse
+import itertools
 import pathlib
 import tempfile
 import time
@@ -31,42 +35,72 @@ def randomise(model, rng):
             )
 
 
+def cpu_milliseconds(files, rounds):
+    """The least CPU time of one run of each file, in turns."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    runners = [Interpreter(model_path=file, num_threads=1) for file in files]
+    times = [[] for _ in files]
+    for runner in runners:
+        runner.allocate_tensors()
+        runner.invoke()
+    for _ in range(rounds):
+        for own, runner in zip(times, runners, strict=True):
+            start = time.thread_time()
+            runner.invoke()
+            own.append(1000 * (time.thread_time() - start))
+    return [min(own) for own in times]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["MobileNetV2", "ResNet50"], choices=BUILD)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--macs", type=float, nargs="+", default=[0.95, 0.5])
     parser.add_argument("--allocation", default="uniform", choices=["uniform", "global", "isomorphic"])
-    parser.add_argument("--round-to", type=int, default=1)
+    parser.add_argument("--round-to", type=int, nargs="+", default=[1], help="multiples of channels that a group keeps")
     parser.add_argument("--runtime", default="native")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring each file")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring each file; 0: CPU times only")
+    parser.add_argument("--rounds", type=int, default=100, help="runs of each file for its CPU time")
     args = parser.parse_args()
-    load, rows, rng = result.load(), [], np.random.default_rng(0)
+    load, table, rng = result.load(), [], np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
-        dense, small = (str(pathlib.Path(folder) / f"{name}.tflite") for name in ("dense", "small"))
         for name in args.networks:
             model = BUILD[name](weights=None, input_shape=(args.size, args.size, 3), classifier_activation=None)
             randomise(model, rng)
-            ks.tflite.export(model, dense, sparse=False, batch_size=1)
+            files, rows = [str(pathlib.Path(folder) / f"{name}.tflite")], []
+            ks.tflite.export(model, files[0], sparse=False, batch_size=1)
             x = rng.normal(size=(2, args.size, args.size, 3)).astype("float32")
-            for macs in sorted(args.macs, reverse=True):
-                ks.prune(model, ks.Budget(macs=macs), pattern="channel", allocation=args.allocation)
+            weights = model.get_weights()
+            for macs, multiple in itertools.product(args.macs, args.round_to):
+                model.set_weights(weights)
+                budget = ks.Budget(macs=macs, round_to=multiple)
+                ks.prune(model, budget, pattern="channel", allocation=args.allocation)
                 start = time.perf_counter()
-                shrunk, report = ks.shrink(model, round_to=args.round_to, verbose=0, return_report=True)
+                shrunk, report = ks.shrink(model, verbose=0, return_report=True)
                 seconds = time.perf_counter() - start
                 one, other = (keras.ops.convert_to_numpy(m(x, training=False)) for m in (model, shrunk))
-                ks.tflite.export(shrunk, small, sparse=False, batch_size=1)
-                timed = ks.tflite.benchmark(small, baseline=dense, runtime=args.runtime, seconds=args.seconds)
+                files.append(str(pathlib.Path(folder) / f"{name}-{len(files)}.tflite"))
+                ks.tflite.export(shrunk, files[-1], sparse=False, batch_size=1)
                 totals = report.totals
-                rows.append([name, f"{macs:g}", f"{totals['macs_left'] / totals['macs']:.3f}"])
+                rows.append([name, f"{macs:g}", str(multiple), f"{totals['macs_left'] / totals['macs']:.3f}"])
                 rows[-1] += [f"{totals['parameters_left'] / totals['parameters']:.3f}"]
-                rows[-1] += [f"{row['median']:.1f}" for row in timed.rows] + [f"{timed.rows[1]['ratio']:.2f}"]
                 rows[-1] += [f"{np.abs(one - other).max() / np.abs(one).max():.0e}", f"{seconds:.1f}"]
+                if args.seconds:
+                    timed = ks.tflite.benchmark(
+                        files[-1], baseline=files[0], runtime=args.runtime, seconds=args.seconds
+                    )
+                    rows[-1] += [f"{row['median']:.1f}" for row in timed.rows] + [f"{timed.rows[1]['ratio']:.2f}"]
+                else:
+                    rows[-1] += ["-"] * 3
                 print(rows[-1], flush=True)
+            dense, *least = cpu_milliseconds(files, args.rounds)
+            table += [[*row, f"{dense:.1f}", f"{own / dense:.2f}"] for row, own in zip(rows, least, strict=True)]
+    measured = ["difference", "shrink, s", "dense, ms", "small, ms", "ratio", "dense, CPU ms", "CPU ratio"]
     result.show(
         f"Channels removed, {args.size} px, {args.runtime}, allocation {args.allocation}",
-        ["network", "budget", "MACs", "parameters", "dense, ms", "small, ms", "ratio", "difference", "shrink, s"],
-        rows,
+        ["network", "budget", "multiples", "MACs", "parameters", *measured],
+        table,
         load_before=load,
     )
 

@@ -2,7 +2,8 @@
 
 Models: LeNet-300-100 and LeNet-5 (Caffe's: 20 and 50 filters of 5x5, 500 units) on MNIST, trained here with Adam
 (0.001, batch 128), one for each seed; with `--resnet8` and `--cifar10` the trained ResNet-8 of MLPerf Tiny on CIFAR-10,
-whose seeds are those of the samples. `--time` measures `ks.prune` on them and on MobileNetV2 with 128 images of noise.
+whose seeds are those of the samples; with `--channels`, it loses channels. `--time` measures
+`ks.prune` on MobileNetV2 with 128 images of noise.
 
 `"obs"` and repair see the samples and no labels; `"magnitude"` alone sees nothing. `erk` allocates by shape.
 """
@@ -32,6 +33,15 @@ TWO_OF_FOUR = {
     "magnitude, 2:4": ({"pattern": "2:4"}, False),
     "obs, 2:4": ({"pattern": "2:4", "criterion": "obs"}, True),
 }
+
+CHANNELS = {
+    "magnitude": ({"pattern": "channel"}, False),
+    "magnitude, repair": ({"pattern": "channel", "repair": True}, True),
+    "magnitude, global, repair": ({"pattern": "channel", "allocation": "global", "repair": True}, True),
+}
+# A quarter of the inner channels of each block of ResNet-8, half of all multiplications.
+INNER = {"conv2d_1/|conv2d_3/|conv2d_6/": 0.25}
+TARGETS = {"a quarter of the inner channels": INNER, "half of the MACs": ks.Budget(macs=0.5)}
 
 
 def mnist():
@@ -80,17 +90,19 @@ def measure(title, models, data, sparsities, methods, samples):
     rows.append(["dense", "-", result.mean_and_spread(dense), "-", "-"])
     for sparsity in sparsities:
         for name, (arguments, needs) in (methods if sparsity is not None else TWO_OF_FOUR).items():
+            if isinstance(TARGETS.get(sparsity), dict) and "allocation" in arguments:
+                continue  # A dict says itself how much leaves where.
             found, seconds = [], []
             for seed, (model, values) in enumerate(zip(models, weights, strict=True)):
                 model.set_weights(values)
                 chosen = np.random.default_rng(seed).permutation(len(data[0]))[:samples]
                 started = time.perf_counter()
-                ks.prune(model, sparsity, **arguments, data=data[0][chosen] if needs else None)
+                ks.prune(model, TARGETS.get(sparsity, sparsity), **arguments, data=data[0][chosen] if needs else None)
                 seconds.append(time.perf_counter() - started)
                 found.append(accuracy(model, *data[2:]))
                 model.set_weights(values)
             lost = float(np.mean(dense) - np.mean(found))
-            share = "50 %" if sparsity is None else f"{sparsity:.0%}"
+            share = "50 %" if sparsity is None else sparsity if sparsity in TARGETS else f"{sparsity:.0%}"
             rows.append([name, share, result.mean_and_spread(found), f"{lost:+.2f}", f"{np.mean(seconds):.1f}"])
             print(" ".join(rows[-1]), flush=True)
     result.show(
@@ -123,6 +135,7 @@ def main():
     parser.add_argument("--sparsities", nargs="+", type=float)
     parser.add_argument("--resnet8", help="the trained model, an .h5 file")
     parser.add_argument("--cifar10", help="folder of cifar10.npz")
+    parser.add_argument("--channels", action="store_true", help="remove channels of ResNet-8")
     parser.add_argument("--time", action="store_true", help="measure MobileNetV2")
     args = parser.parse_args()
     methods = {name: METHODS[name] for name in args.methods}
@@ -141,8 +154,8 @@ def main():
             "ResNet-8 of MLPerf Tiny on CIFAR-10",
             models,
             cifar10(args.cifar10),
-            args.sparsities or [0.5, 0.7],
-            methods,
+            TARGETS if args.channels else args.sparsities or [0.5, 0.7],
+            CHANNELS if args.channels else methods,
             args.samples,
         )
     if args.time:

@@ -1,8 +1,12 @@
 """keras_sparse: sparsity for Keras 3 - pruning callbacks, reports, and verified sparse .tflite files."""
 
+import contextlib
 import importlib
+import multiprocessing
 import pathlib
 import sys
+
+from keras_sparse.quiet import quiet
 
 
 def _is_command_line():
@@ -13,32 +17,34 @@ def _is_command_line():
 
 
 # Importing Keras takes seconds. The command line does without until a command needs it; everybody else may rely on
-# `import keras_sparse` for the classes that a saved model mentions.
+# `import keras_sparse` for the classes that a saved model mentions. What TensorFlow prints meanwhile is the user's to
+# see, but not once more from each worker of a search.
 if not _is_command_line():
-    from keras_sparse import (
-        baking,
-        batches,
-        callbacks,
-        channels,
-        criteria,
-        gates,
-        graph,
-        layers,
-        neurons,
-        optimizers,
-        patterns,
-        pruning,
-        regularizers,
-        reports,
-        schedules,
-        selection,
-    )
-    from keras_sparse.baking import add_l0, bake
-    from keras_sparse.channels import channel_groups, shrink
-    from keras_sparse.neurons import neuron_sparsity
-    from keras_sparse.pruning import Budget, prune, reestimate_batch_norm, update_masks
-    from keras_sparse.regularizers import regularize
-    from keras_sparse.reports import report
+    with quiet() if multiprocessing.parent_process() else contextlib.nullcontext():
+        from keras_sparse import (
+            baking,
+            batches,
+            callbacks,
+            channels,
+            criteria,
+            gates,
+            graph,
+            layers,
+            neurons,
+            optimizers,
+            patterns,
+            pruning,
+            regularizers,
+            reports,
+            schedules,
+            selection,
+        )
+        from keras_sparse.baking import add_l0, bake
+        from keras_sparse.channels import channel_groups, shrink
+        from keras_sparse.neurons import neuron_sparsity
+        from keras_sparse.pruning import Budget, prune, reestimate_batch_norm, update_masks
+        from keras_sparse.regularizers import regularize
+        from keras_sparse.reports import report
 
 __version__ = "0.1.0"
 

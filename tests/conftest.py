@@ -11,6 +11,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # It announces itself, and makes sums depend on the CPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile thousands of small functions that run a few times: XLA's optimizations cost more than they save.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # Exports are compared on this machine's CPU: an emulator takes seconds for what that does in milliseconds.
 os.environ["KERAS_SPARSE_VERIFY"] = "native"
 
@@ -37,30 +39,45 @@ if keras.backend.backend() == "tensorflow":
 # torch backends is tested in the run with TensorFlow.
 _BACKEND_DOES_NOT_MATTER = [
     "test_architecture.py",
+    "test_behaviour.py",
     "test_cli.py",
     "test_docs.py",
     "test_files.py",
     "test_notebooks.py",
     "test_search_searchers.py",
 ]
+# Models run forwards and NumPy. JAX compiles anew for each shape there is: another backend than TensorFlow's is enough.
+_NOT_ON_JAX = ["test_comparison.py", "test_neurons.py", "test_patterns.py", "test_reports.py", "test_schedules.py"]
 _TENSORFLOW_ONLY = ["test_tflite_*.py", "test_quickstart.py", "test_end_to_end.py"]
 
-collect_ignore_glob = [] if keras.backend.backend() == "tensorflow" else _BACKEND_DOES_NOT_MATTER + _TENSORFLOW_ONLY
+collect_ignore_glob = {
+    "tensorflow": [],
+    "torch": [*_BACKEND_DOES_NOT_MATTER, *_TENSORFLOW_ONLY],
+    "jax": [*_BACKEND_DOES_NOT_MATTER, *_TENSORFLOW_ONLY, *_NOT_ON_JAX],
+}[keras.backend.backend()]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Leave the cases of a test after the first n, by `@pytest.mark.thorough(n)`, to the run of slow tests.
 
-    The other backends have no such run: they take twice as many.
+    Torch has no such run and is quick: it takes twice as many.
     """
+    times = 2 if keras.backend.backend() == "torch" else 1
     seen = collections.Counter()
     for item in items:
         thorough = item.get_closest_marker("thorough")
         if thorough is not None:
             seen[item.function] += 1
-            if seen[item.function] > thorough.args[0] * (1 if keras.backend.backend() == "tensorflow" else 2):
+            if seen[item.function] > thorough.args[0] * times:
                 item.add_marker(pytest.mark.slow)
+
+
+def pytest_runtest_logreport(report):
+    """Name a failure at once: a run that is stopped, for having taken too long, never comes to its summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:  # What a worker prints is lost.
+        crash = getattr(report.longrepr, "reprcrash", None)
+        print(f"\n{report.nodeid} failed: {crash.message if crash else report.longrepr}", flush=True)
 
 
 @pytest.fixture(autouse=True)
@@ -73,9 +90,8 @@ def _fixed_seed():
 
 @pytest.fixture(autouse=True)
 def _verified_everywhere(request, monkeypatch):
-    """Exports are compared on all runtimes with sparse kernels if a test is about that, or slow."""
-    marked = request.node.get_closest_marker
-    if marked("everywhere") or (marked("slow") and not marked("thorough")):
+    """Exports are compared on all runtimes with sparse kernels if a test is about that."""
+    if request.node.get_closest_marker("everywhere"):
         monkeypatch.delenv("KERAS_SPARSE_VERIFY")
 
 

@@ -300,7 +300,8 @@ def test_the_compiled_step_is_the_plain_one(name):
     assert steps.masked == plain_steps.masked and not steps.alive and not plain_steps.alive
     for a, b in zip(compiled.get_weights(), eager.get_weights(), strict=True):
         np.testing.assert_array_equal(a == 0, b == 0)
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        # Rounding differs from CPU to CPU, and Adam-like steps enlarge it; a step left out would be 1e-2.
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 class Refused(keras.optimizers.SGD):

@@ -629,7 +629,9 @@ def test_patterns_see_the_matrix_that_the_runtime_multiplies(pattern):
     views = [(3, 0, 1, 2), (2, 0, 1, 3), (1, 0)]
     for layer, old, view in zip([model.layers[0], model.layers[1], model.layers[3]], before, views, strict=True):
         matrix = old.transpose(view).reshape(old.shape[view[0]], -1)
-        mask = ks.patterns.get(pattern).mask(np.abs(matrix), 0.5)
+        mask = ks.patterns.get(pattern).mask(np.abs(matrix), 0.5, output_axes=[0])
+        own = ks.patterns.get(pattern).mask(np.abs(old), 0.5, output_axes=[view[0]])
+        np.testing.assert_array_equal(own.transpose(view).reshape(matrix.shape), mask)
         now = layer.kernel.numpy().transpose(view).reshape(matrix.shape)
         np.testing.assert_array_equal(now, np.where(mask, matrix, 0))
         if pattern == "channel":

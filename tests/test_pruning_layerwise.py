@@ -206,7 +206,8 @@ def test_patterns(criterion, pattern, sparsity, found):
     rows = [row for row in report.rows if row["pattern"]]
     assert [row["pattern"] for row in rows[:2]] == [found, found]
     assert [row["zeros"] for row in rows[:2]] == [32, 32]
-    np.testing.assert_array_equal(arrays(model)[4], head)
+    # What reads removed channels is solved for, whether `filters` names it or not.
+    assert np.array_equal(arrays(model)[4], head) == (pattern != "channel" or criterion == "wanda")
 
 
 def test_allocations_and_zeros_that_are_there_stay():

@@ -30,7 +30,7 @@ def test_command(tmp_path):
     assert dense["bytes"] >= 3 * small["bytes"]
     assert small["sparsity"] < 0.01
     assert sparse["accuracy"] >= 0.95
-    assert dense["accuracy"] - sparse["accuracy"] <= 0.01
+    assert dense["accuracy"] - sparse["accuracy"] <= 0.02
     assert dense["bytes"] >= 500_000
     assert dense["bytes"] >= 4 * sparse["bytes"]
     assert dense["gzip_bytes"] >= 4 * sparse["gzip_bytes"]

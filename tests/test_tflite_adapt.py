@@ -348,6 +348,7 @@ APPLICATIONS = {
 
 
 @tensorflow_only
+@pytest.mark.everywhere
 @pytest.mark.slow
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_applications_engage(name, tmp_path):

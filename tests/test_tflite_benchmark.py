@@ -109,9 +109,8 @@ def test_bad_durations(name, value, folder):
 
 @pytest.mark.parametrize("runtime", ["x86-no-avx", "micro", None])
 def test_bad_runtime(runtime, folder):
-    with pytest.raises(
-        ValueError, match="must be one of 'native', 'wasm', 'arm64', 'compiled-cpu'.*Received: runtime="
-    ):
+    message = "`runtime` must be one of 'native', 'wasm', 'arm64', 'compiled-cpu'.*Received: runtime="
+    with pytest.raises(ValueError, match=message):
         ks.tflite.benchmark(folder / "mlp.tflite", runtime=runtime)
 
 

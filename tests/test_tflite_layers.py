@@ -14,6 +14,7 @@ from keras_sparse.tflite.runtimes import available
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.everywhere,
     pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way"),
 ]
 QUANTIZE = [None, "float16", "dynamic", "int8"]
@@ -77,15 +78,20 @@ def samples(model, count=20):
     return np.random.default_rng(0).normal(size=(count, *shape)).astype("float32")
 
 
+def found():
+    """The runtimes with sparse kernels that are here."""
+    return [name for name in SPARSE if available()[name] is None]
+
+
 def export(model, path, quantize):
-    found = [name for name in SPARSE if available()[name] is None]
     return ks.tflite.export(
         model,
         path,
         target="xnnpack",
         quantize=quantize,
         representative_data=samples(model) if quantize == "int8" else None,
-        verify="strict" if found else "auto",
+        # Every file in one format; of the others those that sparse kernels could touch, as users have it.
+        verify="strict" if found() and quantize is None else "auto",
     )
 
 
@@ -127,4 +133,7 @@ def test_few_zeros_make_nothing_larger(kind, tmp_path):
 def test_every_family_of_graphs(bodies, kind, quantize, tmp_path):
     report = export(image_model(bodies[kind], batch_size=1), tmp_path / "m.tflite", quantize)
     assert report.bytes_file <= report.bytes_dense
+    if report.encoding == "sparse":
+        # LiteRT.js 2.5.3 computes zeros of one, however its weights are stored.
+        assert len(report.verified_on) > 1 or "from the dense file as well" in report.notes[-1] or not found()
     assert bool(report.runs_sparse) == (bodies is WHOLE and quantize in (None, "float16"))

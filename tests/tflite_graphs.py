@@ -70,8 +70,7 @@ def build(words):
         value = keras.ops.convert_to_numpy(weight)
         if weight.name == "kernel" and (value.ndim == 2 or tuple(value.shape[:2]) == (1, 1)):
             pattern = ks.patterns.get("block_1x4" if value.ndim == 2 and float(sparsity) > 0.9 else None)
-            matrix = value.reshape(-1, value.shape[-1]).T
-            value = np.where(pattern.mask(np.abs(matrix), float(sparsity)), matrix, 0).T.reshape(value.shape)
+            value = np.where(pattern.mask(np.abs(value), float(sparsity)), value, 0)
             # Zeros make outputs small; with biases and scales apart no channel equals another.
             weight.assign(value / np.sqrt(1 - float(sparsity)))
         elif value.ndim == 1:

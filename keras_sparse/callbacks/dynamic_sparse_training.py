@@ -127,11 +127,13 @@ class DynamicSparseTraining(ScheduledCallback):
                 "`allocation` must be 'erk' or 'uniform': which weights are live says the training. "
                 f"Received: allocation={allocation!r}"
             )
-        if sparsity is not None:
+        if sparsity is not None and not isinstance(sparsity, pruning.Budget):
             pruning.check_target(sparsity, allocation)
-        if isinstance(sparsity, dict) and any(isinstance(value, (tuple, list)) for value in sparsity.values()):
+        patterned = isinstance(sparsity, dict) and any(isinstance(value, (tuple, list)) for value in sparsity.values())
+        if patterned or isinstance(sparsity, pruning.Budget):
             raise ValueError(
-                "Dynamic sparse training moves single weights: give sparsities without patterns. "
+                "Dynamic sparse training moves single weights: give sparsities without patterns. To remove channels in "
+                "training, take `ks.callbacks.Pruning(ks.Budget(macs=0.5), pattern='channel')`. "
                 f"Received: sparsity={sparsity!r}"
             )
         if grow not in _GROW:

@@ -39,6 +39,8 @@ class ProximalL1(ScheduledCallback):
             the strength. At `end` the smallest weights are cut to meet the target, by one ranking over all weights, or
             surplus zeros are let go, of which some may stay zero; from then on nothing is shrunk any more.
         group: `None`: each weight for itself. A `Pattern` or its name: `"channel"` for output units, `"block_1x4"`.
+            Units are those of one kernel. Where others must leave with them (a residual sum, a concatenation), so that
+            `ks.shrink` can remove them, `Pruning(pattern="channel")` chooses them as one.
         begin: When shrinking begins: a float is a fraction of this `fit`, an int counts optimizer steps.
         end: When shrinking ends and the zeros are kept. Defaults to 0.65 with `target_sparsity`, and to never with
             `strength`.
@@ -80,6 +82,12 @@ class ProximalL1(ScheduledCallback):
             )
         if strength is not None:
             layers.check_penalty("strength", strength)
+        elif isinstance(target_sparsity, pruning.Budget):
+            raise ValueError(
+                "`ProximalL1` shrinks the units of each kernel for themselves; a budget counts channels that leave in "
+                "all of their layers. Take `ks.callbacks.Pruning(budget, pattern='channel')`. "
+                f"Received: target_sparsity={target_sparsity!r}"
+            )
         elif isinstance(target_sparsity, dict):
             raise TypeError(
                 "`target_sparsity` must be a number in (0, 1): one strength serves all weights. Use `filters` to name "

@@ -53,7 +53,7 @@ def recognize(kept):
 
     >>> import numpy as np, keras_sparse as ks
     >>> scores = np.random.default_rng(0).random((8, 16))
-    >>> [ks.patterns.recognize(ks.patterns.get(name).mask(scores, 0.5)) for name in ("2:4", "block_1x4", None)]
+    >>> [ks.patterns.recognize(ks.patterns.get(name).mask(scores, 0.5, [0])) for name in ("2:4", "block_1x4", None)]
     ['2:4', 'block_1x4', 'unstructured']
     """
     kept = np.asarray(kept, bool)

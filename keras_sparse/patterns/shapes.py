@@ -187,18 +187,29 @@ class Pattern(Configurable):
         """
         return round(sparsity * sum(math.prod(shape) for shape in shapes))
 
-    def mask(self, scores, sparsity):
+    def mask(self, scores, sparsity, output_axes=(-1,)):
         """Return which weights stay.
 
         Args:
-            scores: Array of the weight's shape; higher matters more.
+            scores: Array of the weight's own shape, such as `(height, width, inputs, outputs)`; higher matters more.
             sparsity: The share of groups to remove, in [0, 1].
+            output_axes: The axes that count output units; `(0,)` for a matrix [outputs, inputs].
 
         Returns:
             Boolean array of the same shape, `True` for weights that stay; `round(sparsity * groups)` groups leave.
+
+        Example: of three filters, the one with the smallest weights leaves.
+
+        >>> import numpy as np, keras_sparse as ks
+        >>> kernel = np.ones((3, 3, 8, 3)) * [2.0, 0.1, 1.0]
+        >>> ks.patterns.Channel().mask(kernel, 0.33).any(axis=(0, 1, 2))
+        array([ True, False,  True])
         """
-        pooled = self.pool(scores)
-        return self.expand(keep_highest(pooled, self.count(sparsity, [pooled.shape])), scores.shape)
+        scores = np.asarray(scores)
+        layout = to_matrix(scores, output_axes) if self.matrix else scores
+        pooled = self.pool(layout)
+        kept = self.expand(keep_highest(pooled, self.count(sparsity, [pooled.shape])), layout.shape)
+        return from_matrix(kept, scores.shape, output_axes) if self.matrix else kept
 
 
 @PATTERNS.register("unstructured")
@@ -307,9 +318,9 @@ class Channel(Pattern):
     Example:
 
     >>> import numpy as np, keras_sparse as ks
-    >>> ks.patterns.Channel().mask(np.array([[0.1, 0.2], [3.0, 4.0]]), sparsity=0.5)
-    array([[False, False],
-           [ True,  True]])
+    >>> ks.patterns.Channel().mask(np.array([[0.1, 3.0], [0.2, 4.0]]), sparsity=0.5)
+    array([[False,  True],
+           [False,  True]])
     """
 
     matrix = True
@@ -339,8 +350,8 @@ class Block(Pattern):
     Example:
 
     >>> import numpy as np, keras_sparse as ks
-    >>> ks.patterns.Block(1, 2).mask(np.array([[0.1, 0.2, 3.0, 4.0]]), sparsity=0.5)
-    array([[False, False,  True,  True]])
+    >>> ks.patterns.Block(1, 2).mask(np.array([[0.1], [0.2], [3.0], [4.0]]), sparsity=0.5).ravel()
+    array([False, False,  True,  True])
     """
 
     matrix = True
@@ -379,9 +390,10 @@ class NM(Pattern):
 
     >>> import numpy as np, keras_sparse as ks
     >>> pattern = ks.patterns.NM(2, 4)
-    >>> pattern.mask(np.array([[4.0, 1.0, 3.0, 2.0, 0.1, 0.2, 0.3, 0.4]]), sparsity=0.5).astype(int)
+    >>> scores = np.array([[4.0, 1.0, 3.0, 2.0, 0.1, 0.2, 0.3, 0.4]])  # of one unit's inputs
+    >>> pattern.mask(scores, sparsity=0.5, output_axes=(0,)).astype(int)
     array([[1, 0, 1, 0, 0, 0, 1, 1]])
-    >>> pattern.mask(np.array([[4.0, 1.0, 3.0, 2.0, 0.1, 0.2, 0.3, 0.4]]), sparsity=0.25).astype(int)
+    >>> pattern.mask(scores, sparsity=0.25, output_axes=(0,)).astype(int)
     array([[1, 1, 1, 1, 0, 0, 1, 1]])
     """
 

@@ -9,7 +9,7 @@ from keras_sparse import graph, selection
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning.calibration import blocks
 
-__all__ = ["reestimate", "reestimate_batch_norm"]
+__all__ = ["measured", "reestimate", "reestimate_batch_norm", "set_statistics"]
 
 
 def reestimate_batch_norm(model, data, batch_size=128):
@@ -45,8 +45,8 @@ def reestimate_batch_norm(model, data, batch_size=128):
     return reestimate(model, blocks(data, batch_size))
 
 
-def reestimate(model, data):
-    """`reestimate_batch_norm` on a list of batches.
+def reestimate(model, data, without=()):
+    """`reestimate_batch_norm` on a list of batches, but for the layers in `without`.
 
     Example:
 
@@ -56,6 +56,7 @@ def reestimate(model, data):
     0
     """
     normalizations = [one for one in graph.layers(model) if isinstance(one, keras.layers.BatchNormalization)]
+    normalizations = [one for one in normalizations if one not in IdentityDict.fromkeys(without)]
     if not normalizations:
         return 0
     sums = IdentityDict()
@@ -63,13 +64,9 @@ def reestimate(model, data):
     def observed(layer, call):
         def run(*args, **kwargs):
             x = args[0] if args else kwargs["inputs"]
-            value = graph.as_array(x).astype(np.float64)
-            others = tuple(axis for axis in range(value.ndim) if axis != layer.axis % value.ndim)
-            count, mean, square = value.size // value.shape[layer.axis], value.mean(others), (value**2).mean(others)
-            before = sums.get(layer, (0, 0.0, 0.0))
-            sums[layer] = before[0] + count, before[1] + count * mean, before[2] + count * square
-            layer.moving_mean.assign(mean)
-            layer.moving_variance.assign(np.maximum(square - mean**2, 0))
+            own = measured(layer, x)
+            sums[layer] = measured(layer, x, sums.get(layer))
+            set_statistics(layer, own)
             return call(*args, **{**kwargs, "training": False})
 
         return run
@@ -78,12 +75,49 @@ def reestimate(model, data):
         with graph.substituted([(layer, "call", observed(layer, layer.call)) for layer in normalizations]):
             for batch in data:
                 model(batch, training=False)
-        for layer, (count, mean, square) in sums.items():
-            if not np.isfinite(square).all():
+        for layer, own in sums.items():
+            if not np.isfinite(own[2]).all():
                 raise ValueError(f"The inputs of {layer.path} are not finite on `data`. Received: {model.name!r}")
-            layer.moving_mean.assign(mean / count)
-            layer.moving_variance.assign(np.maximum(square / count - (mean / count) ** 2, 0))
+            set_statistics(layer, own)
     return len(sums)
+
+
+def measured(layer, x, before=None):
+    """How many numbers each channel of a normalization's inputs has, their sum and that of their squares.
+
+    Args:
+        layer: A `BatchNormalization`.
+        x: A tensor.
+        before: What to add it to, as this function returned it.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_sparse.pruning.batch_norm import measured
+    >>> [np.asarray(value).tolist() for value in measured(keras.layers.BatchNormalization(), np.array([[1.0], [3.0]]))]
+    [2, [4.0], [10.0]]
+    """
+    value = graph.as_array(x).astype(np.float64)
+    others = tuple(axis for axis in range(value.ndim) if axis != layer.axis % value.ndim)
+    own = value.size // value.shape[layer.axis], value.sum(others), (value**2).sum(others)
+    return own if before is None else tuple(a + b for a, b in zip(before, own, strict=True))
+
+
+def set_statistics(layer, sums):
+    """Set a normalization's statistics to those of sums, as `measured` returns them.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> layer = keras.layers.BatchNormalization()
+    >>> layer.build((None, 1))
+    >>> ks.pruning.batch_norm.set_statistics(layer, (2, np.array([4.0]), np.array([10.0])))
+    >>> float(layer.moving_mean[0]), float(layer.moving_variance[0])
+    (2.0, 1.0)
+    """
+    count, total, square = sums
+    layer.moving_mean.assign(total / count)
+    layer.moving_variance.assign(np.maximum(square / count - (total / count) ** 2, 0))
 
 
 @contextlib.contextmanager

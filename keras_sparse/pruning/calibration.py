@@ -10,6 +10,7 @@ from keras_sparse.graph.kinds import of_keras
 from keras_sparse.graph.rebuilding import packed
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning.operands import Moment, operands
+from keras_sparse.pruning.watching import Watch
 
 __all__ = ["Calibration", "blocks"]
 
@@ -65,6 +66,7 @@ class Calibration:
         data: List of batches, as `blocks` returns it.
 
     Attributes:
+        model: The same.
         data: The same.
         unknown: `IdentityDict` from the kernels that cannot be calibrated to the reason.
 
@@ -84,7 +86,7 @@ class Calibration:
     """
 
     def __init__(self, model, data):
-        self._model, self.data = model, data
+        self.model, self.data = model, data
         kernels = [weight for weight in graph.weights(model) if weight.kernel]
         self._events = IdentityDict()  # Layer: how often one run of the model uses it, in the order of first uses.
         understood = IdentityDict()
@@ -101,7 +103,7 @@ class Calibration:
             of_layer.setdefault(weight.layer, []).append(weight)
         one = keras.tree.map_structure(lambda array: array[:2], data[0])
         try:
-            with _Watch(of_layer, record, count).on(model):
+            with Watch(of_layer, record, count).on(model):
                 model(one, training=False)
         except (TypeError, ValueError) as error:
             shapes = keras.tree.map_structure(lambda array: array.shape, data[0])
@@ -117,24 +119,36 @@ class Calibration:
                 unused = "the model does not use it on `data`"
                 self.unknown[weight.variable] = why if weight.variable in understood else unused
 
-    def run(self, weights, visit):
+    def run(self, weights, visit, sums=Moment, beside=None, meet=None):
         """Call `visit` for each layer that has some of the weights, in the order of its first use.
 
         Args:
             weights: Kernels, a list of `ks.graph.Weight` of which none is `unknown`.
             visit: Function of a list of `(weight, Moment)`. It may assign to the weights: later layers then meet what
                 the new ones make.
+            sums: What takes in the operands of a weight, in place of `Moment`: it has `add` and `finite`.
+            beside: Values of all variables, `IdentityDict`: the model runs a second time with these, and `add` gets
+                the operands there as a second argument.
+            meet: Function `(layer, inputs)`, called for each layer of a graph, before it runs, with its first argument
+                in each batch. It may assign to the layer's weights.
         """
         of_layer = IdentityDict()
         for weight in weights:
             of_layer.setdefault(weight.layer, []).append(weight)
-        self._left, self._visit = IdentityDict(), visit
+        self._left, self._visit, self._sums, self._meet = IdentityDict(), visit, sums, meet
+        self._beside = beside and [(v, keras.ops.convert_to_tensor(value, v.dtype)) for v, value in beside.items()]
         for layer in self._events:
             if layer in of_layer:
                 self._left[layer] = of_layer[layer]
         self._shared = any(self._events[layer] > 1 for layer in self._left)
         with contextlib.suppress(_Reached):
-            self._walk(self._model, [((batch,), {}) for batch in self.data], last=True)
+            self._walk(self.model, [((batch,), {}) for batch in self.data] * (2 if beside else 1), last=True)
+
+    def _values(self, index, calls):
+        """The scope for one of the calls: those of the second half are with the values of the model beside."""
+        if self._beside is None or index < len(calls) // 2:
+            return contextlib.nullcontext()
+        return keras.StatelessScope(self._beside)
 
     def _walk(self, layer, calls, last=False):
         """Calibrate the kernels in a layer that is called so, and return its outputs, unless nobody asks for them.
@@ -146,26 +160,32 @@ class Calibration:
         if inside and not self._shared and _is_plain_graph(layer):
             return self._replay(layer, calls)
         for target in [one for one in self._left if one in IdentityDict.fromkeys(inside)]:
-            moments = [(weight, Moment(weight)) for weight in self._left.pop(target)]
+            moments = [(weight, self._sums(weight)) for weight in self._left.pop(target)]
             self._run_until(layer, calls, target, moments)
-            if not all(np.isfinite(moment.matrices).all() for _, moment in moments):
+            if not all(moment.finite for _, moment in moments):
                 raise ValueError(
                     f"The inputs of {target.path} are not finite on `data`: the model computes NaN or infinity. "
-                    f"Received: {self._model.name!r}"
+                    f"Received: {self.model.name!r}"
                 )
             self._visit(moments)
         if last:
             return None
+        if self._meet:
+            runs = calls if self._beside is None else calls[: len(calls) // 2]
+            self._meet(layer, [keras.tree.flatten((args, kwargs))[0] for args, kwargs in runs])
         training = {"training": False} if isinstance(layer, keras.Model) else {}
-        return [_detached(layer(*args, **kwargs, **training)) for args, kwargs in calls]
+        found = []
+        for i, (args, kwargs) in enumerate(calls):
+            with self._values(i, calls):
+                found.append(_detached(layer(*args, **kwargs, **training)))
+        return found
 
     def _run_until(self, layer, calls, target, moments):
         """Run a layer on all batches, each up to the last use of the target in it, and take in what it multiplies."""
-        uses = 0
+        uses, found = 0, []
 
         def record(_, args):
-            for weight, moment in moments:
-                moment.add(operands(target, weight.variable.name, args))
+            found.append([operands(target, weight.variable.name, args) for weight, _ in moments])
 
         def count(_):
             nonlocal uses
@@ -173,14 +193,21 @@ class Calibration:
             if uses == self._events[target]:
                 raise _Reached
 
-        watched = IdentityDict()
-        watched[target] = None
+        watched = IdentityDict.fromkeys([target])
         training = {"training": False} if isinstance(layer, keras.Model) else {}
-        with _Watch(watched, record, count).on(layer):
-            for args, kwargs in calls:
-                uses = 0
-                with contextlib.suppress(_Reached):
-                    layer(*args, **kwargs, **training)
+        batches = len(self.data)
+        with Watch(watched, record, count).on(layer):
+            for first in range(batches):
+                runs = []
+                for i in range(first, len(calls), batches):
+                    uses, found = 0, []
+                    args, kwargs = calls[i]
+                    with self._values(i, calls), contextlib.suppress(_Reached):
+                        layer(*args, **kwargs, **training)
+                    runs.append(found)
+                for pieces in zip(*runs, strict=True):
+                    for (_, moment), *own in zip(moments, *pieces, strict=True):
+                        moment.add(*own)
 
     def _replay(self, model, calls):
         def call(operation, args, kwargs):
@@ -240,87 +267,3 @@ def _inputs(model, batch):
 
 def _detached(outputs):
     return keras.tree.map_structure(lambda x: keras.ops.stop_gradient(x) if keras.ops.is_tensor(x) else x, outputs)
-
-
-class _Watch:
-    """Tells of layers' calls while a model runs; what a loop repeats is run step by step, and tells of each.
-
-    Args:
-        layers: `IdentityDict` of the layers to watch.
-        record: Function `(layer, args)`, called before each use.
-        count: Function `(layer)`, called at each use; all steps of a loop are one.
-    """
-
-    def __init__(self, layers, record, count):
-        self._layers, self._record, self._count = layers, record, count
-        self._muted, self._depth, self._rows = False, 0, None
-
-    def on(self, root):
-        """Watch the layers in `root` for as long as the block lasts."""
-        everything = graph.layers(root) if _is_layer(root) else []
-        functions = [(layer, "rematerialized_call", lambda function, *args, **kwargs: function) for layer in everything]
-        for layer in everything:
-            inside = [one for one in graph.layers(layer) if one in self._layers]
-            if inside and graph.kind_of(layer).holder is not None:
-                functions.append((layer, "call", self._loop(layer, layer.call, inside)))
-            elif layer in self._layers:
-                functions.append((layer, "call", self._used(layer, layer.call)))
-        return graph.substituted(functions)
-
-    def _used(self, layer, call):
-        def run(*args, **kwargs):
-            if not self._muted:
-                inputs = args or (kwargs["inputs"],)
-                if self._rows is not None:
-                    inputs = keras.tree.map_structure(lambda x: graph.as_array(x)[self._rows], inputs)
-                self._record(layer, inputs)
-                if not self._depth:
-                    self._count(layer)
-            return call(*args, **kwargs)
-
-        return run
-
-    def _loop(self, layer, call, inside):
-        def run(*args, **kwargs):
-            before = self._muted
-            if not before:
-                self._depth += 1
-                try:
-                    self._steps(layer, *args, **kwargs)
-                finally:
-                    self._depth -= 1
-                if not self._depth:
-                    for one in inside:
-                        self._count(one)
-            self._muted = True
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self._muted = before
-
-        return run
-
-    def _steps(self, layer, sequences, *args, mask=None, initial_state=None, **kwargs):
-        """Do what the loop does, one step at a time, in Python."""
-        if not graph.kind_of(layer).recurrent:
-            holder = graph.kind_of(layer).holder(layer)
-            holder(keras.ops.reshape(sequences, (-1, *sequences.shape[2:])))
-            return
-        states = layer.get_initial_state(sequences.shape[0]) if initial_state is None else initial_state
-        states = list(states) if isinstance(states, (list, tuple)) else [states]
-        steps = range(sequences.shape[1])
-        mask = mask[0] if isinstance(mask, (list, tuple)) else mask
-        for step in reversed(steps) if layer.go_backwards else steps:
-            present = None if mask is None else mask[:, step]
-            self._rows = None if present is None else graph.as_array(present)
-            try:
-                _, new = layer.cell(sequences[:, step], states)
-            finally:
-                self._rows = None
-            new = list(new) if isinstance(new, (list, tuple)) else [new]
-            states = new if present is None else keras.tree.map_structure(_where(present), new, states)
-
-
-def _where(present):
-    """The new states of the samples whose step is not masked, the old ones of the others."""
-    return lambda new, old: keras.ops.where(keras.ops.expand_dims(present, -1), new, old)

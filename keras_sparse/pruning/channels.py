@@ -179,15 +179,29 @@ class ChannelChoice:
         whole = self._channels.whole_cost
         limits = {k: whole[k] - fraction * (whole[k] - limit) for k, limit in self._budget.limits(whole).items()}
         low, high = 0.0, 1.0
-        chosen = []
+        more, fewer = self._by_share(ranked, 1.0), self._by_share(ranked, 0.0)
         for _ in range(1 + int(np.ceil(np.log2(1 + sum(len(free) for free, _ in ranked)))) + 4):
             share = (low + high) / 2
             leaving = self._by_share(ranked, share)
             if self._fits(leaving, gone, limits):
-                high, chosen = share, leaving
+                high, more = share, leaving
             else:
-                low = share
-        return chosen or self._by_share(ranked, 1.0)
+                low, fewer = share, leaving
+        return self._between(fewer, more, ranked, gone, limits)
+
+    def _between(self, fewer, more, ranked, gone, limits):
+        """What leaves when groups go from `fewer` to `more` one by one, the lowest scores first, until it fits."""
+        steps = [
+            (float(np.mean(ranked[n][1][len(few) : len(many)])), n)
+            for n, (few, many) in enumerate(zip(fewer, more, strict=True))
+            if len(few) < len(many)
+        ]
+        leaving = list(fewer)
+        for _, n in sorted(steps):
+            if self._fits(leaving, gone, limits):
+                break
+            leaving[n] = more[n]
+        return leaving
 
     def _fits(self, leaving, gone, limits):
         out = gone.copy()
@@ -198,7 +212,7 @@ class ChannelChoice:
     def _by_share(self, ranked, share):
         """The classes that leave of each group when `share` of all channels does."""
         if not self._shared:
-            return [free[: self._count(share, free)] for free, _ in ranked]
+            return self._rounded([free[: self._count(share, free)] for free, _ in ranked], ranked)
         kinds = {}
         for number, (_, _, group) in enumerate(self._groups):
             kind = tuple(sorted(type(layer).__name__ + part.variable.name for layer, part in group.members))
@@ -211,7 +225,19 @@ class ChannelChoice:
             for k in np.argsort(scores, kind="stable")[: round(share * total)].tolist():
                 n, i = places[k]
                 leaving[n] = ranked[n][0][: max(len(leaving[n]), i + 1)]
-        return leaving
+        return self._rounded(leaving, ranked)
+
+    def _rounded(self, leaving, ranked):
+        """The same, so that groups keep multiples of what the budget says, if they keep more than that at all."""
+        multiple = 1 if self._budget is None else self._budget.round_to
+        found = []
+        for classes, (free, _), (_, _, group) in zip(leaving, ranked, self._groups, strict=True):
+            stay = len(group.channels) - len(classes)
+            if multiple > 1 and classes.size and stay > multiple:
+                stay = multiple * round(stay / multiple)
+                classes = free[: max(0, min(len(group.channels) - stay, self._most(len(free))))]
+            found.append(classes)
+        return found
 
     def reached(self, masks):
         """Whether as many channels are masked as the goals say."""

@@ -10,6 +10,7 @@ import numpy as np
 from keras_sparse import optimizers, patterns
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning.allocation import Uniform
+from keras_sparse.pruning.channel_repair import repair_channels
 from keras_sparse.pruning.repair import damped, input_statistic, repaired
 from keras_sparse.quiet import progress_bar
 
@@ -52,8 +53,13 @@ def prune_layerwise(plan, masks, calibration, repair, statistics=None):
         targets = plan.keep(_shares(plan, masks, calibration), masks)
     elif plan.allocation.shared:
         targets, goals = None, _shared_goals(plan, masks, calibration)
+    elif repair and plan.whole_units:
+        targets = plan.keep(_shares(plan, masks, calibration), masks)
     else:
         targets = None
+    if repair and plan.whole_units:
+        repair_channels(plan, targets, calibration)
+        return targets
 
     def visit(moments):
         for weight, moment in moments:

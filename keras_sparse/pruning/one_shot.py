@@ -46,7 +46,9 @@ def prune(
             some hundred samples of what the model will see.
         repair: Whether to solve for the weights that stay, on the inputs in `data`, so that each layer's outputs are
             as they were as nearly as possible (least squares), and to set the statistics of batch normalizations to
-            those of their new inputs, as `ks.reestimate_batch_norm`. `None`: if the criterion is `"obs"`.
+            those of their new inputs, as `ks.reestimate_batch_norm`. `None`: if the criterion is `"obs"`. With
+            `pattern="channel"`, all layers that read channels that are gone are solved for, whether `filters` names
+            them or not, and their biases, for the outputs that they have in the dense model.
         batch_size: Samples in a batch if `data` are the inputs, as an array: what is held in memory at a time.
 
     With inputs as `data`, the model is pruned layer by layer, each on what the pruned ones before it make of them.
@@ -100,7 +102,7 @@ def prune(
         for goal, mask in zip(plan.goals, masks, strict=True):
             variable = goal.weight.variable
             variable.assign(optimizers.masked_value(variable, mask))
-        if repair:
+        if repair and not plan.whole_units:
             reestimate(model, calibrated.data)
     plan.zero_units(masks, parts)
     for goal, mask in zip(plan.goals, masks, strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_sparse import graph, patterns
 
-__all__ = ["Moment", "operands"]
+__all__ = ["Moment", "operands", "sampled"]
 
 # Of each call of a layer, at most as many operands are looked at, or this many for each input, drawn at random.
 # Neighbouring positions of an image are much alike.
@@ -46,18 +46,38 @@ class Moment:
         if self._sums is None:
             self._sums = np.zeros((groups, self._inputs, self._inputs))
             self.group_of = np.arange(self._rows) * groups // self._rows
-        most = max(_ROWS, _ROWS_PER_INPUT * self._inputs)
         for group, columns, matrix in pieces:
-            rows = (
-                matrix if len(matrix) <= most else matrix[np.sort(self._rng.choice(len(matrix), most, replace=False))]
-            )
-            square = (rows.T.astype(np.float64) @ rows.astype(np.float64)) * (len(matrix) / max(len(rows), 1))
+            rows, share = sampled([matrix], self._inputs, self._rng)
+            square = (rows[0].T @ rows[0]) / share
             self._sums[group][slice(None) if columns is None else np.ix_(columns, columns)] += square
         self._count += len(pieces[0][2])
 
     @property
     def matrices(self):
         return None if self._sums is None else self._sums / max(self._count, 1)
+
+    @property
+    def finite(self):
+        """Whether all numbers are."""
+        return bool(np.isfinite(self.matrices).all())
+
+
+def sampled(matrices, inputs, rng):
+    """Some rows of matrices with as many, the same of each, as float64, and the share of all that they are.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_sparse.pruning.operands import sampled
+    >>> rows, share = sampled([np.ones((20_000, 2))], 2, np.random.default_rng(0))
+    >>> rows[0].shape, share
+    ((8192, 2), 0.4096)
+    """
+    count, most = len(matrices[0]), max(_ROWS, _ROWS_PER_INPUT * inputs)
+    if count > most:
+        chosen = np.sort(rng.choice(count, most, replace=False))
+        matrices = [matrix[chosen] for matrix in matrices]
+    return [matrix.astype(np.float64) for matrix in matrices], min(1.0, most / max(count, 1))
 
 
 def operands(layer, name, inputs):

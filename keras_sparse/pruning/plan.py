@@ -208,6 +208,11 @@ class Plan:
         """Whether channels of several weights are chosen as one."""
         return self._channels is not None
 
+    @property
+    def whole_units(self):
+        """Whether channels are chosen."""
+        return any(goal.pattern.whole_units for goal in self.goals)
+
     def compared(self, goals):
         """The goals, with patterns that rank within output units if the criterion compares there."""
         if not self.criterion.within_outputs:

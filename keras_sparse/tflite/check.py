@@ -214,7 +214,7 @@ def _pruned(content, kinds, sparsity, only=None):
             if data is None or file.dtype(tensor) != "float32" or (name == "CONV_2D" and shape[1:3] != (1, 1)):
                 continue
             values = np.frombuffer(data.tobytes(), "<f4").reshape(shape[0], -1)
-            mask = patterns.get(kinds[name].pattern).mask(np.abs(values), sparsity)
+            mask = patterns.get(kinds[name].pattern).mask(np.abs(values), sparsity, output_axes=(0,))
             file.store(tensor, np.where(mask, values, 0).astype("<f4"))
     return file.pack()
 
