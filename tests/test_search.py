@@ -58,9 +58,9 @@ def test_found_allocation_goes_into_pruning_and_beats_uniform():
 @pytest.mark.parametrize("searcher", ["evolution", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 @pytest.mark.thorough(1)
 def test_every_searcher_on_every_kind_of_model(kind, searcher):
-    first, again = (facts(search(kind=kind, searcher=searcher, budget=12)) for _ in range(2))
+    first, again = (facts(search(kind=kind, searcher=searcher, budget=9)) for _ in range(2))
     assert first == again
-    assert first != facts(search(kind=kind, searcher=searcher, budget=12, seed=1))
+    assert first != facts(search(kind=kind, searcher=searcher, budget=9, seed=1))
     assert not any(error for *_, error, _ in first)
 
 
@@ -496,9 +496,9 @@ def test_processes_find_the_same(monkeypatch, capfd):
     found = []
     for workers in (1, 2):
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=SPAWN) as executor:
-            found.append(facts(search(executor=executor, kind="subclassed", budget=18)))
+            found.append(facts(search(executor=executor, kind="subclassed", budget=9)))
     assert found[0] == found[1]
-    assert same(found[0], facts(search(kind="subclassed", budget=18)))
+    assert same(found[0], facts(search(kind="subclassed", budget=9)))
     # Nothing of what backends print when they start; TensorFlow advises against loops of short fits.
     assert [line for line in capfd.readouterr().err.splitlines() if line.strip() and "retracing" not in line] == []
 
@@ -579,5 +579,5 @@ def test_dask_finds_the_same(monkeypatch):
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
     ):
-        found = facts(search(executor=client.get_executor(), budget=16))
-    assert same(found, facts(search(budget=16)))
+        found = facts(search(executor=client.get_executor(), budget=8))
+    assert same(found, facts(search(budget=8)))

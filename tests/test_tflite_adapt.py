@@ -340,9 +340,6 @@ APPLICATIONS = {
     "MobileNetV3Small": lambda size: keras.applications.MobileNetV3Small(
         size, minimalistic=True, weights=None, classes=10
     ),
-    "MobileNetV3Large": lambda size: keras.applications.MobileNetV3Large(
-        size, alpha=0.75, minimalistic=True, weights=None, classes=10
-    ),
     "EfficientNetB0": lambda size: keras.applications.EfficientNetB0(input_shape=size, weights=None, classes=10),
 }
 
