@@ -33,7 +33,7 @@ def stored(content):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", [None, "float16", "dynamic"])
+@pytest.mark.parametrize("quantize", [None, "dynamic"])
 @pytest.mark.parametrize("kind", [*MODELS, "conv3d"])
 def test_values_are_kept(kind, quantize):
     keras.utils.set_random_seed(0)
