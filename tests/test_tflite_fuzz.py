@@ -8,7 +8,10 @@ import keras_sparse as ks
 from keras_sparse.tflite import verification
 from keras_sparse.tflite.runtimes import available
 
-pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")
+pytestmark = [
+    pytest.mark.everywhere,
+    pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way"),
+]
 RUNTIMES = [name for name in ("native", "x86-no-avx", "wasm") if available()[name] is None]
 needs_sparse_runtime = pytest.mark.skipif(len(RUNTIMES) == 1, reason="needs qemu-x86_64 or LiteRT.js")
 
