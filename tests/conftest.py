@@ -59,9 +59,9 @@ collect_ignore_glob = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Leave the cases of a test after the first n, by `@pytest.mark.thorough(n)`, to the run of slow tests.
+    """Leave the cases of a test after the first n, by `@pytest.mark.thorough(n)`, to `pytest -m exhaustive`.
 
-    Torch has no such run and is quick: it takes twice as many.
+    Torch is quick: it takes twice as many by default.
     """
     times = 2 if keras.backend.backend() == "torch" else 1
     seen = collections.Counter()
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(items):
         if thorough is not None:
             seen[item.function] += 1
             if seen[item.function] > thorough.args[0] * times:
-                item.add_marker(pytest.mark.slow)
+                item.add_marker(pytest.mark.exhaustive)
 
 
 def pytest_runtest_logreport(report):

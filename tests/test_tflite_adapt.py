@@ -348,6 +348,7 @@ APPLICATIONS = {
 @pytest.mark.everywhere
 @pytest.mark.slow
 @pytest.mark.parametrize("name", APPLICATIONS)
+@pytest.mark.thorough(2)
 def test_applications_engage(name, tmp_path):
     """They run sparse: right, and other than dense, on runtimes with sparse kernels."""
     keras.utils.set_random_seed(0)

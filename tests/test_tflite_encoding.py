@@ -35,6 +35,7 @@ def stored(content):
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "dynamic"])
 @pytest.mark.parametrize("kind", [*MODELS, "conv3d"])
+@pytest.mark.thorough(10)
 def test_values_are_kept(kind, quantize):
     keras.utils.set_random_seed(0)
     content = dense(sparsify(conv3d() if kind == "conv3d" else MODELS[kind](), 0.9), quantize)

@@ -113,3 +113,28 @@ def test_a_runtime_that_is_missing_is_no_proof(tmp_path, monkeypatch):
 def test_wrong_targets(target, error, message, tmp_path):
     with pytest.raises(error, match=message):
         ks.tflite.export(mlp(), tmp_path / "m.tflite", target)
+
+
+@pytest.mark.parametrize("quantize", ["float16", "dynamic", None])
+def test_browsers_restore_floats_only(quantize, tmp_path):
+    report = ks.tflite.export(pruned_mlp(), tmp_path / "m.tflite", target="xnnpack-wasm", quantize=quantize)
+    assert (report.encoding == "sparse") == (quantize != "dynamic")
+    if quantize == "dynamic":
+        assert "restores only float32 and float16 weights right" in report.notes[0]
+    assert ks.tflite.export(pruned_mlp(), tmp_path / "m.tflite", "xnnpack", quantize=quantize).encoding == "sparse"
+
+
+@needs("wasm")
+def test_small_biases_in_half_precision_are_right_in_browsers(tmp_path):
+    """Half a kernel that is restored and a float32 bias: LiteRT.js 2.5.3 computes the bias alone."""
+    rng = np.random.default_rng(0)
+    body = [layers.Conv2D(32, 3, activation="relu"), layers.GlobalAveragePooling2D(), layers.Dense(12)]
+    model = keras.Sequential([keras.Input((16, 16, 8), name="x"), *body])
+    for layer in (body[0], body[2]):
+        layer.bias.assign(np.append(rng.normal(size=layer.bias.shape[0] - 1), 1e-7))
+    report = ks.tflite.export(sparsify(model, 0.8), tmp_path / "m.tflite", "xnnpack", quantize="float16", batch_size=1)
+    assert report.encoding == "sparse"
+    assert "float32" not in {row["dtype"] for row in ks.tflite.inspect(report.path).rows}
+    x = rng.normal(size=(1, 16, 16, 8)).astype("float32")
+    [found] = ks.tflite.runtimes.run(report.path, {"x": x}, runtime="wasm").values()
+    np.testing.assert_allclose(found, keras.ops.convert_to_numpy(model(x)), atol=1e-2)

@@ -23,7 +23,9 @@ def halve(content):
         content: The file's bytes; no weight is encoded without its zeros.
 
     Returns:
-        The bytes of the new file. Vectors of less than 64 numbers stay as they are, too.
+        The bytes of the new file. Small weights stay as they are, too: vectors of less than 64 numbers, and kernels of
+        less than 256. A bias goes with its kernel: from half a kernel that is stored without its zeros and a float32
+        bias, LiteRT.js computes the bias alone (2.5.3).
 
     Example:
 
@@ -42,17 +44,9 @@ def halve(content):
         for operator in graph.operators:
             for position, number in enumerate(operator.inputs):
                 read_by.setdefault(int(number), []).append((operator, position))
-        unpacking = []
-        for number in sorted(read_by):
-            tensor = graph.tensors[number] if number >= 0 else None
-            if tensor is None or file.dtype(tensor) != "float32" or number in [int(n) for n in graph.outputs]:
-                continue
-            data = file.data(tensor)
-            if data is None:
-                continue
-            values = np.frombuffer(data.tobytes(), "<f4").reshape([int(n) for n in tensor.shape])
-            if (values.ndim < 2 and values.size < _SMALL) or _loses(values):
-                continue
+        unpacking, constants = [], _constants(file, graph, read_by)
+        for number in _fitting(graph, constants):
+            values, tensor = constants[number], graph.tensors[number]
             float32, tensor.type = tensor.type, file.schema.TensorType.FLOAT16
             file.store(tensor, _half(values))
             operator, output = file.unpack(graph, number, "DEQUANTIZE", _DEQUANTIZE, float32, None)
@@ -63,6 +57,42 @@ def halve(content):
                 reader.inputs = inputs
         graph.operators = unpacking + graph.operators
     return file.pack()
+
+
+def _constants(file, graph, numbers):
+    """`{number: values}` of the float32 weights that operators read."""
+    found, outputs = {}, [int(n) for n in graph.outputs]
+    for number in sorted(numbers):
+        tensor = graph.tensors[number] if number >= 0 else None
+        if tensor is None or file.dtype(tensor) != "float32" or number in outputs:
+            continue
+        data = file.data(tensor)
+        if data is not None:
+            found[number] = np.frombuffer(data.tobytes(), "<f4").reshape([int(n) for n in tensor.shape])
+    return found
+
+
+def _fitting(graph, constants):
+    """Numbers of the weights to store in half precision, in order."""
+    kernels = {number for number, values in constants.items() if values.ndim > 1}
+    biases = {}  # of each bias, the kernels that it goes with
+    for operator in graph.operators:
+        read = [int(number) for number in operator.inputs if int(number) in constants]
+        own = [number for number in read if number in kernels]
+        for number in read:
+            if own and number not in kernels:
+                biases.setdefault(number, []).extend(own)
+    whole = {n for n in kernels if constants[n].size < 4 * _SMALL or _loses(constants[n])}
+    # What is added to an output may be off by a share of the largest that is.
+    whole |= {kernel for n, own in biases.items() if _off(constants[n]) for kernel in own}
+    for number, values in constants.items():
+        if number in biases:
+            alone = any(kernel in whole for kernel in biases[number])
+        else:
+            alone = number not in kernels and (values.size < _SMALL or _loses(values))
+        if alone:
+            whole.add(number)
+    return [number for number in constants if number not in whole]
 
 
 def kept_whole(content):
@@ -87,6 +117,12 @@ def kept_whole(content):
 def _half(values):
     with np.errstate(over="ignore"):
         return values.astype("<f2")
+
+
+def _off(values):
+    """Whether half precision changes a bias by more than a share of its largest number."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return not np.abs(values - _half(values)).max(initial=0) <= _LOST * np.abs(values).max(initial=0)
 
 
 def _loses(values):

@@ -13,7 +13,7 @@ from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import CALIBRATED, INTEGERS
 from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches
 from keras_sparse.tflite.trial import REFUSED, UNKNOWN, tried
-from keras_sparse.tflite.xnnpack import hazard, touched
+from keras_sparse.tflite.xnnpack import hazard, touched, uses
 
 __all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "VERIFY", "Verification", "sparse_runtimes"]
 
@@ -172,6 +172,10 @@ class Verification:
             return fault, None
         if not _same_weights(model, read(self._dense)):
             return "a decoded weight is not the dense file's", None
+        for target in self._targets:
+            restored = {use.tensor.dtype for use in uses(model) if not use.sparse}
+            if target.restores and not restored <= set(target.restores):
+                return f"{target.title} restores only {' and '.join(target.restores)} weights right", None
         try:
             parity = self._native(content)
         except (RuntimeError, ValueError) as error:  # of the interpreter here, or in its process
