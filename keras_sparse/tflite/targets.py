@@ -358,7 +358,7 @@ def chosen(names):
         names: A name, a list or tuple of names, or `None` for no target in particular.
 
     Returns:
-        Tuple of `Target`s.
+        Tuple of `Target` objects.
 
     Raises:
         ValueError: If a name is none of a target.

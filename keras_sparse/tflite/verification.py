@@ -77,7 +77,7 @@ class Verification:
         integers: Whether weights are stored as integers.
         runtimes: Names of runtimes with sparse kernels, as `sparse_runtimes` returns them.
         strict: Whether these are asked about every file, not only those that sparse kernels could touch.
-        targets: The `Target`s that it is meant for: their runtimes are asked about every file.
+        targets: The `Target` objects that it is meant for: their runtimes are asked about every file.
 
     Attributes:
         verified_on: Where the last one that was looked at was right, in words.
