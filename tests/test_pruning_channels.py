@@ -193,6 +193,13 @@ def test_all_kinds_of_models_lose_less(make):
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_channels_of_a_model_without_a_graph_are_ranked_together():
+    model, filters = subclassed()
+    x = correlated(40, 5, 6)
+    ks.prune(model, 0.5, "wanda", "channel", "global", filters, data=x, repair=True)
+    assert np.sum(~ks.graph.as_array(model.a.kernel).any(axis=0)) == 4
+
+
 def test_zeros_that_are_there_stay_and_other_patterns_are_repaired_beside():
     model = model_of((6,), L.Dense(12, "relu", name="a"), L.Dense(10, "relu", name="b"), L.Dense(8, name="c"))
     ks.prune(model, {"c/": 0.4})

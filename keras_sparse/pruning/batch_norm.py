@@ -65,7 +65,7 @@ def reestimate(model, data, without=()):
         def run(*args, **kwargs):
             x = args[0] if args else kwargs["inputs"]
             own = measured(layer, x)
-            sums[layer] = measured(layer, x, sums.get(layer))
+            sums[layer] = sums.get(layer, 0) + own
             set_statistics(layer, own)
             return call(*args, **{**kwargs, "training": False})
 
@@ -82,25 +82,27 @@ def reestimate(model, data, without=()):
     return len(sums)
 
 
-def measured(layer, x, before=None):
+def measured(layer, x):
     """How many numbers each channel of a normalization's inputs has, their sum and that of their squares.
 
     Args:
         layer: A `BatchNormalization`.
         x: A tensor.
-        before: What to add it to, as this function returned it.
+
+    Returns:
+        float64 array `[3, channels]`; those of several batches are added.
 
     Example:
 
     >>> import keras, numpy as np
     >>> from keras_sparse.pruning.batch_norm import measured
-    >>> [np.asarray(value).tolist() for value in measured(keras.layers.BatchNormalization(), np.array([[1.0], [3.0]]))]
-    [2, [4.0], [10.0]]
+    >>> measured(keras.layers.BatchNormalization(), np.array([[1.0], [3.0]])).tolist()
+    [[2.0], [4.0], [10.0]]
     """
     value = graph.as_array(x).astype(np.float64)
     others = tuple(axis for axis in range(value.ndim) if axis != layer.axis % value.ndim)
-    own = value.size // value.shape[layer.axis], value.sum(others), (value**2).sum(others)
-    return own if before is None else tuple(a + b for a, b in zip(before, own, strict=True))
+    total = value.sum(others)
+    return np.stack([np.full_like(total, value.size // len(total)), total, (value**2).sum(others)])
 
 
 def set_statistics(layer, sums):
@@ -111,7 +113,7 @@ def set_statistics(layer, sums):
     >>> import keras, numpy as np, keras_sparse as ks
     >>> layer = keras.layers.BatchNormalization()
     >>> layer.build((None, 1))
-    >>> ks.pruning.batch_norm.set_statistics(layer, (2, np.array([4.0]), np.array([10.0])))
+    >>> ks.pruning.batch_norm.set_statistics(layer, np.array([[2.0], [4.0], [10.0]]))
     >>> float(layer.moving_mean[0]), float(layer.moving_variance[0])
     (2.0, 1.0)
     """

@@ -73,7 +73,7 @@ def repair_channels(plan, masks, calibration):
     def meet(layer, inputs):
         if isinstance(layer, keras.layers.BatchNormalization):
             for x in inputs:
-                sums[layer] = measured(layer, x, sums.get(layer))
+                sums[layer] = sums.get(layer, 0) + measured(layer, x)
             set_statistics(layer, sums[layer])
 
     def regression(weight):

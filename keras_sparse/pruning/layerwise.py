@@ -47,17 +47,16 @@ def prune_layerwise(plan, masks, calibration, repair, statistics=None):
     goals, found = plan.goals, list(masks)
     index = IdentityDict((goal.weight.variable, i) for i, goal in enumerate(goals))
     weights = [goal.weight for goal in goals]
+    of_channels = repair and plan.whole_units  # then all that read them are solved for, once they are chosen
     if not plan.criterion.of_inputs:
         targets = plan.masks(masks, statistics=statistics)
-    elif plan.by_groups:
+    elif plan.by_groups or of_channels:
         targets = plan.keep(_shares(plan, masks, calibration), masks)
     elif plan.allocation.shared:
         targets, goals = None, _shared_goals(plan, masks, calibration)
-    elif repair and plan.whole_units:
-        targets = plan.keep(_shares(plan, masks, calibration), masks)
     else:
         targets = None
-    if repair and plan.whole_units:
+    if of_channels:
         repair_channels(plan, targets, calibration)
         return targets
 

@@ -183,7 +183,7 @@ def _started(data):
 
 def _kept_notes(plan, masks):
     """Sentences about weights that are sparser than their goal."""
-    if any(goal.pattern.whole_units for goal in plan.goals):
+    if plan.whole_units:
         return []
     if plan.allocation.shared:
         masked, size = sum(int(np.sum(~mask)) for mask in masks), sum(mask.size for mask in masks)

@@ -92,7 +92,7 @@ class Plan:
 
     def _complete_units(self, model):
         """Find what belongs to whole channels; drop the goals for which that fails and return `{id: reason}`."""
-        if not any(goal.pattern.whole_units for goal in self.goals):
+        if not self.whole_units:
             return {}
         reasons, goals = {}, []
         if getattr(model, "inputs", None):
