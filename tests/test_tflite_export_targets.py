@@ -138,3 +138,20 @@ def test_small_biases_in_half_precision_are_right_in_browsers(tmp_path):
     x = rng.normal(size=(1, 16, 16, 8)).astype("float32")
     [found] = ks.tflite.runtimes.run(report.path, {"x": x}, runtime="wasm").values()
     np.testing.assert_allclose(found, keras.ops.convert_to_numpy(model(x)), atol=1e-2)
+
+
+@needs("wasm")
+def test_a_bias_that_kernels_share_is_right_in_browsers(tmp_path):
+    """The converter stores equal biases once: a kernel too small for half precision kept the bias of a large one."""
+    keras.utils.set_random_seed(0)
+    large, small = keras.Input((64,), name="large"), keras.Input((2,), name="small")
+    both = [layers.Dense(64, bias_initializer="ones")(x) for x in (large, small)]
+    model = sparsify(
+        keras.Model([large, small], layers.Dense(4, bias_initializer="ones")(layers.concatenate(both))), 0.8
+    )
+    report = ks.tflite.export(model, tmp_path / "m.tflite", "xnnpack", quantize="float16", batch_size=1)
+    assert report.encoding == "sparse"
+    rng = np.random.default_rng(0)
+    x = {x.name: rng.normal(size=(1, x.shape[1])).astype("float32") for x in (large, small)}
+    [found] = ks.tflite.runtimes.run(report.path, x, runtime="wasm").values()
+    np.testing.assert_allclose(found, keras.ops.convert_to_numpy(model(list(x.values()))), atol=1e-2)

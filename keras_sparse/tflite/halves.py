@@ -84,14 +84,13 @@ def _fitting(graph, constants):
                 biases.setdefault(number, []).extend(own)
     whole = {n for n in kernels if constants[n].size < 4 * _SMALL or _loses(constants[n])}
     # What is added to an output may be off by a share of the largest that is.
-    whole |= {kernel for n, own in biases.items() if _off(constants[n]) for kernel in own}
-    for number, values in constants.items():
-        if number in biases:
-            alone = any(kernel in whole for kernel in biases[number])
-        else:
-            alone = number not in kernels and (values.size < _SMALL or _loses(values))
-        if alone:
-            whole.add(number)
+    whole |= {n for n in biases if _off(constants[n])}
+    # The converter stores biases of the same numbers once: all kernels that have one go with it.
+    together = [{n, *own} for n, own in biases.items()]
+    while any(whole & one and not one <= whole for one in together):
+        whole.update(*(one for one in together if whole & one))
+    others = constants.keys() - kernels - biases.keys()
+    whole |= {n for n in others if constants[n].size < _SMALL or _loses(constants[n])}
     return [number for number in constants if number not in whole]
 
 
@@ -119,20 +118,16 @@ def _half(values):
         return values.astype("<f2")
 
 
-def _off(values):
-    """Whether half precision changes a bias by more than a share of its largest number."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        return not np.abs(values - _half(values)).max(initial=0) <= _LOST * np.abs(values).max(initial=0)
-
-
 def _loses(values):
     """Whether a slice along some axis, such as the weights of one input or of one output, becomes another in half."""
+    axes = range(values.ndim)
+    return any(_off(values, tuple(other for other in axes if other != axis)) for axis in axes or [None])
+
+
+def _off(values, across=None):
+    """Whether half precision changes a number by more than a share of the largest across these axes; `None`: all."""
     values = values.astype("float64")
     with np.errstate(invalid="ignore"):
         apart = np.abs(values - _half(values))
-    for axis in range(values.ndim) or [None]:
-        others = tuple(other for other in range(values.ndim) if other != axis)
-        largest = np.abs(values).max(axis=others, initial=0)
-        if not (apart.max(axis=others, initial=0) <= _LOST * largest).all():
-            return True
-    return False
+    largest = np.abs(values).max(axis=across, initial=0)
+    return not (apart.max(axis=across, initial=0) <= _LOST * largest).all()
