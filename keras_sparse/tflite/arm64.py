@@ -6,10 +6,10 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
 
 from keras_sparse.quiet import quiet
-from keras_sparse.tflite.commands import RuntimeMissing, arm64_python, cache_folder, program
+from keras_sparse.tflite.commands import RuntimeMissing, arm64_python, program
+from keras_sparse.tflite.debian import call, prepared
 
 __all__ = ["setup_arm64"]
 
@@ -75,25 +75,16 @@ def setup_arm64(folder=None):
     >>> import keras_sparse as ks
     >>> folder = ks.tflite.setup_arm64()  # doctest: +SKIP
     """
-    target = pathlib.Path(folder).absolute() if folder is not None else cache_folder() / "arm64"
     if sys.platform != "linux":
         raise RuntimeMissing(f"The ARM64 runtime can be set up on Linux only. Received: {sys.platform}")
     compiler = program(os.environ.get("CC", "cc"), "a C compiler: `apt-get install gcc libc6-dev`")
-    for name in ("apt-get", "dpkg"):
-        program(name, "Debian's package tools; they exist on Debian only")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="arm64-", dir=target.parent) as temporary, quiet():
-        temporary = pathlib.Path(temporary)
-        root = temporary / "root"
-        root.mkdir()
+    with prepared("arm64", folder) as (target, root, temporary), quiet():
         _unpack_python(temporary, root)
         for name, content in _CPU.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(content)
         _unpack_wheels(temporary, root)
         _build_counter(compiler, temporary, root)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(root, target)
     return target
 
 
@@ -151,9 +142,4 @@ def _build_counter(compiler, temporary, root):
 
 
 def _call(line, environment=None):
-    run = subprocess.run(line, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeMissing(
-            f"Setting up the ARM64 runtime failed. Received: `{' '.join(line[:3])} ...` ended with exit status "
-            f"{run.returncode} ({(run.stderr or run.stdout).strip()[-300:]})"
-        )
+    call(line, "Setting up the ARM64 runtime failed.", env=environment)

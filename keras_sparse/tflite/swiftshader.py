@@ -1,16 +1,14 @@
 """SwiftShader is a software driver for Vulkan: with it LiteRT's GPU accelerator computes on machines without a GPU."""
 
-import os
-import pathlib
 import shutil
-import subprocess
-import tempfile
 
-from keras_sparse.tflite.commands import RuntimeMissing, cache_folder, program
+from keras_sparse.tflite.commands import RuntimeMissing
+from keras_sparse.tflite.debian import call, prepared
 
 __all__ = ["setup_gpu"]
 
 _FILES = ("libvk_swiftshader.so", "vk_swiftshader_icd.json", "libvulkan.so.1")
+_FAILED = "Setting up the GPU runtime failed; `apt-get update` may be needed first."
 
 
 def setup_gpu(folder=None):
@@ -34,32 +32,14 @@ def setup_gpu(folder=None):
     >>> import keras_sparse as ks
     >>> folder = ks.tflite.setup_gpu()  # doctest: +SKIP
     """
-    target = pathlib.Path(folder).absolute() if folder is not None else cache_folder() / "swiftshader"
-    for name in ("apt-get", "dpkg"):
-        program(name, "Debian's package tools; they exist on Debian only")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="swiftshader-", dir=target.parent) as temporary:
-        temporary = pathlib.Path(temporary)
-        temporary.chmod(0o755)  # apt-get downloads as a user of its own
-        _call(["apt-get", "download", "-q", "chromium"], temporary)
-        for archive in temporary.glob("*.deb"):
-            _call(["dpkg", "-x", str(archive), "package"], temporary)
-        made = temporary / "made"
-        made.mkdir()
+    with prepared("swiftshader", folder) as (target, made, aside):
+        aside.chmod(0o755)  # apt-get downloads as a user of its own
+        call(["apt-get", "download", "-q", "chromium"], _FAILED, cwd=aside)
+        for archive in aside.glob("*.deb"):
+            call(["dpkg", "-x", str(archive), "package"], _FAILED, cwd=aside)
         for name in _FILES:
-            found = next((temporary / "package").rglob(name), None)
+            found = next((aside / "package").rglob(name), None)
             if found is None:
                 raise RuntimeMissing(f"Debian's package of Chromium holds no {name}.")
             shutil.copy(found, made / name)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(made, target)
     return target
-
-
-def _call(line, folder):
-    run = subprocess.run(line, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeMissing(
-            "Setting up the GPU runtime failed; `apt-get update` may be needed first. Received: "
-            f"`{' '.join(line[:3])} ...` ended with exit status {run.returncode} ({run.stderr.strip()[-300:]})"
-        )
