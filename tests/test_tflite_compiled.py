@@ -8,11 +8,12 @@ from tflite_mutations import attempt, mutate
 
 import keras_sparse as ks
 from keras_sparse.tflite import runtimes
-from keras_sparse.tflite.commands import RUNTIMES, RuntimeMissing, get, gpu_driver
+from keras_sparse.tflite.commands import RuntimeMissing, get, gpu_driver
 from keras_sparse.tflite.compiled import Engine
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.job import Job
+from keras_sparse.tflite.targets import get as target
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")
 MISSING = runtimes.available()
@@ -99,7 +100,7 @@ def test_sparse_files_are_not_for_the_gpu():
         assert worker.accelerated is True
     [right] = runtimes.run(content, inputs).values()
     assert np.abs(found - right).max() > 0.5 * np.abs(right).max()
-    assert not any(RUNTIMES[name].takes_sparse for name in ("gpu", "gpu-cpu"))
+    assert not target("gpu").takes_sparse
 
 
 def test_without_a_driver(tmp_path, monkeypatch):

@@ -6,8 +6,9 @@ from tflite_models import cnn, exported, mlp, several, sparsify
 
 import keras_sparse as ks
 from keras_sparse.tflite import runtimes
-from keras_sparse.tflite.commands import RUNTIMES, get
+from keras_sparse.tflite.commands import get
 from keras_sparse.tflite.micro import Engine
+from keras_sparse.tflite.targets import get as target
 
 MISSING = runtimes.available()["micro"]
 needs_micro = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -40,7 +41,7 @@ def test_sparse_files_do_not_load():
     """The reason for which `takes_sparse` is False."""
     with pytest.raises(ValueError, match="runtime 'micro'.*DENSIFY"):
         runtimes.run(exported(several), None, "micro")
-    assert RUNTIMES["micro"].takes_sparse is False
+    assert target("micro").takes_sparse is False
 
 
 @needs_micro

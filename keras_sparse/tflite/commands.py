@@ -62,7 +62,6 @@ class Runtime:
         resizes: Whether it runs batches of other sizes than the one that the file is made for.
         tells_memory: Whether the memory of its process says something of the file's.
         max_threads: How many threads it takes; `None`: any number.
-        takes_sparse: Whether it reads weights that are stored without their zeros, and reads them right.
         runs: Whether it runs files; a compiler does not.
         precision: What it computes floats in; `"float16"` where a GPU may.
         says: Regular expression of what it prints where its errors do not tell the reason.
@@ -86,7 +85,6 @@ class Runtime:
     resizes: bool = True
     tells_memory: bool = True
     max_threads: int | None = None
-    takes_sparse: bool = True
     runs: bool = True
     precision: str = "float32"
     says: str = ""
@@ -355,7 +353,6 @@ _GPU_PLACE, _GPU_KIND = _gpu()
 _GPU_KIND |= {
     "sparse_convolutions": False,
     "resizes": False,
-    "takes_sparse": False,  # measured with ai-edge-litert 2.3: wrong numbers without an error
     "max_threads": 1,
     "says": r"^.*(?:[Oo]peration is not supported|not supported by|has dynamic-sized tensors).*$",
     "absent": "No adapters found|Failed to load Vulkan",
@@ -421,7 +418,6 @@ RUNTIMES = {
             lambda folder: python_worker("tflite_micro", "micro", install=_MICRO),
             sparse_convolutions=False,
             resizes=False,
-            takes_sparse=False,  # it has no DENSIFY
             max_threads=1,
             says=r"^.*(?:Failed to get registration|Didn't find op).*$",
         ),
@@ -431,7 +427,6 @@ RUNTIMES = {
             lambda folder: python_worker("ethosu", "vela", install=_VELA),
             sparse_convolutions=False,
             resizes=False,
-            takes_sparse=False,
             runs=False,
             max_threads=1,
         ),
