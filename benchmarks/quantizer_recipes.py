@@ -4,7 +4,6 @@
 zero. Zeros are counted by value.
 """
 
-import contextlib
 import os
 import tempfile
 
@@ -72,9 +71,9 @@ def main():
     keras.utils.set_random_seed(0)
     samples = rng.normal(size=(8, 16, 16, 3)).astype("float32")
     names = [name for name in dir(recipe) if name.startswith(("dynamic", "weight_only", "static"))]
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        report = ks.tflite.export(network(rng), "dense.tflite", sparse=False, batch_size=1)
-        rows = [row(os.path.join(folder, report.path), name, samples, folder) for name in names]
+    with tempfile.TemporaryDirectory() as folder:
+        report = ks.tflite.export(network(rng), os.path.join(folder, "dense.tflite"), sparse=False, batch_size=1)
+        rows = [row(report.path, name, samples, folder) for name in names]
         notes = [f"Before: {report.bytes_file:,d} bytes."]
     result.show("Zeros after quantization, 90 % before", ["recipe", "zeros", "bytes", "encoded"], rows, notes)
 

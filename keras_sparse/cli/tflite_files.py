@@ -4,6 +4,8 @@ from keras_sparse.cli.command import argument, command
 
 __all__ = []
 
+_FILE = argument("file", metavar="FILE.tflite")
+
 
 @command()
 def _targets(options, stderr):
@@ -13,7 +15,7 @@ def _targets(options, stderr):
     return tflite.targets()
 
 
-@command(argument("file", metavar="FILE.tflite"), example="model.tflite")
+@command(_FILE, example="model.tflite")
 def _inspect(options, stderr):
     """List the tensors of a .tflite file: how they are stored, how sparse they are."""
     from keras_sparse import tflite
@@ -22,7 +24,7 @@ def _inspect(options, stderr):
 
 
 @command(
-    argument("file", metavar="FILE.tflite"),
+    _FILE,
     argument("reference", metavar="REFERENCE", help="what it should compute: a .keras or another .tflite file"),
     argument(
         "--accelerator",
@@ -40,7 +42,7 @@ def _verify(options, stderr):
 
 
 @command(
-    argument("file", metavar="FILE.tflite"),
+    _FILE,
     argument("output", metavar="OUT.tflite", help="file to write; may be the input"),
     argument("--target", default="xnnpack", metavar="NAME", help="see `keras-sparse targets` (default: xnnpack)"),
     example="quantized.tflite small.tflite",
@@ -53,7 +55,7 @@ def _encode(options, stderr):
 
 
 @command(
-    argument("file", metavar="FILE.tflite"),
+    _FILE,
     argument("--baseline", metavar="FILE.tflite", help="another file to compare with, run in turns"),
     argument(
         "--runtime",

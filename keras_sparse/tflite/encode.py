@@ -1,7 +1,6 @@
 """A file that others wrote is encoded anew: its zeros take no room, where the targets read that right."""
 
 import os
-import pathlib
 
 from keras_sparse import files
 from keras_sparse.reports import Report
@@ -9,7 +8,7 @@ from keras_sparse.tflite.choice import smallest_right
 from keras_sparse.tflite.flatmodel import gzip_size, read
 from keras_sparse.tflite.targets import NOT_SPARSE, chosen
 from keras_sparse.tflite.verification import Verification, sparse_runtimes
-from keras_sparse.tflite.verify import reference_of_file
+from keras_sparse.tflite.verify import coarsest, reference_of_file
 
 __all__ = ["encode"]
 
@@ -59,12 +58,12 @@ def encode(path, out, target="xnnpack"):
             )
     if not targets or not os.fspath(out).endswith(".tflite"):
         raise ValueError(f"`encode` needs a `target`, and `out` must end in '.tflite'. Received: {target!r}, {out!r}")
-    flat, dense = read(path), pathlib.Path(path).read_bytes()
-    if any(tensor.levels is not None for graph in flat.subgraphs for tensor in graph.tensors):
+    flat = read(path)
+    dense = flat.content
+    if flat.is_sparse:
         raise ValueError(f"The file must hold dense weights. Received: {os.fspath(path)!r}, which is encoded already")
     reference = reference_of_file(dense, dense)
-    integers = any(t.dtype == "int8" and t.stored is not None for graph in flat.subgraphs for t in graph.tensors)
-    tolerance = _OF_INTEGERS if integers else _TOLERANCE
+    tolerance = _OF_INTEGERS if coarsest(flat) == "int8" else _TOLERANCE
     verification = Verification(dense, reference, tolerance, True, sparse_runtimes(), targets=targets)
     choice = smallest_right(dense, verification)
     with files.replacing(os.path.realpath(out)) as temporary, open(temporary, "wb") as file:

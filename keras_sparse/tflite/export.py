@@ -188,8 +188,9 @@ def export(
         raise TypeError(f"`sparse` must be True or False. Received: sparse={sparse!r}")
     _check_quantize(quantize, representative_data, inference_type)
     _check_targets(targets, quantize)
-    readable = all(each.takes_sparse for each in targets)
-    runtimes = sparse_runtimes(verify if readable or verify not in VERIFY else VERIFY[0])
+    readable = bool(targets) and all(each.takes_sparse for each in targets)
+    dense_only = targets and not readable  # then sparse kernels are not asked, but `verify` is checked
+    runtimes = sparse_runtimes(VERIFY[0] if dense_only and verify in VERIFY else verify)
     path = _check_path(path)
     model = accepted(model)
     if batch_size is None and any(each.fixed_batch for each in targets):
@@ -197,7 +198,6 @@ def export(
     job = _job(model, quantize, representative_data, inference_type, batch_size)
     conversion = convert(job)
     verification = Verification.of(job, conversion, runtimes, strict=verify == "strict", targets=targets)
-    readable = readable and bool(targets)
     choice = smallest_right(conversion.content, verification, sparse and readable)
     if sparse and not readable:
         choice.bytes_sparse = min(len(encode(conversion.content).content), len(conversion.content))
@@ -289,14 +289,14 @@ def _notes_on_conversion(job, conversion):
 def _notes_on_use(written, choice, targets):
     """Where the file must not be used, and what a target makes of zeros."""
     notes = []
-    if any(tensor.levels is not None for graph in written.subgraphs for tensor in graph.tensors):
+    if written.is_sparse:
         notes.append(f"{NOT_SPARSE}.")
     elif choice.bytes_sparse is not None and choice.bytes_sparse < 0.9 * written.bytes:
         notes += [f"For {target.name}: {target.otherwise.text}." for target in targets if not target.takes_sparse] or [
             "Stored dense, which is right on every accelerator. For CPUs alone target='xnnpack' leaves the zeros out: "
             f"{choice.bytes_sparse:,d} bytes."
         ]
-    if any(0 in written.subgraphs[0].tensors[number].opened for number in written.subgraphs[0].inputs):
+    if written.has_open_batch:
         notes.append(f"{OPEN_BATCH}.")
     return notes + [f"Not verified for {reason}" for reason in choice.not_verified]
 

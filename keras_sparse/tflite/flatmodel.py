@@ -219,6 +219,16 @@ class FlatModel:
         """Size of the file in a zip archive."""
         return gzip_size(self.content)
 
+    @property
+    def is_sparse(self):
+        """Whether weights are stored without their zeros."""
+        return any(tensor.levels is not None for graph in self.subgraphs for tensor in graph.tensors)
+
+    @property
+    def has_open_batch(self):
+        """Whether an input takes batches of any size."""
+        return any(0 in graph.tensors[number].opened for graph in self.subgraphs[:1] for number in graph.inputs)
+
 
 def read(path):
     """Read a .tflite file (a path, or its content as bytes) into a `FlatModel`.

@@ -80,7 +80,7 @@ def inspect(path):
     columns["tensor"] = lambda row: brief_name(row["tensor"])
     title = f"Tensors of {os.path.basename(path)}"
     notes = [f"{NOT_SPARSE}."] if totals["tensors_sparse"] else []
-    if model.subgraphs and any(0 in model.subgraphs[0].tensors[n].opened for n in model.subgraphs[0].inputs):
+    if model.has_open_batch:
         notes.append(f"{OPEN_BATCH}.")
     return Report(title, rows, totals, notes, formats, columns, lambda row: len(row["shape"]) >= 2)
 

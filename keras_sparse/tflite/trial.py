@@ -1,11 +1,11 @@
 """A trial loads a file where a target would run it, and tells how it runs there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from keras_sparse.tflite.commands import COMPILERS, RUNTIMES, RuntimeMissing
 from keras_sparse.tflite.runtimes import Worker
 
-__all__ = ["DENSE", "PARTLY", "REFUSED", "SPARSE", "UNKNOWN", "Trial", "tried"]
+__all__ = ["DENSE", "PARTLY", "REFUSED", "SPARSE", "UNKNOWN", "Trial", "compiled", "tried"]
 
 SPARSE, DENSE, PARTLY, REFUSED = "runs sparse", "runs dense", "in part on the CPU", "refused"
 UNKNOWN = "not tried"
@@ -29,10 +29,7 @@ class Trial:
 
     verdict: str
     reason: str
-    made: dict = ()
-
-    def __post_init__(self):
-        object.__setattr__(self, "made", dict(self.made))
+    made: dict = field(default_factory=dict)
 
 
 def tried(content, target):
@@ -57,37 +54,53 @@ def tried(content, target):
     'runs dense'
     """
     made = Trial(UNKNOWN, "No runtime of this package runs it; try the file on the device")
-    try:
-        for name in target.runtimes:
-            made = _loaded(content, RUNTIMES[name])
-            if made.verdict in (REFUSED, PARTLY):
-                return made
-        if target.npu:
-            return _compiled(content, target)
-    except (RuntimeMissing, TimeoutError) as error:
-        return Trial(UNKNOWN, str(error))
-    return made
+    for name in target.runtimes:
+        made = _asked(content, RUNTIMES[name], _loaded)
+        if made.verdict in (REFUSED, PARTLY, UNKNOWN):
+            return made
+    return compiled(content, target.npu) if target.npu else made
 
 
-def _loaded(content, runtime):
+def compiled(content, npu):
+    """Compile a file with dense weights for an NPU.
+
+    Args:
+        content: The file's bytes.
+        npu: What Arm's compiler calls it: `Target.npu`.
+
+    Returns:
+        A `Trial`.
+
+    Example:
+
+    >>> from keras_sparse.tflite.trial import compiled
+    >>> compiled(b"this is no model", "ethos-u55-128").verdict in ("refused", "not tried")
+    True
+    """
+    return _asked(content, COMPILERS[0], lambda worker, runtime: _by_compiler(worker.compile(npu), npu))
+
+
+def _asked(content, runtime, ask):
+    """The trial that `ask(worker, runtime)` makes where a runtime has loaded the file, or why there is none."""
     try:
         with Worker(content, runtime.name) as worker:
-            if worker.accelerated is False:
-                return Trial(PARTLY, f"Without a CPU it is refused: {worker.objections() or 'no reason is told'}")
+            return ask(worker, runtime)
     except ValueError as error:
         return Trial(REFUSED, str(error).partition(" (")[2].rstrip(")"))
+    except (RuntimeMissing, TimeoutError) as error:
+        return Trial(UNKNOWN, str(error))
+
+
+def _loaded(worker, runtime):
+    if worker.accelerated is False:
+        return Trial(PARTLY, f"Without a CPU it is refused: {worker.objections() or 'no reason is told'}")
     return Trial(DENSE, f"Loaded by {runtime.title}")
 
 
-def _compiled(content, target):
-    try:
-        with Worker(content, COMPILERS[0].name) as worker:
-            made = worker.compile(target.npu)
-    except ValueError as error:
-        return Trial(REFUSED, str(error).partition(" (")[2].rstrip(")"))
+def _by_compiler(made, npu):
     operators = made["npu_operators"] + made["cpu_operators"]
     reason = (
-        f"On {target.npu}: {made['npu_operators']} of {operators} operators, {made['cycles']:,d} cycles, "
+        f"On {npu}: {made['npu_operators']} of {operators} operators, {made['cycles']:,d} cycles, "
         f"{made['bytes_weights']:,d} weights in {made['bytes_encoded']:,d} bytes (by Vela, estimated)"
     )
     if not made["npu_operators"]:

@@ -5,14 +5,13 @@ faults. Others that have them on are emulated.
 """
 
 import os
-from dataclasses import replace
 
 from keras_sparse.tflite.commands import COMPILERS, RUNTIMES, RuntimeMissing, available
 from keras_sparse.tflite.errors import ExportError, first_line
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import CALIBRATED, INTEGERS
 from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches
-from keras_sparse.tflite.trial import REFUSED, UNKNOWN, tried
+from keras_sparse.tflite.trial import REFUSED, UNKNOWN, compiled
 from keras_sparse.tflite.xnnpack import hazard, touched, uses
 
 __all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "VERIFY", "Verification", "sparse_runtimes"]
@@ -55,7 +54,7 @@ def sparse_runtimes(verify="auto"):
     """
     if verify not in VERIFY:
         raise ValueError(f"`verify` must be 'auto' or 'strict'. Received: verify={verify!r}")
-    if verify == "auto" and os.environ.get("KERAS_SPARSE_VERIFY") == _NATIVE.name:
+    if verify == "auto" and _keeps_to_this_machine():
         return []
     missing = available()
     found = [name for name in SPARSE_RUNTIMES if missing[name] is None]
@@ -65,6 +64,10 @@ def sparse_runtimes(verify="auto"):
             f"verify='strict' needs a runtime on which sparse kernels are on; one is enough. {reasons}"
         )
     return found
+
+
+def _keeps_to_this_machine():
+    return os.environ.get("KERAS_SPARSE_VERIFY") == _NATIVE.name
 
 
 class Verification:
@@ -173,8 +176,7 @@ class Verification:
         if not _same_weights(model, read(self._dense)):
             return "a decoded weight is not the dense file's", None
         for target in self._targets:
-            restored = {use.tensor.dtype for use in uses(model) if not use.sparse}
-            if target.restores and not restored <= set(target.restores):
+            if target.restores and not _restored(model) <= set(target.restores):
                 return f"{target.title} restores only {' and '.join(target.restores)} weights right", None
         try:
             parity = self._native(content)
@@ -254,7 +256,7 @@ class Verification:
         for runtime in [RUNTIMES[name] for name in target.runtimes]:
             if runtime.title in self.verified_on:
                 continue
-            if not self._strict and os.environ.get("KERAS_SPARSE_VERIFY") == _NATIVE.name:
+            if not self._strict and _keeps_to_this_machine():
                 self.not_verified.append(f"{target.name}: KERAS_SPARSE_VERIFY keeps to this machine's CPU.")
                 continue
             try:
@@ -269,7 +271,7 @@ class Verification:
 
     def _uncompiled(self, target, content):
         """What the compiler for a target's NPU objects to, or `None`; a note says what it makes of the file."""
-        trial = tried(content, replace(target, runtimes=()))
+        trial = compiled(content, target.npu)
         if trial.verdict == UNKNOWN:
             self.not_verified.append(f"{target.name}: {trial.reason}")
         elif trial.verdict == REFUSED:
@@ -299,6 +301,11 @@ class Verification:
                 )
             return None
         return f"output {parity.worst!r} differs by {parity.relative:.3g} of its magnitude"
+
+
+def _restored(model):
+    """The types of the weights that are stored without their zeros and restored."""
+    return {use.tensor.dtype for use in uses(model) if not use.sparse}
 
 
 def _same_weights(sparse, dense):

@@ -1,7 +1,6 @@
 """A verification of any .tflite file, whoever wrote it: the same numbers as its model, on an accelerator of choice."""
 
 import os
-import pathlib
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from keras_sparse.tflite.runtimes import Worker
 from keras_sparse.tflite.targets import NOT_SPARSE
 from keras_sparse.tflite.verification import TOLERANCE
 
-__all__ = ["ACCELERATORS", "VerifyReport", "reference_of_file", "verify"]
+__all__ = ["ACCELERATORS", "VerifyReport", "coarsest", "reference_of_file", "verify"]
 
 # What people call the runtimes that apps use, and the names of all that run files.
 ACCELERATORS = {"cpu": RUNTIMES["native"], "gpu": RUNTIMES["gpu-cpu"]}
@@ -93,12 +92,12 @@ def verify(path, model, accelerator="cpu", data=None, tolerance=None):
         names = ", ".join(map(repr, ACCELERATORS))
         raise ValueError(f"`accelerator` must be one of {names}. Received: accelerator={accelerator!r}")
     runtime, flat = ACCELERATORS[accelerator], read(path)
-    content = pathlib.Path(path).read_bytes()
+    content = flat.content
     reference = _reference(content, model, data)
-    allowed = TOLERANCE[_weights(flat)] if tolerance is None else tolerance
+    allowed = TOLERANCE[coarsest(flat)] if tolerance is None else tolerance
     parity = reference.compare_on(runtime.name, content)
     notes = []
-    if any(tensor.levels is not None for graph in flat.subgraphs for tensor in graph.tensors):
+    if flat.is_sparse:
         notes.append(f"{NOT_SPARSE}.")
     if parity.accelerated is False:
         notes.append("In part on the CPU: the accelerator does not take all of its operators.")
@@ -174,8 +173,20 @@ def _reference(content, model, data):
     return Reference(model, signature, batches)
 
 
-def _weights(flat):
-    """The coarsest type of weights, as `TOLERANCE` calls it."""
+def coarsest(flat):
+    """The coarsest type of the weights of a `FlatModel`, as `TOLERANCE` calls it.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.flatmodel import read
+    >>> from keras_sparse.tflite.job import Job
+    >>> from keras_sparse.tflite.verify import coarsest
+    >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
+    >>> coarsest(read(convert(Job(model, quantize="float16")).content))
+    'float16'
+    """
     tensors = [t for graph in flat.subgraphs for t in graph.tensors if t.stored is not None and len(t.shape) >= 2]
     found = {tensor.dtype for tensor in tensors}
     return next((name for name in ("int8", "float16") if name in found), "float32")
