@@ -6,7 +6,7 @@ import multiprocessing
 import pathlib
 import sys
 
-from keras_sparse.quiet import quiet
+from keras_sparse import quiet
 
 
 def _is_command_line():
@@ -20,7 +20,7 @@ def _is_command_line():
 # `import keras_sparse` for the classes that a saved model mentions. What TensorFlow prints meanwhile is the user's to
 # see, but not once more from each worker of a search.
 if not _is_command_line():
-    with quiet() if multiprocessing.parent_process() else contextlib.nullcontext():
+    with quiet.quiet() if multiprocessing.parent_process() else contextlib.nullcontext():
         from keras_sparse import (
             baking,
             batches,
