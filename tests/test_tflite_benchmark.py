@@ -3,6 +3,8 @@
 import json
 import shlex
 
+import keras
+import numpy as np
 import pytest
 from tflite_models import exported, lstm, mlp, qualifying, several
 
@@ -54,9 +56,51 @@ def test_wasm(folder):
 def test_arm64(folder):
     report = ks.tflite.benchmark(folder / "qualifying.tflite", folder / "qualifying_dense.tflite", runtime="arm64")
     base, row = report.rows
-    assert sorted(row) == ["bytes", "file", "instructions", "load", "ratio"], "no times: they would mean nothing"
+    assert sorted(row) == ["bytes", "file", "instructions", "load", "ratio", "runtime"], (
+        "no times: they would mean nothing"
+    )
     assert row["ratio"] == row["instructions"] / base["instructions"] < 0.8
     assert row["load"] > row["instructions"] and report.totals["unit"] == "instructions"
+
+
+def test_a_target_is_measured_by_interpreter_and_compiled_model(folder):
+    files = folder / "mlp.tflite", folder / "mlp_dense.tflite"
+    report = ks.tflite.benchmark(*files, target="xnnpack-x86", seconds=0.05)
+    found = [(row["runtime"], row["file"]) for row in report.rows]
+    assert found == [(runtime, file.name) for runtime in ("native", "compiled-cpu") for file in reversed(files)]
+    assert [row["ratio"] == 1 for row in report.rows] == [True, False] * 2
+    assert all(
+        row["ratio"] == row["median"] / base["median"]
+        for base, row in zip(report.rows[::2], report.rows[1::2], strict=True)
+    )
+
+
+@pytest.mark.skipif(MISSING["ethos-u"] is not None, reason=str(MISSING["ethos-u"]))
+def test_an_npu_is_measured_in_cycles(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, sparsity in ("dense", 0.0), ("sparse", 0.95):
+        model = keras.Sequential([keras.Input((256,)), keras.layers.Dense(256, "relu"), keras.layers.Dense(10)])
+        ks.prune(model, sparsity)
+        data = rng.normal(size=(16, 256))
+        path = tmp_path / f"{name}.tflite"
+        ks.tflite.export(model, path, target="ethos-u85", quantize="int8", representative_data=data)
+    report = ks.tflite.benchmark(path, tmp_path / "dense.tflite", target="ethos-u85")
+    base, row = report.rows
+    assert report.totals["unit"] == "cycles" and row["cpu_operators"] == base["cpu_operators"]
+    assert row["ratio"] == row["cycles"] / base["cycles"] < 0.8
+    assert row["bytes_encoded"] < 0.2 * base["bytes_encoded"]
+
+
+@pytest.mark.parametrize("target", ["micro", "qualcomm", "gpu"])
+def test_targets_that_nothing_here_measures_for(target, folder):
+    if target == "gpu" and ks.tflite.runtimes.RUNTIMES["gpu-cpu"].counts:
+        pytest.skip("there is a GPU")
+    with pytest.raises(
+        ValueError, match=f"Nothing here measures for .*mean nothing|device.*Received: target='{target}'"
+    ):
+        ks.tflite.benchmark(folder / "mlp.tflite", target=target)
+    with pytest.raises(ValueError, match="leave one of the two out. Received: runtime='native', target="):
+        ks.tflite.benchmark(folder / "mlp.tflite", runtime="native", target=target)
 
 
 def test_operators(folder):
@@ -107,7 +151,7 @@ def test_bad_durations(name, value, folder):
         ks.tflite.benchmark(folder / "mlp.tflite", **{name: value})
 
 
-@pytest.mark.parametrize("runtime", ["x86-no-avx", "micro", None])
+@pytest.mark.parametrize("runtime", ["x86-no-avx", "micro", "ethos-u", 3])
 def test_bad_runtime(runtime, folder):
     message = "`runtime` must be one of 'native', 'wasm', 'arm64', 'compiled-cpu'.*Received: runtime="
     with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ import pytest
 from keras import layers
 from tflite_models import MODELS, cnn, conv3d, image_model, mlp, sparsify, stem
 
+import keras_sparse as ks
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
@@ -20,6 +21,9 @@ from keras_sparse.tflite.signatures import signature
 from keras_sparse.tflite.verification import Verification
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")
+
+
+MISSING = available()
 
 
 def dense(model, quantize=None):
@@ -68,6 +72,34 @@ def test_random_kernels(seed):
     values = np.count_nonzero(kernel)
     smaller = values * (5 if inputs <= 256 else 6) + 4 * units + 300 < 4 * kernel.size
     assert after.encoding != "dense" or not smaller
+
+
+def wide():
+    """A convolution and a Dense layer of more than 256 inputs and fewer outputs, which block rows do not suit."""
+    inputs = keras.Input((6, 6, 300))
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(280, 3, activation="relu")(layers.Conv2D(40, 1)(inputs)))
+    return keras.Model(inputs, layers.Dense(30)(layers.Dense(300, activation="relu")(x)))
+
+
+@pytest.mark.everywhere
+@pytest.mark.parametrize("quantize", [None, "float16", "dynamic"])
+def test_rows_lie_along_the_shorter_axis(quantize, tmp_path):
+    keras.utils.set_random_seed(0)
+    model = wide()
+    for bias in model.weights[1::2]:
+        bias.assign(np.random.default_rng(0).normal(size=bias.shape))
+    ks.prune(model, 0.8)
+    content = dense(model, quantize)
+    assert stored(encode(content).content) == stored(content)
+    others = [runtime for runtime in ("x86-no-avx", "wasm") if MISSING[runtime] is None]
+    verify = "strict" if others else "auto"
+    report = ks.tflite.export(model, tmp_path / "wide.tflite", target="xnnpack", quantize=quantize, verify=verify)
+    rows = [row for row in report.rows if row["shape"][0] in (30, 40)]  # [outputs, ..., inputs]
+    width = {None: 4, "float16": 2, "dynamic": 1}[quantize]
+    for row in rows:
+        nonzero = round((1 - row["sparsity"]) * np.prod(row["shape"]))
+        assert row["bytes"] <= nonzero * (width + 1) + 2 * (row["shape"][-1] + 1), "a byte for each place in a row"
+    assert len(rows) == 2 and len(report.verified_on) == 1 + len(others)
 
 
 @pytest.mark.slow

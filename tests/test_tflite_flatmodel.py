@@ -1,12 +1,14 @@
 """Reading .tflite files: decoding, with the dense file as the oracle."""
 
+import math
+
 import flatbuffers
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from tflite_models import encodings
 
-from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.flatmodel import Tensor, read
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,29 @@ def test_encodings_and_blocks(files):
     assert kinds("mlp", True, "float16") == {("sparse-block-csr", (1, 4))}
     assert ("sparse-csr", (1, 1, 1, 1)) in kinds("cnn", False, None)
     assert all(t.encoding == "dense" for t in tensors(files["cnn", False, None]["dense"]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_no_encoding_goes_below_the_limit(dtype):
+    values = np.zeros(12, dtype)
+    values[[0, 5, 7]] = 1
+    tensor = Tensor("kernel", (3, 4), dtype, values.view("uint8"))
+    assert tensor.bytes_limit == math.ceil(3 * values.itemsize + math.log2(math.comb(12, 3)) / 8)
+    full = Tensor("kernel", (3, 4), dtype, (values + 1).astype(dtype).view("uint8"))
+    assert full.bytes_limit == full.bytes
+
+
+def test_files_lie_above_the_limit(files):
+    for key, made in files.items():
+        dense, sparse = (read(made[kind]) for kind in ("dense", "sparse"))
+        assert sparse.bytes_limit <= sparse.bytes and dense.bytes_limit < dense.bytes, key
+        # Tensor by tensor: the same, but for blocks, of which there are fewer ways.
+        for tensor in tensors(made["sparse"]):
+            values = tensor.values() if tensor.levels is not None else None
+            if values is not None:
+                plain = Tensor("", tensor.shape, tensor.dtype, np.ascontiguousarray(values).reshape(-1).view("uint8"))
+                whole = all(n == 1 for n in tensor.block)
+                assert tensor.bytes_limit == plain.bytes_limit if whole else tensor.bytes_limit <= tensor.bytes
 
 
 def test_tensors_of_all_subgraphs(files):

@@ -60,9 +60,9 @@ def _encode(options, stderr):
     argument(
         "--runtime",
         choices="keras_sparse.tflite.commands:MEASURING",
-        default="native",
         help="this CPU (native, the default), LiteRT.js in Node, or an emulated ARM64 CPU that counts instructions",
     ),
+    argument("--target", metavar="NAME", help="instead: what measures for this one of `keras-sparse targets`"),
     argument("--threads", type=int, default=1, help="threads of the interpreter (default: 1)"),
     argument("--seconds", type=float, default=1.0, help="of measuring, for each file (default: 1)"),
     example="sparse.tflite --baseline dense.tflite --runtime wasm",
@@ -77,6 +77,7 @@ def _benchmark(options, stderr):
         runtime=options.runtime,
         threads=options.threads,
         seconds=options.seconds,
+        target=options.target,
     )
 
 

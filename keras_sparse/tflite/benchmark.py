@@ -8,13 +8,16 @@ import re
 import shlex
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from keras_sparse.reports import Report
-from keras_sparse.tflite.commands import MEASURING, get
+from keras_sparse.tflite.commands import MEASURING, RUNTIMES, get
 from keras_sparse.tflite.flatmodel import damaged, read
 from keras_sparse.tflite.runtimes import TIMEOUT, Worker
+from keras_sparse.tflite.targets import get as get_target
 from keras_sparse.tflite.xnnpack import uses
 
 __all__ = ["BenchmarkReport", "benchmark", "in_turns"]
@@ -87,32 +90,39 @@ def _lines(command, width=120):
     return [*lines, command]
 
 
-def benchmark(path, baseline=None, runtime="native", threads=1, seconds=1.0, timeout=TIMEOUT):
-    """Measure a .tflite file on random input of batch size 1: latency, loading, memory, or instructions.
+def benchmark(path, baseline=None, runtime=None, threads=1, seconds=1.0, timeout=TIMEOUT, target=None):
+    """Measure a .tflite file on random input of batch size 1: latency, loading, memory, instructions or cycles.
 
     Each file runs in a process of its own. With a baseline the two are run in turns, so that both meet the same load of
-    the machine.
+    the machine. A run ends when the outputs have been read: a GPU computes on after its call has returned.
 
     Args:
         path: A .tflite file that you trust: it is run.
         baseline: Another one to compare with, such as the dense encoding of the same model.
-        runtime: `"native"`: ai-edge-litert on this CPU. On x86 with AVX it runs sparse convolutions as dense ones, so
-            ratios do not hold for phones. `"wasm"`: LiteRT.js in Node, which runs them sparse; needs
-            `npm install @litertjs/core`. `"arm64"`: ai-edge-litert under `qemu-aarch64`, which counts the instructions
-            of a phone's CPU exactly; its time would mean nothing and is not shown. Needs `ks.tflite.setup_arm64()`.
+        runtime: `"native"`, the default: LiteRT's interpreter on this CPU. On x86 with AVX it runs sparse convolutions
+            as dense ones, so ratios do not hold for phones. `"wasm"`: LiteRT.js in Node, which runs them sparse; needs
+            `npm install @litertjs/core`. `"arm64"`: LiteRT under `qemu-aarch64`, which counts the instructions of a
+            phone's CPU exactly; its time would mean nothing and is not shown. Needs `ks.tflite.setup_arm64()`.
+            `"compiled-cpu"`: LiteRT's `CompiledModel` on this CPU; `"gpu"`, `"gpu-cpu"`: on a GPU, if there is one.
         threads: Threads of the interpreter; only 1 on `"arm64"`.
         seconds: How long to measure each file; at least 20 rounds, or for ten times as long. Not used by `"arm64"`.
         timeout: Seconds that each step, such as loading a file, may take.
+        target: Instead of a runtime, the name of a target (`ks.tflite.targets`): what measures for it here is used.
+            `"xnnpack"`: instructions of an ARM64 CPU. `"xnnpack-x86"`: time by the interpreter and, beside it, by
+            `CompiledModel`. `"ethos-u85"` and its like: cycles, as Arm's compiler estimates them.
 
     Returns:
-        A `BenchmarkReport`. Columns: `file`, `bytes`; `load` in milliseconds; `memory`, the bytes that loading and
-        running the file added to the process's peak (not on `"wasm"`); the quartiles `p25`, `median`, `p75` of the
-        latency in milliseconds; `rounds`; `ratio`, median over the baseline's median (`None` without a baseline). On
-        `"arm64"` `load` and `instructions` count instructions, and `ratio` compares those.
+        A `BenchmarkReport`. Columns: `file`, `bytes`, `runtime`; `load` in milliseconds; `memory`, the bytes that
+        loading and running the file added to the process's peak (not on `"wasm"`); the quartiles `p25`, `median`,
+        `p75` of the latency in milliseconds; `rounds`; `ratio`, median over the baseline's median on the same runtime
+        (`None` without a baseline). On `"arm64"` `load` and `instructions` count instructions, and `ratio` compares
+        those. For Ethos-U targets `cycles`, `bytes_encoded` (what the NPU reads in place of the weights),
+        `npu_operators` and `cpu_operators`, and `ratio` compares cycles.
 
     Raises:
         FileNotFoundError: If a file does not exist.
-        ValueError: If a file is no valid .tflite file or cannot be run, or an argument is wrong.
+        ValueError: If a file is no valid .tflite file or cannot be run, an argument is wrong, or nothing here measures
+            for the target.
         TimeoutError: If a step took longer than `timeout`.
         RuntimeMissing: If the runtime is not installed; an `OSError` that says what to install.
 
@@ -127,29 +137,51 @@ def benchmark(path, baseline=None, runtime="native", threads=1, seconds=1.0, tim
     >>> report.rows[0]["p25"] <= report.rows[0]["median"] <= report.rows[0]["p75"]
     True
     """
-    runtime = get(runtime, MEASURING)
+    runtimes, npu = _chosen(runtime, target)
     for name, value in ("seconds", seconds), ("timeout", timeout):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
     files = [os.fspath(file) for file in ([baseline] if baseline is not None else []) + [path]]
     models = [read(file) for file in files]
-    operators = [row for file, model in zip(files, models, strict=True) for row in _operators(file, model, runtime)]
+    operators = [row for file, model in zip(files, models, strict=True) for row in _operators(file, model, runtimes[0])]
+    [measure] = {_MEASURES[runtime.counts] for runtime in runtimes}
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(Worker(file, runtime.name, threads, timeout)) for file in files]
-        for worker in workers:
-            worker.feed()
-        measured = _MEASURES[runtime.counts](workers, runtime, seconds)
-    rows = []
-    for file, model, numbers in zip(files, models, measured, strict=True):
-        value, base = (run.get("median", run.get("instructions")) for run in (numbers, measured[0]))
-        ratio = None if baseline is None else value / base
-        rows.append({"file": os.path.basename(file), "bytes": model.bytes, **numbers, "ratio": ratio})
-    formats = dict.fromkeys(("p25", "median", "p75"), ".4f") | {"ratio": ".3f"}
-    formats |= dict.fromkeys(("bytes", "memory", "instructions"), ",d")
-    unit, formats["load"] = _UNITS[runtime.counts]
-    totals = {"runtime": runtime.title, "threads": threads, "unit": unit}
+        places = [(runtime, *place) for runtime in runtimes for place in zip(files, models, strict=True)]
+        workers = [stack.enter_context(Worker(file, runtime.name, threads, timeout)) for runtime, file, _ in places]
+        measured = measure.take(workers, [runtime for runtime, *_ in places], seconds, npu)
+    rows, bases = [], {}
+    for (runtime, file, model), numbers in zip(places, measured, strict=True):
+        base = bases.setdefault(runtime.name, numbers[measure.compares])
+        ratio = None if baseline is None else numbers[measure.compares] / base
+        rows.append(
+            {"file": os.path.basename(file), "bytes": model.bytes, "runtime": runtime.name, **numbers, "ratio": ratio}
+        )
+    formats = dict.fromkeys(("p25", "median", "p75"), ".4f") | {"ratio": ".3f", "load": measure.load}
+    formats |= dict.fromkeys(("bytes", "memory", "instructions", "cycles", "bytes_encoded"), ",d")
+    title = ", ".join(runtime.title for runtime in runtimes)
+    totals = {"runtime": title, "threads": threads, "unit": measure.unit}
     commands = _commands([pathlib.Path(file) for file in files], threads)
     return BenchmarkReport("Benchmark", rows, totals, formats, Report("Operators", operators, {}), commands)
+
+
+def _chosen(runtime, target):
+    """The runtimes that measure, and what Vela calls the NPU."""
+    if target is None:
+        return [get("native" if runtime is None else runtime, MEASURING)], ""
+    if runtime is not None:
+        raise ValueError(
+            f"`target` chooses the runtime: leave one of the two out. Received: runtime={runtime!r}, target={target!r}"
+        )
+    target = get_target(target)
+    runtimes = [RUNTIMES[name] for name in target.measures]
+    silent = [runtime.title for runtime in runtimes if runtime.counts is None]
+    if silent or not runtimes:
+        why = f"the time of {silent[0]} would mean nothing" if silent else "that needs the device"
+        raise ValueError(
+            f"Nothing here measures for {target.title}: {why}. Bytes are those of the file (`ks.tflite.inspect`). "
+            f"Received: target={target.name!r}"
+        )
+    return runtimes, target.npu
 
 
 def in_turns(timers, seconds):
@@ -183,9 +215,12 @@ def in_turns(timers, seconds):
     return list(np.transpose(times))
 
 
-def _times(workers, runtime, seconds):
+def _times(workers, runtimes, seconds, npu):
+    for worker in workers:
+        worker.feed()
     rows = []
-    for worker, own in zip(workers, in_turns([worker.time for worker in workers], seconds), strict=True):
+    timed = in_turns([worker.time for worker in workers], seconds)
+    for worker, runtime, own in zip(workers, runtimes, timed, strict=True):
         p25, median, p75 = (1e3 * float(q) for q in np.quantile(own, (0.25, 0.5, 0.75)))
         memory = {"memory": worker.memory()} if runtime.tells_memory else {}
         row = {"load": 1e3 * worker.load} | memory | {"p25": p25, "median": median, "p75": p75}
@@ -193,12 +228,32 @@ def _times(workers, runtime, seconds):
     return rows
 
 
-def _instructions(workers, runtime, seconds):
+def _instructions(workers, runtimes, seconds, npu):
+    for worker in workers:
+        worker.feed()
     return [{"load": worker.load, "instructions": worker.count()} for worker in workers]
 
 
-_MEASURES = {"seconds": _times, "instructions": _instructions}
-_UNITS = {"seconds": ("ms", ".2f"), "instructions": ("instructions", ",d")}  # and how loading is shown
+def _cycles(workers, runtimes, seconds, npu):
+    columns = ("cycles", "bytes_encoded", "npu_operators", "cpu_operators")
+    return [{name: compiled[name] for name in columns} for compiled in (worker.compile(npu) for worker in workers)]
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """How something is measured, the column that a ratio compares, the unit, and how loading is shown."""
+
+    take: Callable
+    compares: str
+    unit: str
+    load: str = ",d"
+
+
+_MEASURES = {  # by what a runtime counts
+    "seconds": _Measure(_times, "median", "ms", ".2f"),
+    "instructions": _Measure(_instructions, "instructions", "instructions"),
+    "cycles": _Measure(_cycles, "cycles", "cycles"),
+}
 
 
 def _operators(file, model, runtime):

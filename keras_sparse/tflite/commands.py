@@ -57,8 +57,8 @@ class Runtime:
         sparse_convolutions: Whether XNNPACK's sparse kernels for convolutions are on there.
         verifies: Whether `ks.tflite.export` compares files there if sparse kernels could touch them.
         thorough: Whether it is compared on all inputs; if not, on a few, because it is slow.
-        counts: What `ks.tflite.benchmark` measures there: `"seconds"`, `"instructions"`, or `None` where neither would
-            mean anything.
+        counts: What `ks.tflite.benchmark` measures there: `"seconds"`, `"instructions"`, `"cycles"`, or `None` where
+            none would mean anything.
         resizes: Whether it runs batches of other sizes than the one that the file is made for.
         tells_memory: Whether the memory of its process says something of the file's.
         max_threads: How many threads it takes; `None`: any number.
@@ -426,11 +426,12 @@ RUNTIMES = {
             "Vela, the compiler for Arm's Ethos-U NPUs",
             lambda folder: python_worker("ethosu", "vela", install=_VELA),
             sparse_convolutions=False,
+            counts="cycles",
             resizes=False,
             runs=False,
             max_threads=1,
         ),
     )
 }
-MEASURING = {name: runtime for name, runtime in RUNTIMES.items() if runtime.counts is not None}
+MEASURING = {name: one for name, one in RUNTIMES.items() if one.runs and one.counts is not None}
 COMPILERS = [runtime for runtime in RUNTIMES.values() if not runtime.runs]

@@ -17,7 +17,8 @@ and lets operators read weights that they misread. Here each weight is encoded b
   convolutions compute garbage there, and no sparse kernel takes such inputs.
 
 The storage is that of TFLite's converter: compressed sparse rows of single values or blocks, where rows are all axes
-but the last (schema.fbs, `SparsityParameters`).
+but the last (schema.fbs, `SparsityParameters`). What is restored may as well have rows of all axes but the first: the
+place in a row takes a byte where that axis has up to 256 entries, and two where it has more.
 """
 
 import copy
@@ -131,15 +132,13 @@ def _encode_graph(file, graph, encoded):
                 encoded.kept[_name(tensor)] = weight.obstacle
             continue
         file.store(tensor, best.values)
+        tensor.shape = np.array(weight.values.shape, "int32")
         tensor.sparsity = best.parameters(file.schema, tensor.shape)
         if weight.whole:
             tensor.type, tensor.quantization = file.schema.TensorType.FLOAT32, None
         if weight.runs_sparse:
             file.code("FULLY_CONNECTED", _FULLY_CONNECTED_SPARSE)
             continue
-        if weight.pixels:
-            tensor.shape = np.array([tensor.shape[0], 1, 1, tensor.shape[1]], "int32")
-            tensor.sparsity = best.parameters(file.schema, tensor.shape)
         operator, output = file.unpack(graph, number, "DENSIFY", 1, tensor.type, tensor.quantization)
         unpacking.append(operator)
         if weight.hybrid:
@@ -229,7 +228,9 @@ class _Weight:
             narrow = fully and all(file.dtype(graph.tensors[n]) == "int8" for n in inputs)  # not of 16 bits
             weight.pixels = narrow and all(_may_be_convolution(file, graph, reader) for reader, _ in own)
             weight.direct = 16 if narrow else None
-            if not weight.pixels:
+            if weight.pixels:
+                weight.values = values.reshape(len(values), 1, 1, -1)
+            else:
                 weight.blocks, weight.obstacle = [], "FULLY_CONNECTED in integers does not load with restored weights"
         elif alone and (weight.hybrid or dtype == "<f2"):
             whole = cls(_real(values, quantization), [1], whole=True, final=final)
@@ -263,6 +264,8 @@ class _Weight:
     def smaller(self):
         """List of `_Rows`, those that are smaller than the dense weight."""
         found = [self.stored(block) for block in self.blocks]
+        if 1 in self.blocks:
+            found.append(_Rows.of(self.values, 1, axis=0))
         return [rows for rows in found if rows.bytes + self.overhead < self.values.nbytes]
 
     @property
@@ -286,18 +289,22 @@ class _Rows:
     """Compressed sparse rows: values of the blocks that are not zero, and for each row where these stand."""
 
     block: int
+    axes: list  # in the order of storage: a row is along the last of them
     values: np.ndarray
     segments: np.ndarray
     indices: np.ndarray
     zeros: float  # share of blocks that are zero
 
     @classmethod
-    def of(cls, values, block):
+    def of(cls, values, block, axis=-1):
+        axes = list(range(values.ndim))
+        axes.append(axes.pop(axis))
+        values = values.transpose(axes)
         blocks = values.reshape(-1, values.shape[-1] // block, block)
         living = (blocks != 0).any(axis=2)
         segments = np.concatenate([[0], np.cumsum(living.sum(axis=1))])
         indices = np.nonzero(living)[1]
-        return cls(block, blocks[living], _narrow(segments), _narrow(indices), 1 - living.mean())
+        return cls(block, axes, blocks[living], _narrow(segments), _narrow(indices), 1 - living.mean())
 
     @property
     def bytes(self):
@@ -309,13 +316,13 @@ class _Rows:
             return getattr(schema.SparseIndexVector, name), getattr(schema, f"{name}T")(numbers)
 
         kinds = schema.DimensionType
-        dims = [schema.DimensionMetadataT(kinds.DENSE, n) for n in shape[:-1]]
+        dims = [schema.DimensionMetadataT(kinds.DENSE, shape[axis]) for axis in self.axes[:-1]]
         dims.append(schema.DimensionMetadataT(kinds.SPARSE_CSR, 0, *vector(self.segments), *vector(self.indices)))
         blocked = []
         if self.block > 1:
             dims.append(schema.DimensionMetadataT(kinds.DENSE, self.block))
             blocked = [len(shape) - 1]
-        return schema.SparsityParametersT(list(range(len(dims))), blocked, dims)
+        return schema.SparsityParametersT([*self.axes, *range(len(shape), len(dims))], blocked, dims)
 
 
 def _real(values, quantization):

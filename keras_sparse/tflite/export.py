@@ -41,6 +41,8 @@ class ExportReport(Report):
         bytes_dense: Size of the dense encoding.
         bytes_gzip_dense: Size of the dense encoding in a zip archive.
         bytes_sparse: Size of the sparse encoding; `None` if it was not asked for.
+        bytes_limit: What the file would take if the zeros of each tensor took no more than their entropy, with values
+            of the same types: how far the format is from what any could reach.
         parity: Largest absolute difference between the file's outputs and the model's.
         parity_relative: The same, relative to the largest magnitude of the output.
         zeros: List of `{"weight", "model", "file"}`: zeros of each kernel in the model and in the file; `"file"` is
@@ -60,8 +62,8 @@ class ExportReport(Report):
     """
 
     def __init__(self, path, rows, totals, notes, zeros, runs_sparse):
-        sizes = ("bytes_file", "bytes_gzip", "bytes_dense", "bytes_gzip_dense", "bytes_sparse", "bytes", "zeros")
-        formats = dict.fromkeys((*sizes, "zeros_model"), ",d")
+        sizes = ("bytes_file", "bytes_gzip", "bytes_dense", "bytes_gzip_dense", "bytes_sparse", "bytes_limit")
+        formats = dict.fromkeys((*sizes, "bytes", "zeros", "zeros_model"), ",d")
         formats |= dict.fromkeys(("parity", "parity_relative"), ".1e") | {"sparsity": ".2%"}
         formats["shape"] = lambda shape: "x".join(map(str, shape))
         formats["zeros_kept"] = lambda kept: f"{kept:,d} of {totals['zeros_model']:,d}"
@@ -72,7 +74,7 @@ class ExportReport(Report):
         self.path = path
         self.zeros = zeros
         self.runs_sparse = runs_sparse
-        for name in ("encoding", *sizes[:5], "parity", "parity_relative", "verified_on", "not_verified"):
+        for name in ("encoding", *sizes, "parity", "parity_relative", "verified_on", "not_verified"):
             setattr(self, name, totals[name])
 
     @classmethod
@@ -101,6 +103,7 @@ class ExportReport(Report):
             "bytes_dense": len(conversion.content),
             "bytes_gzip_dense": gzip_size(conversion.content),
             "bytes_sparse": choice.bytes_sparse,
+            "bytes_limit": written.bytes_limit,
             "parity": choice.parity.absolute,
             "parity_relative": choice.parity.relative,
             "zeros_model": sum(count["model"] for count in found),

@@ -85,6 +85,22 @@ class Tensor:
             return "dense"
         return "sparse-block-csr" if any(n > 1 for n in self.block) else "sparse-csr"
 
+    @property
+    def bytes_limit(self):
+        """Bytes that an encoding of its zeros needs: its other values, and the entropy of where these stand.
+
+        That is log2 of the number of ways to choose their places, in bits (Shannon 1948): of single values, or of the
+        blocks that it is stored in. The dense tensor where that is smaller.
+        """
+        if self.stored is None or not self.zeros:
+            return self.bytes
+        width = np.dtype(_DTYPES[self.dtype]).itemsize if self.dtype in _DTYPES else 0.5
+        block = math.prod(self.block) if self.levels is not None else 1
+        rest = self.size - self.zeros if block == 1 else len(self.stored) // width
+        places, chosen = self.size // block, rest // block
+        ways = math.lgamma(places + 1) - math.lgamma(chosen + 1) - math.lgamma(places - chosen + 1)
+        return min(math.ceil(rest * width + ways / math.log(2) / 8), math.ceil(self.size * width))
+
     @cached_property
     def zeros(self):
         """Number of zeros, those that a sparse encoding leaves out included; `None` for types that are not numbers."""
@@ -213,6 +229,12 @@ class FlatModel:
     def bytes(self):
         """Size of the file."""
         return len(self.content)
+
+    @property
+    def bytes_limit(self):
+        """Bytes that it would take if each tensor took its own least: what is no tensor counts as it is."""
+        tensors = [tensor for subgraph in self.subgraphs for tensor in subgraph.tensors]
+        return self.bytes - sum(tensor.bytes - tensor.bytes_limit for tensor in tensors)
 
     @cached_property
     def bytes_gzip(self):

@@ -29,8 +29,10 @@ def inspect(path):
         `"sparse-block-csr"`), `block` (such as `"1x4"`), `zeros`, `sparsity` (share of zeros), `pattern` (where the
         zeros of a kernel stand, as `ks.patterns.recognize` names it, however they are encoded; `""` for other tensors
         and for kernels with less than 2 % single zeros), `bytes`. Totals: of the file, and over all stored tensors;
-        `bytes_gzip` is what the file takes inside an app's package; `kernel_sparsity` is the share of zeros over the
-        kernels alone (`None` without any), `parameters` counts the elements of all but integers such as shapes.
+        `bytes_gzip` is what the file takes inside an app's package; `bytes_limit` what it would take if the zeros of
+        each tensor took no more than their entropy, with values of the same types; `kernel_sparsity` is the share of
+        zeros over the kernels alone (`None` without any), `parameters` counts the elements of all but integers such
+        as shapes.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -62,6 +64,7 @@ def inspect(path):
     totals = {
         "bytes": model.bytes,
         "bytes_gzip": model.bytes_gzip,
+        "bytes_limit": model.bytes_limit,
         "tensors": len(rows),
         "tensors_sparse": sum(row["encoding"] != "dense" for row in rows),
         "size": size,
@@ -70,7 +73,7 @@ def inspect(path):
         "kernel_sparsity": kernel_zeros / kernel_size if kernel_size else None,
         "parameters": parameters,
     }
-    formats = dict.fromkeys(("bytes", "bytes_gzip", "size", "zeros", "parameters"), ",d")
+    formats = dict.fromkeys(("bytes", "bytes_gzip", "bytes_limit", "size", "zeros", "parameters"), ",d")
     formats |= {
         "sparsity": ".2%",
         "kernel_sparsity": ".2%",

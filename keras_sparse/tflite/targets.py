@@ -130,6 +130,7 @@ class Target:
             them.
         runtimes: Names of the runtimes (`ks.tflite.runtimes`) that prove a file for it; none where that needs the
             device.
+        measures: Names of the runtimes that `ks.tflite.benchmark` measures on for it; none where that needs the device.
         npu: What Arm's compiler calls it, where that can be asked.
         fixed_batch: Whether it wants files of a fixed batch size.
         quantize: The values of `export(quantize=...)` that it takes; empty: any.
@@ -150,6 +151,7 @@ class Target:
     form: Form | None = None
     takes_sparse: bool = False
     runtimes: tuple = ()
+    measures: tuple = ()
     npu: str = ""
     fixed_batch: bool = False
     quantize: tuple = ()
@@ -217,7 +219,13 @@ _ETHOS = "A plain int8 file: zeros are compressed, and the more of them, the few
 
 def _ethos(generation, npu, measured):
     source = f"measured with Vela 5.2.0 for {npu}: 784-512-256-10 at 95 %, {measured}"
-    proof = {"runtimes": ("micro",), "npu": npu, "fixed_batch": True, "quantize": ("int8", "int16x8")}
+    proof = {
+        "runtimes": ("micro",),
+        "measures": ("ethos-u",),
+        "npu": npu,
+        "fixed_batch": True,
+        "quantize": ("int8", "int16x8"),
+    }
     return f"ethos-{generation}", f"Arm's Ethos-{generation.upper()} NPUs", Statement(_ETHOS, source), proof
 
 
@@ -234,7 +242,7 @@ _DENSE = (  # name, title, what becomes of zeros, and what else is known of targ
             "Removed channels (`ks.shrink`) are faster, and quantize='float16' halves the file",
             "measured, ai-edge-litert 2.3.0",
         ),
-        {"runtimes": ("gpu-cpu",), "fixed_batch": True},
+        {"runtimes": ("gpu-cpu",), "measures": ("gpu-cpu",), "fixed_batch": True},
     ),
     (
         "ynnpack",
@@ -298,6 +306,7 @@ TARGETS = (
         _FULLY_CONNECTED + "; measured, 0.77 of the dense instructions at 90 %, 0.43 at 95 %",
         0.9,
         runtimes=("native",),
+        measures=("arm64",),
     ),
     _xnnpack(
         "xnnpack-wasm",
@@ -306,6 +315,7 @@ TARGETS = (
         _FULLY_CONNECTED + "; measured, 0.71 of the dense time at 90 %, 0.39 at 95 %",
         0.9,
         runtimes=("wasm",),
+        measures=("wasm",),
         fixed_batch=True,
         # Measured, LiteRT.js 2.5.3: transposed convolutions with weights of 8 bits are wrong.
         restores=("float32", "float16"),
@@ -316,6 +326,7 @@ TARGETS = (
         None,  # off by design where there is AVX: measured, ratio 1.00
         _FULLY_CONNECTED + "; measured, 0.36 of the dense time at 90 %, 1.17 at 80 %",
         runtimes=("native",),
+        measures=("native", "compiled-cpu"),
     ),
     Target(
         "builtin",
