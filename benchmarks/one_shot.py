@@ -27,7 +27,9 @@ METHODS = {
     "magnitude, erk, repair": ({"allocation": "erk", "repair": True}, True),
     "wanda, uniform": ({"criterion": "wanda"}, True),
     "obs, uniform": ({"criterion": "obs"}, True),
+    "obs, global": ({"criterion": "obs", "allocation": "global"}, True),
     "obs, erk": ({"criterion": "obs", "allocation": "erk"}, True),
+    "obs, dynamic": ({"criterion": "obs", "allocation": "dynamic"}, True),
 }
 TWO_OF_FOUR = {
     "magnitude, 2:4": ({"pattern": "2:4"}, False),

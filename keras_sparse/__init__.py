@@ -42,7 +42,7 @@ if not _is_command_line():
         from keras_sparse.baking import add_l0, bake
         from keras_sparse.channels import channel_groups, shrink
         from keras_sparse.neurons import neuron_sparsity
-        from keras_sparse.pruning import Budget, prune, reestimate_batch_norm, update_masks
+        from keras_sparse.pruning import Budget, prune, reestimate_batch_norm, sensitivity, update_masks
         from keras_sparse.regularizers import regularize
         from keras_sparse.reports import report
 
@@ -77,6 +77,7 @@ __all__ = [
     "schedules",
     "search",
     "selection",
+    "sensitivity",
     "shrink",
     "tflite",
     "update_masks",

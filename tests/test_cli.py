@@ -136,6 +136,20 @@ def test_prune_on_inputs(saved, tmp_path, capsys, options):
         np.testing.assert_array_equal(value, other)
 
 
+def test_sensitivity(saved, tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(50, 40)).astype("float32")
+    np.savez(tmp_path / "x.npz", x=x)
+    found = run_json(["sensitivity", saved, "--data", tmp_path / "x.npz", "--levels", 0.5, 0.9], capsys)
+    model = keras.saving.load_model(saved, compile=False)
+    assert found["rows"] == ks.sensitivity(model, x, (0.5, 0.9)).rows
+    pruned = tmp_path / "sparse.keras"
+    options = ["--sparsity", 0.6, "--allocation", "dynamic", "--data", tmp_path / "x.npz", "-o", pruned]
+    run_ok(["prune", saved, *options], capsys)
+    ks.prune(model, 0.6, allocation="dynamic", data=x)
+    for value, other in zip(keras.saving.load_model(pruned).get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(value, other)
+
+
 @pytest.mark.parametrize(
     ("arguments", "zeros"),
     [

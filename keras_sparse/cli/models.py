@@ -86,6 +86,30 @@ def _prune(options, stderr):
     return report
 
 
+@command(
+    saved_model,
+    argument("--data", metavar="FILE.npz", required=True, help="inputs, by name or as `x`, some hundred samples"),
+    argument("--levels", nargs="+", type=float, metavar="SHARE", help="sparsities to measure, rising"),
+    argument(
+        "--criterion",
+        choices="keras_sparse.criteria:CRITERIA",
+        default="magnitude",
+        help="which weights matter (default: magnitude); none that uses gradients",
+    ),
+    argument("--pattern", help="unstructured (default), or such as block_1x4"),
+    drawing("the loss of each weight"),
+    example="model.keras --data x.npz --plot sensitivity.png",
+)
+def _sensitivity(options, stderr):
+    """Measure what sparsity costs a saved model, weight by weight."""
+    from keras_sparse import comparison, files, pruning
+
+    data = files.load_arrays(options.data, "inputs, by name or as `x`", _inputs)
+    levels = {"levels": options.levels} if options.levels else {}
+    how = {"criterion": options.criterion, "pattern": options.pattern}
+    return pruning.sensitivity(comparison.load(options.model), data, **levels, **how)
+
+
 def _budget(texts):
     """The `Budget` that texts such as `macs=0.5` say."""
     from keras_sparse import pruning
@@ -104,12 +128,13 @@ def _budget(texts):
 
 def _data(options):
     """What `--data` holds: inputs and targets for a criterion that ranks by gradients, else inputs."""
-    from keras_sparse import criteria, files
+    from keras_sparse import criteria, files, pruning
 
     if not options.data:
         return None
     criterion = criteria.get(options.criterion)
-    if criterion.of_inputs or (options.repair and criterion.statistic is None):
+    measures = options.repair or pruning.allocation.get(options.allocation).measures
+    if criterion.of_inputs or (measures and criterion.statistic is None):
         return files.load_arrays(options.data, "inputs, by name or as `x`", _inputs)
     return files.load_arrays(options.data)
 

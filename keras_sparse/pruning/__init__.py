@@ -7,20 +7,24 @@ from keras_sparse.pruning.costs import Budget
 from keras_sparse.pruning.loops import update_masks
 from keras_sparse.pruning.one_shot import prune
 from keras_sparse.pruning.plan import Plan
+from keras_sparse.pruning.sensitivity import DynamicProgramming, SensitivityReport, sensitivity
 
 __all__ = [
     "ERK",
     "Allocation",
     "Budget",
+    "DynamicProgramming",
     "Global",
     "Goal",
     "Isomorphic",
     "Plan",
+    "SensitivityReport",
     "Uniform",
     "check_target",
     "erk_counts",
     "final_target",
     "prune",
     "reestimate_batch_norm",
+    "sensitivity",
     "update_masks",
 ]

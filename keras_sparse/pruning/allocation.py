@@ -68,6 +68,7 @@ class Allocation(Configurable):
         shared: Whether the target is one for all weights together, not one for each.
         redistributes: Whether `share` gives weights other targets than they came with.
         like_with_like: Whether channels are ranked among groups of the same structure only.
+        measures: Whether it needs data: `measured(model, target, data, ...)` makes a dict of the target then.
 
     Example:
 
@@ -79,6 +80,7 @@ class Allocation(Configurable):
     shared = False
     redistributes = False
     like_with_like = False
+    measures = False
 
     def share(self, goals):
         """Return the goals with the sparsity that each weight should have by this allocation."""

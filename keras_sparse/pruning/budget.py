@@ -25,6 +25,12 @@ def check_target(target_sparsity, allocation="uniform"):
     ValueError: A sparsity must be at least 0 and below 1: the share of weights to set to zero. Received: 90. Did ...
     """
     allocation = allocations.get(allocation)
+    if allocation.measures:
+        raise ValueError(
+            "This allocation measures the model on data: it goes with `ks.prune(data=x)`. Elsewhere measure first and "
+            "pass what comes out as the target: `ks.sensitivity(model, x).allocate(0.9)`. "
+            f"Received: allocation={allocation!r}"
+        )
     if isinstance(target_sparsity, Budget):
         if allocation.redistributes:
             raise ValueError(

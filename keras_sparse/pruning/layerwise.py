@@ -14,7 +14,7 @@ from keras_sparse.pruning.channel_repair import repair_channels
 from keras_sparse.pruning.repair import damped, input_statistic, repaired
 from keras_sparse.quiet import progress_bar
 
-__all__ = ["prune_layerwise"]
+__all__ = ["alternatives", "prune_layerwise"]
 
 ROUNDS = 8  # in which a criterion that repairs removes weights, at most
 AFFORDABLE = 2e9  # sum of (weights that stay)^3 over output units from which on there is another round
@@ -79,6 +79,49 @@ def prune_layerwise(plan, masks, calibration, repair, statistics=None):
     with progress_bar("prune", total=len(weights)) as advance:
         calibration.run(weights, visit)
     return found
+
+
+def alternatives(plan, index, levels, moment=None, statistic=None, repair=False):
+    """Yield what one of a plan's weights would be at each of some sparsities, as `ks.prune` would make it.
+
+    Args:
+        plan: The `ks.pruning.Plan`.
+        index: Of the goal.
+        levels: Sparsities.
+        moment: The `Moment` of what it multiplies, if the criterion looks at inputs or it is to be repaired.
+        statistic: Of gradients, if the criterion looks at these.
+        repair: Whether to solve for the weights that stay.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> from keras_sparse.pruning.layerwise import alternatives
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    >>> plan = ks.pruning.Plan(model, 0.5)
+    >>> [int((value == 0).sum()) for value in alternatives(plan, 0, [0.25, 0.75])]
+    [3, 9]
+    """
+    import threadpoolctl
+
+    present = plan.present_masks()[index]
+    for level in levels:
+        goal = replace(plan.goals[index], sparsity=level)
+        with threadpoolctl.threadpool_limits(1, "blas"):
+            if plan.criterion.of_inputs:
+                mask = None
+            else:
+                [ranked] = plan.compared([goal])
+                [mask] = Uniform().keep([ranked], [plan.scores(goal, present, statistic)], 1.0)
+                mask &= present
+            value = None
+            if moment is not None:
+                one = _Layer(plan, goal, moment, repair)
+                if mask is None:
+                    one.choose(present)
+                else:
+                    one.take(mask)
+                mask, value = one.mask, one.value
+        yield optimizers.masked_value(goal.weight.variable, mask) if value is None else value
 
 
 def _shares(plan, masks, calibration):

@@ -7,13 +7,14 @@ import keras
 import numpy as np
 
 from keras_sparse import batches, criteria, optimizers, reports, selection, zeros
+from keras_sparse.pruning import allocation as allocations
 from keras_sparse.pruning import calibration
 from keras_sparse.pruning.batch_norm import reestimate, unchanged_on_failure
 from keras_sparse.pruning.budget import final_target
 from keras_sparse.pruning.layerwise import prune_layerwise
 from keras_sparse.pruning.plan import Plan
 
-__all__ = ["prune"]
+__all__ = ["gradient_statistics", "prune"]
 
 
 def prune(
@@ -36,7 +37,8 @@ def prune(
         criterion: A `Criterion` or its name. Those that rank by gradients (`"snip"`, `"taylor"`, `"gradient"`,
             `"movement"`) need `data`.
         pattern: `None`, a name, or a `Pattern`.
-        allocation: `"uniform"`, `"global"`, `"erk"` or a `ks.pruning.Allocation`.
+        allocation: `"uniform"`, `"global"`, `"erk"`, or `"dynamic"`, which measures the model on `data` first
+            (`ks.sensitivity`); or a `ks.pruning.Allocation`.
         filters: A regex, a layer, a class of layers, a callable on the variable, or a list of them; see
             `ks.selection.select`.
         data: For criteria that rank by gradients, what to take them on: `(x, y)` or `(x, y, sample_weight)`, or what
@@ -79,9 +81,17 @@ def prune(
     95
     """
     selection.check_model(model)
-    sparsity = final_target(sparsity, allocation, pattern)
     criterion = criteria.get(criterion)
     repair = criterion.repairs if repair is None else repair
+    allocation = allocations.get(allocation)
+    if allocation.measures:
+        if data is None:
+            raise ValueError(f"`{type(allocation).__name__}` measures the model: pass `data=x`. Received: data=None")
+        how = {"criterion": criterion, "pattern": pattern, "filters": filters, "repair": repair}
+        sparsity, allocation = allocation.measured(model, sparsity, data, batch_size=batch_size, **how), "uniform"
+        looks_at_data = criterion.of_inputs or repair or criterion.statistic is not None
+        data = data if looks_at_data else None
+    sparsity = final_target(sparsity, allocation, pattern)
     calibrated = None
     if criterion.of_inputs or repair:
         data, inputs = _inputs(criterion, data)
@@ -89,7 +99,7 @@ def prune(
     # Weights that are not trainable have no gradients.
     frozen, unknown = criterion.statistic is None, calibrated.unknown if calibrated else ()
     plan = Plan(model, sparsity, criterion, pattern, allocation, filters, frozen=frozen, unknown=unknown)
-    statistics = _statistics(model, plan, data)
+    statistics = gradient_statistics(model, plan, data)
     optimizer = optimizers.find(model)
     present = plan.present_masks()
     parts = None if optimizer is None else optimizer.sparse_parts
@@ -136,8 +146,24 @@ def _inputs(criterion, data):
     return data, data[0]
 
 
-def _statistics(model, plan, data):
-    """The statistics of gradients on `data` that the criterion asks for, an array for each goal."""
+def gradient_statistics(model, plan, data):
+    """The statistics of gradients on `data` that a plan's criterion asks for, an array for each goal.
+
+    Args:
+        model: The model, compiled.
+        plan: Its `ks.pruning.Plan`.
+        data: As in `ks.prune`; `None` for a criterion that asks for none.
+
+    Returns:
+        List of arrays, or `None`.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    >>> ks.pruning.one_shot.gradient_statistics(model, ks.pruning.Plan(model, 0.5), None) is None
+    True
+    """
     kind = plan.criterion.statistic
     name = type(plan.criterion).__name__
     if kind is None:
