@@ -7,6 +7,7 @@ from keras_sparse.pruning.costs import Budget
 from keras_sparse.pruning.loops import update_masks
 from keras_sparse.pruning.one_shot import prune
 from keras_sparse.pruning.plan import Plan
+from keras_sparse.pruning.regrowth import MovingChannels
 
 __all__ = [
     "ERK",
@@ -15,6 +16,7 @@ __all__ = [
     "Global",
     "Goal",
     "Isomorphic",
+    "MovingChannels",
     "Plan",
     "Uniform",
     "check_target",

@@ -21,11 +21,14 @@ class ChannelChoice:
         goals: The goals whose pattern is whole channels.
         budget: A `Budget`, or `None` if the goals' sparsities count.
         allocation: The `Allocation`.
+        removable: Whether channels that cannot be removed, such as the model's outputs, stay.
 
     Attributes:
         kernels: For each goal, the `{axis: labels}` that it makes; a string that says why if it makes none.
         with_partners: For each goal, whether kernels that are not selected make its channels, too.
         others: `{variable: {axis: labels}}` of biases, normalizations and the like that go with channels.
+        groups: For each group of channels that take part the labels that stand for them, a vector.
+        targets: For each group the share that is to leave, where the target is one.
 
     Example:
 
@@ -38,15 +41,13 @@ class ChannelChoice:
     ['a', 'b']
     """
 
-    def __init__(self, model, goals, budget, allocation):
+    def __init__(self, model, goals, budget, allocation, removable):
         self._channels = channels = graph.Channels(model)
         self._roots, self._budget, self._allocation = channels.roots, budget, allocation
         selected = IdentityDict((goal.weight.variable, goal) for goal in goals)
         made = [(layer, part) for layer, part in channels.parts() if part.made]
         # What a model returns cannot be removed, but it can be zero, where a sparsity is asked for and not a cost.
-        reasons = {
-            c: why for c, why in channels.reasons.items() if budget is not None or not why.startswith(graph.OUTPUT)
-        }
+        reasons = {c: why for c, why in channels.reasons.items() if removable or not why.startswith(graph.OUTPUT)}
         reasons |= channels.not_silenced(reasons)
         partners = self._not_selected(made, selected, reasons)
         reasons |= partners
@@ -74,13 +75,13 @@ class ChannelChoice:
             axes = self._axes_of(part)
             if axes and part.variable not in selected:
                 self.others[part.variable] = axes
-        self._targets = None
+        self.targets = None
 
     def aim(self, goals):
         """Take the sparsities of these goals, which are those that make channels, in order, for the groups."""
         self.kernels = [axes for axes in self.kernels if not isinstance(axes, str)]
         sparsity = IdentityDict((goal.weight.variable, goal.sparsity) for goal in goals)
-        self._targets = [
+        self.targets = [
             min(sparsity.get(goal.weight.variable, goal.sparsity) or 0.0 for goal in own) for _, own, _ in self._groups
         ]
         self._check_budget()
@@ -113,6 +114,24 @@ class ChannelChoice:
                             found[root] = f"{part.variable.path} makes them, too, and is left dense"
         return found
 
+    @property
+    def groups(self):
+        return [free for free, _, _ in self._groups]
+
+    def parts(self):
+        """Yield `(layer, part)` for all weights of the model that have channels."""
+        return self._channels.parts()
+
+    def numbered(self, axes):
+        """`{axis: numbers}` of `{axis: labels}`: those of the channels from 1 on, 0 for what takes no part."""
+        numbers = np.zeros(len(self._roots), int)
+        numbers[np.concatenate(self.groups)] = 1 + np.arange(sum(map(len, self.groups)))
+        return {axis: numbers[self._roots[labels]] for axis, labels in axes.items()}
+
+    def spread(self, classes):
+        """For each label whether it belongs to one of these classes."""
+        return np.isin(self._roots, classes)
+
     # Scores, ranking, masks
 
     def keep(self, scores, masks, fraction):
@@ -124,12 +143,16 @@ class ChannelChoice:
             fraction: The way to the target, in [0, 1].
         """
         gone = self._gone_already(masks)
-        values = self._scores(scores)
+        values = self.scores(scores)
         ranked = [self._ranking(group, values, gone) for group in self._groups]
         leaving = gone.copy()
         for classes in self._leaving(ranked, gone, fraction):
             leaving |= np.isin(self._roots, classes)
-        return [self.mask_of(axes, leaving, mask.shape) for axes, mask in zip(self.kernels, masks, strict=True)]
+        return self.masks_without(leaving, masks)
+
+    def masks_without(self, gone, masks):
+        """Masks of the goals' weights, of the shapes of `masks`, without the labels that `gone` says."""
+        return [self.mask_of(axes, gone, mask.shape) for axes, mask in zip(self.kernels, masks, strict=True)]
 
     def mask_of(self, axes, gone, shape):
         """What stays of a weight without the classes that `gone` says, a boolean array."""
@@ -151,7 +174,8 @@ class ChannelChoice:
                 alive[roots[mask.any(axis=tuple(i for i in range(mask.ndim) if i != axis))]] = True
         return (seen & ~alive & self._free)[self._roots] & self._free
 
-    def _scores(self, scores):
+    def scores(self, scores):
+        """The score of each class, from scores of the goals' weights: the sum of the means over its weights there."""
         found = np.zeros(len(self._roots))
         for axes, score in zip(self.kernels, scores, strict=True):
             for axis, labels in axes.items():
@@ -173,9 +197,9 @@ class ChannelChoice:
         """Lists of the classes that leave."""
         if self._budget is None:
             if not self._shared:
-                shares = [sparsity * fraction for sparsity in self._targets]
+                shares = [sparsity * fraction for sparsity in self.targets]
                 return [free[: self._count(share, free)] for share, (free, _) in zip(shares, ranked, strict=True)]
-            return self._by_share(ranked, fraction * self._targets[0])
+            return self._by_share(ranked, fraction * self.targets[0])
         whole = self._channels.whole_cost
         limits = {k: whole[k] - fraction * (whole[k] - limit) for k, limit in self._budget.limits(whole).items()}
         low, high = 0.0, 1.0
@@ -248,9 +272,9 @@ class ChannelChoice:
             cost = self._channels.cost(lambda labels: ~gone[self._roots[labels]])
             return all(cost[name] <= limit for name, limit in self._budget.limits(whole).items())
         if not self._shared:
-            pairs = zip(counts, self._targets, strict=True)
+            pairs = zip(counts, self.targets, strict=True)
             return all(have >= round(share * n) for (have, n), share in pairs)
-        most, wanted = sum(self._most(n) for _, n in counts), round(self._targets[0] * sum(n for _, n in counts))
+        most, wanted = sum(self._most(n) for _, n in counts), round(self.targets[0] * sum(n for _, n in counts))
         return sum(have for have, _ in counts) >= min(most, wanted)
 
     @property
