@@ -98,10 +98,8 @@ def test_one_threshold_for_all_weights_of_a_channel(optimizer):
     sparse.sparse_parts.proximal.strength = 0.3
     before = {v.path: ks.graph.as_array(v) for v in model.weights}
     step = 0.1 if optimizer == "sgd" else None
-    gradients = [
-        keras.ops.zeros(v.shape) if step else 1e-4 * keras.ops.ones(v.shape) for v in model.trainable_variables
-    ]
-    sparse.apply(gradients)
+    gradient = 0.0 if step else 1e-4
+    sparse.apply([gradient * keras.ops.ones(v.shape) for v in model.trainable_variables])
     if not step:  # a step of Adam along equal gradients is its rate; the price is that over the gradient's size
         before, step = {k: v - 0.1 * 1e-4 / (1e-4 + 1e-7) for k, v in before.items()}, 0.1 / (1e-4 + 1e-7)
     members = ["stem/kernel", "stem/bias", "norm/gamma", "norm/beta"]
@@ -131,3 +129,48 @@ def test_a_share_of_channels_is_met_by_proximal_steps():
     fit(model, callback, 8)
     report = ks.channel_groups(model)
     assert report.totals["dead"] == report.totals["removable"] == 10
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_network_slimming(allocation):
+    model = residual()
+    report = ks.regularize(model, ks.regularizers.Slimming(0.05))
+    assert [row["path"] for row in report.rows] == ["norm/gamma", "inner/gamma", "out/gamma"]
+    assert report.totals["saved"] == 3
+    start = sum(float(np.abs(ks.graph.as_array(model.get_layer(n).gamma)).sum()) for n in ("norm", "inner", "out"))
+    np.testing.assert_allclose(sum(map(float, model.losses)), 0.05 * start, rtol=1e-5)
+    model.fit(X, Y, batch_size=8, epochs=2, verbose=0)
+    sums = [ks.graph.as_array(model.get_layer(name).gamma) for name in ("norm", "out")]
+    lowest = np.argsort(sum(map(np.abs, sums)))[:4]
+    ks.prune(model, 0.5, "slimming", "channel", allocation, filters=NAMES)
+    if allocation == "uniform":
+        assert set(np.flatnonzero(ks.graph.as_array(model.get_layer("out").gamma) == 0)) == set(lowest)
+    left = {name: np.any(ks.graph.as_array(model.get_layer(name).kernel) != 0, axis=(0, 1, 2)).sum() for name in NAMES}
+    assert left["stem"] + left["body"] == 10
+    check_removable(model, left)
+
+
+def test_slimming_needs_scales_and_whole_channels():
+    with pytest.raises(ValueError, match="pattern='channel'"):
+        ks.prune(residual(), 0.5, "slimming")
+    plain = keras.Sequential([keras.Input((4,)), L.Dense(4, name="a"), L.Dense(2)])
+    with pytest.raises(ValueError, match="no normalization scales it"):
+        ks.prune(plain, 0.5, "slimming", "channel")
+    with pytest.raises(ValueError, match="scale=True"):
+        ks.regularize(plain, ks.regularizers.Slimming())
+
+
+def test_unit_gates_of_partners_that_close_at_the_same_channel_can_be_removed():
+    model = residual()
+    gated = ks.add_l0(model, 1e-6, "unit", filters=NAMES)
+    for name, closed in {"stem": [0, 1], "project": [1, 2], "body": [3]}.items():
+        (alpha,) = gated.get_layer(name).log_alphas
+        alpha.assign(np.where(np.isin(np.arange(alpha.shape[-1]), closed), -9.0, 9.0).reshape(alpha.shape))
+    baked = ks.bake(gated)
+    rows = {tuple(row["layers"]): row for row in ks.channel_groups(baked).rows}
+    (stream,) = (row for layers, row in rows.items() if {"stem", "project"} <= set(layers))
+    (inner,) = (row for layers, row in rows.items() if "depthwise" in layers)
+    assert (stream["dead"], stream["removable"]) == (1, 1)
+    # A normalization makes a constant of zeros, which the padding of what follows shows.
+    assert inner["removable"] == 0
+    check_removable(baked, {"stem": 7, "project": 7, "body": 12})

@@ -24,6 +24,7 @@ OBJECTS = {
     "Gradient": ks.criteria.Gradient(),
     "Taylor": ks.criteria.Taylor(),
     "Movement": ks.criteria.Movement(),
+    "Slimming": ks.criteria.Slimming(),
     "Snip": ks.criteria.Snip(),
     "Fisher": ks.criteria.Fisher(),
     "Wanda": ks.criteria.Wanda(),

@@ -71,11 +71,11 @@ class DynamicSparseTraining(ScheduledCallback):
     join them, or grow, until the count is exact. A kernel that is all zeros counts as zero-initialised.
 
     With `pattern="channel"` whole channels live, die and grow, by groups (see `ks.channel_groups`): the partners of a
-    residual sum, a gate, an attention head, the gates of a recurrent layer together, so that `ks.shrink` removes what is
-    dead after training. Each group keeps the number of its channels. A channel's magnitude and its gradient are the means
-    over its weights, summed over the kernels that make it. A channel that grows gets small random weights where it is
-    made, since behind a ReLU zeros would get no gradient (for the same reason most dead channels have the gradient 0,
-    and chance decides among them), and zeros where it is read: the network computes what it computed before.
+    residual sum, a gate, an attention head, the gates of a recurrent layer together, so that `ks.shrink` removes what
+    is dead after training. Each group keeps the number of its channels. A channel's magnitude and its gradient are the
+    means over its weights, summed over the kernels that make it. A channel that grows gets small random weights where
+    it is made, since behind a ReLU zeros would get no gradient (for the same reason most dead channels have the
+    gradient 0, and chance decides among them), and zeros where weights read it: the network computes what it did.
 
     Live weights that have just grown are zero until their first step, so `logs["sparsity"]`, which counts zeros, may be
     a little above `sparsity`.

@@ -86,7 +86,8 @@ class ProximalL1(ScheduledCallback):
             layers.check_penalty("strength", strength)
         elif isinstance(target_sparsity, pruning.Budget):
             raise ValueError(
-                "`ProximalL1` leads to a share of zeros; a budget counts what a model costs without its channels. Take `ks.callbacks.Pruning(budget, pattern='channel')`. "
+                "`ProximalL1` leads to a share of zeros; a budget counts what a model costs without its channels. "
+                "Take `ks.callbacks.Pruning(budget, pattern='channel')`. "
                 f"Received: target_sparsity={target_sparsity!r}"
             )
         elif isinstance(target_sparsity, dict):

@@ -210,10 +210,8 @@ class Proximal(Part):
                 )
                 sizes += np.bincount(numbers, minlength=number) * (int(np.prod(value.shape)) // len(numbers))
         roots = np.sqrt(np.maximum(sizes, 1))
-        norms, thresholds = (
-            ops.sqrt(squares),
-            price * steps / roots,
-        )  # the mean of the steps, times the root of the size
+        # The mean of the steps, times the root of the size.
+        norms, thresholds = ops.sqrt(squares), price * steps / roots
         gone = norms <= thresholds
         factors = ops.where(gone, 0.0, 1 - thresholds / ops.where(gone, 1.0, norms))
         return ops.where(np.arange(number) == 0, 1.0, factors)
@@ -228,7 +226,7 @@ class Proximal(Part):
 
     def restore(self, config):
         group = config["group"] and keras.saving.deserialize_keras_object(config["group"])
-        channels = [axes and {axis: numbers for axis, numbers in axes} for axes in config["channels"]]
+        channels = [axes and dict(axes) for axes in config["channels"]]
         self.add([self.parts.trainable[index] for index in config["indices"]], group, config["output_axes"], channels)
 
 

@@ -22,6 +22,7 @@ class ChannelChoice:
         budget: A `Budget`, or `None` if the goals' sparsities count.
         allocation: The `Allocation`.
         removable: Whether channels that cannot be removed, such as the model's outputs, stay.
+        scaled: Whether channels without the scale of a normalization stay.
 
     Attributes:
         kernels: For each goal, the `{axis: labels}` that it makes; a string that says why if it makes none.
@@ -41,13 +42,15 @@ class ChannelChoice:
     ['a', 'b']
     """
 
-    def __init__(self, model, goals, budget, allocation, removable):
+    def __init__(self, model, goals, budget, allocation, removable=False, scaled=False):
         self._channels = channels = graph.Channels(model)
         self._roots, self._budget, self._allocation = channels.roots, budget, allocation
         selected = IdentityDict((goal.weight.variable, goal) for goal in goals)
         made = [(layer, part) for layer, part in channels.parts() if part.made]
         # What a model returns cannot be removed, but it can be zero, where a sparsity is asked for and not a cost.
         reasons = {c: why for c, why in channels.reasons.items() if removable or not why.startswith(graph.OUTPUT)}
+        if scaled:
+            reasons = dict.fromkeys(np.flatnonzero(self._scales() < 0).tolist(), "no normalization scales it") | reasons
         reasons |= channels.not_silenced(reasons)
         partners = self._not_selected(made, selected, reasons)
         reasons |= partners
@@ -133,6 +136,25 @@ class ChannelChoice:
         return np.isin(self._roots, classes)
 
     # Scores, ranking, masks
+
+    def scales_of(self, variable, shape):
+        """The scales of the channels that a goal's weight makes, summed over their normalizations, in its shape."""
+        (part,) = (part for _, part in self._channels.parts() if part.variable is variable)
+        scales, found = self._scales(), np.zeros(shape, "float32")
+        for axis in part.made:
+            own = scales[self._roots[part.axes[axis]]]
+            found += own.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        return found
+
+    def _scales(self):
+        """The sum of the absolute scales of each class, -1 where there is none."""
+        found, sums = np.full(len(self._roots), -1.0), np.zeros(len(self._roots))
+        for layer, part in self._channels.parts():
+            if part.variable is graph.scale_of(layer):
+                for labels in part.axes.values():
+                    found[self._roots[labels]] = 0
+                    np.add.at(sums, self._roots[labels], np.abs(graph.as_array(part.variable)).reshape(-1))
+        return found + sums
 
     def keep(self, scores, masks, fraction):
         """Return the new masks of the goals' weights.

@@ -84,7 +84,12 @@ class Plan:
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
         ]
         self.channels, self._budget = None, target_sparsity if isinstance(target_sparsity, Budget) else None
-        self._removable = removable or self._budget is not None
+        self._removable = removable or self._budget is not None or self.criterion.of_scales
+        if self.criterion.of_scales and not (whole_units and all(goal.pattern.whole_units for goal in self.goals)):
+            raise ValueError(
+                f"`{type(self.criterion).__name__}` ranks channels by the scales of their normalizations: it goes with "
+                f"pattern='channel'. Received: pattern={pattern!r}"
+            )
         self._alone = IdentityDict()  # kernels that lose channels which others make, too: zeros that cannot be removed
         reasons = self._complete_units(model) if whole_units else {}
         if self._budget is None:
@@ -104,8 +109,8 @@ class Plan:
             return {}
         reasons, goals = {}, []
         if getattr(model, "inputs", None):
-            whole = [goal for goal in self.goals if goal.pattern.whole_units]
-            self.channels = ChannelChoice(model, whole, self._budget, self.allocation, self._removable)
+            whole, scaled = [goal for goal in self.goals if goal.pattern.whole_units], self.criterion.of_scales
+            self.channels = ChannelChoice(model, whole, self._budget, self.allocation, self._removable, scaled)
             known = zip(self.channels.kernels, self.channels.with_partners, strict=True)
             axes = IdentityDict(zip((g.weight.variable for g in whole), known, strict=True))
             found = [self._units_or_reason(model, goal, axes) for goal in self.goals]
@@ -317,6 +322,8 @@ class Plan:
             statistic: What the criterion looks at.
             value: The weight's value, if it is to be another one than now.
         """
+        if self.criterion.of_scales:
+            statistic = self.channels.scales_of(goal.weight.variable, mask.shape)
         try:
             scores = self.criterion(goal.weight.numpy() if value is None else value, statistic)
         except ValueError as error:

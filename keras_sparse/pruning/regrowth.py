@@ -1,4 +1,4 @@
-"""Channels that live, die and grow again while a model trains: those of a group do so together, in all of its layers."""
+"""Channels that live, die and grow again while a model trains: those of a group do so in all of its layers at once."""
 
 import numpy as np
 
@@ -11,9 +11,9 @@ __all__ = ["MovingChannels"]
 class MovingChannels:
     """Channels of which as many are live at any time, chosen by groups.
 
-    What grows gets random weights, as large as those of the channels that live, where it is made: a channel that is zero
-    behind a ReLU would never get a gradient. What reads it starts at zero, so that the network computes the same as before
-    and the gradient says how the channel is used: Evci et al., "GradMax" (2022), section 3, grows neurons like that.
+    What grows gets random weights, as large as those of the channels that live, where it is made: a channel that is
+    zero behind a ReLU would never get a gradient. What reads it starts at zero, so that the network computes the same
+    as before and the gradient says how the channel is used: Evci et al., "GradMax" (2022), section 3, grows neurons so.
 
     Args:
         model: The model.
@@ -102,9 +102,8 @@ class MovingChannels:
                 outputs = not mixes or axis in weight.output_axes
                 if axis in part.made:
                     fresh |= born | _along(axis, (new & ~old)[labels], shape)
-                    value = (
-                        np.where(born, self._first_values(weight, part, new, generator), value) if outputs else value
-                    )
+                    if outputs:
+                        value = np.where(born, self._first_values(weight, part, new, generator), value)
                 elif not outputs:
                     value, fresh = np.where(born, 0, value), fresh | born
             if fresh.any():
