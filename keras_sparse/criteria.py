@@ -20,7 +20,7 @@ __all__ = [
     "Movement",
     "Obs",
     "Random",
-    "Slimming",
+    "ScaleMagnitude",
     "Snip",
     "Statistic",
     "Taylor",
@@ -293,7 +293,7 @@ class Movement(_Statistical):
 
 
 @CRITERIA.register("slimming")
-class Slimming(Criterion):
+class ScaleMagnitude(Criterion):
     """The absolute value of the scale that batch normalization gives to a channel, for `pattern="channel"`.
 
     Network slimming: Liu et al., "Learning efficient convolutional networks through network slimming" (2017), sections
@@ -316,7 +316,7 @@ class Slimming(Criterion):
 
     def scores(self, weight, statistic=None):
         if statistic is None:
-            raise ValueError("`Slimming` ranks channels by scales of normalizations. Received: a weight alone")
+            raise ValueError("`ScaleMagnitude` ranks channels by scales of normalizations. Received: a weight alone")
         return np.abs(statistic)
 
 

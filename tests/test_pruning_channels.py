@@ -253,3 +253,63 @@ def test_multiples_of_a_budget_are_kept_in_configs_and_checked():
 def test_what_moves_no_channels_says_what_does(make):
     with pytest.raises(ValueError, match="Pruning.*pattern='channel'"):
         make(ks.Budget(macs=0.5))
+
+
+class Line:
+    """Tables of time that promise a millisecond for 1,000 weights and find 20 % more."""
+
+    def __init__(self, channels, groups, runtime):
+        self._channels, self._factor = channels, 1e-3
+
+    def milliseconds(self, kept):
+        return self._factor * self._channels.cost(kept)["parameters"]
+
+    def correct(self, kept):
+        ratio = 1.2e-3 / self._factor
+        self._factor *= ratio
+        return ratio
+
+    def measured(self):
+        return 1.2e-3 * ks.shrink(self._channels.labelled.model, verbose=0).count_params()
+
+
+def test_a_budget_of_milliseconds_is_met_as_it_is_measured(monkeypatch):
+    monkeypatch.setattr("keras_sparse.tflite.timing.TimeTable", Line)
+    model = network()
+    whole = model.count_params() / 1000
+    with pytest.raises(ValueError, match=r"one channel of each group the model has 0\.0\d+ milliseconds"):
+        ks.prune(model, ks.Budget(milliseconds=0.01), pattern="channel")
+    report = ks.prune(model, ks.Budget(milliseconds=0.6 * whole), pattern="channel", allocation="global")
+    asked, promised, measured = (report.totals[f"milliseconds_{k}"] for k in ("asked", "promised", "measured"))
+    assert 0.5 * whole < measured <= asked == 0.6 * whole
+    assert promised == pytest.approx(measured)
+    assert "asked" in report.notes[-1]
+    model.compile("sgd", "mse", run_eagerly=True)
+    callback = ks.callbacks.Pruning(ks.Budget(milliseconds=0.4 * whole), pattern="channel", frequency=1)
+    model.fit(IMAGES, np.zeros((32, 3)), batch_size=8, epochs=2, verbose=0, callbacks=[callback])
+    assert callback.milliseconds["measured"] <= 0.4 * whole
+    again = ks.callbacks.Pruning.from_config(callback.get_config()).target_sparsity
+    assert (again.milliseconds, again.runtime) == (0.4 * whole, "native")
+
+
+@pytest.mark.parametrize("arguments", [{"milliseconds": 0}, {"milliseconds": float("nan")}, {"milliseconds": "4"}])
+def test_milliseconds_are_an_amount(arguments):
+    with pytest.raises((ValueError, TypeError), match="milliseconds"):
+        ks.Budget(**arguments)
+
+
+def test_times_are_measured_where_seconds_are():
+    with pytest.raises(ValueError, match="runtime='arm64'"):
+        ks.prune(network(), ks.Budget(milliseconds=1.0, runtime="arm64"), pattern="channel")
+
+
+@pytest.mark.slow
+def test_tables_of_a_real_runtime():
+    model = model_of((256,), L.Dense(512, "relu", name="a"), L.Dense(512, "relu", name="b"), L.Dense(8))
+    channels = ks.graph.Channels(model)
+    table = ks.tflite.timing.TimeTable(channels, [g.channels for g in channels.groups if not g.reasons])
+    assert [row["layer"] for row in table.rows] == ["a", "b", "dense"]
+    assert all(row["milliseconds"] == sorted(row["milliseconds"]) for row in table.rows)
+    assert table.milliseconds(lambda labels: np.ones(np.shape(labels), bool)) == pytest.approx(table.whole)
+    report = ks.prune(model, ks.Budget(milliseconds=0.5 * table.whole), pattern="channel")
+    assert 0 < report.totals["milliseconds_measured"] < table.whole

@@ -13,6 +13,9 @@ from keras_sparse.identity import IdentityDict
 __all__ = ["ChannelChoice"]
 
 
+_CORRECTIONS, _CLOSE = 3, 0.03  # measurements of the chosen model at most; how near a promise is near enough
+
+
 class ChannelChoice:
     """Which channels of a model leave, and what is masked with them.
 
@@ -29,6 +32,7 @@ class ChannelChoice:
         with_partners: For each goal, whether kernels that are not selected make its channels, too.
         others: `{variable: {axis: labels}}` of biases, normalizations and the like that go with channels.
         groups: For each group of channels that take part the labels that stand for them, a vector.
+        times: A `ks.tflite.timing.TimeTable` if the budget is one of milliseconds, else `None`.
         targets: For each group the share that is to leave, where the target is one.
 
     Example:
@@ -79,6 +83,9 @@ class ChannelChoice:
             if axes and part.variable not in selected:
                 self.others[part.variable] = axes
         self.targets = None
+        self.times = None if budget is None or not self._groups else budget.times(channels, self.groups)
+        self._final = False
+        self._whole = self.cost(np.zeros(len(self._roots), bool))
 
     def aim(self, goals):
         """Take the sparsities of these goals, which are those that make channels, in order, for the groups."""
@@ -222,7 +229,19 @@ class ChannelChoice:
                 shares = [sparsity * fraction for sparsity in self.targets]
                 return [free[: self._count(share, free)] for share, (free, _) in zip(shares, ranked, strict=True)]
             return self._by_share(ranked, fraction * self.targets[0])
-        whole = self._channels.whole_cost
+        leaving = self._within_budget(ranked, gone, fraction)
+        self._final |= fraction == 1.0
+        # Odd widths take longer than a line between even ones: what is measured at the end is aimed at.
+        for _ in range(_CORRECTIONS if self.times is not None and fraction == 1.0 else 0):
+            out = gone.copy()
+            out[np.concatenate([*leaving, np.zeros(0, int)]).astype(int)] = True
+            if abs(self.times.correct(lambda labels, out=out: ~out[self._roots[labels]]) - 1) < _CLOSE:
+                break
+            leaving = self._within_budget(ranked, gone, fraction)
+        return leaving
+
+    def _within_budget(self, ranked, gone, fraction):
+        whole = self._whole
         limits = {k: whole[k] - fraction * (whole[k] - limit) for k, limit in self._budget.limits(whole).items()}
         low, high = 0.0, 1.0
         more, fewer = self._by_share(ranked, 1.0), self._by_share(ranked, 0.0)
@@ -252,8 +271,20 @@ class ChannelChoice:
     def _fits(self, leaving, gone, limits):
         out = gone.copy()
         out[np.concatenate([*leaving, np.zeros(0, int)]).astype(int)] = True
-        cost = self._channels.cost(lambda labels: ~out[self._roots[labels]])
+        return self._within(out, limits)
+
+    def _within(self, gone, limits):
+        cost = self.cost(gone)
         return all(cost[name] <= limit for name, limit in limits.items())
+
+    def cost(self, gone):
+        """What the model costs without the classes that `gone` says: as `ks.graph.Channels.cost`, and milliseconds."""
+
+        def kept(labels):
+            return ~gone[self._roots[labels]]
+
+        found = self._channels.cost(kept)
+        return found if self.times is None else found | {"milliseconds": self.times.milliseconds(kept)}
 
     def _by_share(self, ranked, share):
         """The classes that leave of each group when `share` of all channels does."""
@@ -290,9 +321,9 @@ class ChannelChoice:
         gone = self._gone_already(masks)
         counts = [(int(gone[free].sum()), len(free)) for free, _, _ in self._groups]
         if self._budget is not None:
-            whole = self._channels.whole_cost
-            cost = self._channels.cost(lambda labels: ~gone[self._roots[labels]])
-            return all(cost[name] <= limit for name, limit in self._budget.limits(whole).items())
+            if self.times is not None and not self._final:
+                return False  # what was promised has not been measured
+            return self._within(gone, self._budget.limits(self._whole))
         if not self._shared:
             pairs = zip(counts, self.targets, strict=True)
             return all(have >= round(share * n) for (have, n), share in pairs)
@@ -315,15 +346,19 @@ class ChannelChoice:
         """Raise unless the budget can be met."""
         if self._budget is None:
             return
-        whole = self._channels.whole_cost
+        whole = self._whole
         out = np.zeros(len(self._roots), bool)
         for free, _, _ in self._groups:
             out[free[1:]] = True
-        least = self._channels.cost(lambda labels: ~out[self._roots[labels]])
+        least = self.cost(out)
         for name, limit in self._budget.limits(whole).items():
             if not least[name] <= limit:
                 raise ValueError(
-                    f"The budget cannot be met: with one channel of each group the model has {least[name]:,} {name}, "
-                    f"{least[name] / whole[name]:.1%} of its {whole[name]:,}. Give {name} of at least that, or let "
-                    f"more layers take part (`filters`). Received: {self._budget!r}"
+                    f"The budget cannot be met: with one channel of each group the model has {_said(least[name])} "
+                    f"{name}, {least[name] / whole[name]:.1%} of its {_said(whole[name])}. Give {name} of at least "
+                    f"that, or let more layers take part (`filters`). Received: {self._budget!r}"
                 )
+
+
+def _said(amount):
+    return f"{amount:,}" if isinstance(amount, int) else f"{amount:.4g}"

@@ -171,6 +171,19 @@ class Plan:
             for variable in goal.units:
                 _zero(variable, alive.reshape(variable.shape), parts)
 
+    def times(self, masks):
+        """Milliseconds without the channels that `masks` have taken; an empty dict if the budget is not of time.
+
+        Returns:
+            `{"asked", "promised", "measured"}`: the budget's, those of the tables, and what the model takes now that
+            its channels are zero.
+        """
+        if self.channels is None or self.channels.times is None:
+            return {}
+        own = [mask for goal, mask in zip(self.goals, masks, strict=True) if self._in_groups(goal)]
+        promised = self.channels.cost(self.channels.gone(own))["milliseconds"]
+        return {"asked": self._budget.milliseconds, "promised": promised, "measured": self.channels.times.measured()}
+
     def makers(self):
         """Triples `(variable, output axes, {axis: numbers of channels} or None)` of what is zero in a dead channel."""
         found, number = [], iter(self.channels.kernels if self.channels else ())
