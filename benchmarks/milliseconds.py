@@ -53,7 +53,7 @@ def main():
         for share in (0.7, 0.45):
             model.set_weights(weights)
             start = time.perf_counter()
-            budget = ks.Budget(milliseconds=share * whole)
+            budget = ks.Budget(milliseconds=share * whole, round_to=8)
             totals = ks.prune(model, budget, pattern="channel", allocation="global").totals
             asked, promised, measured = (totals[f"milliseconds_{k}"] for k in ("asked", "promised", "measured"))
             off, seconds = measured / promised - 1, time.perf_counter() - start

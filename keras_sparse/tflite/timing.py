@@ -88,22 +88,19 @@ class TimeTable:
             reference.feed()
             return self._time(removing.shrink(self._model, verbose=0), reference)
 
-    def correct(self, kept):
-        """Measure the model with what `kept` says stays, and scale the promises so that they are right there.
-
-        Returns:
-            The measured milliseconds over those that were promised.
-        """
+    def measure(self, kept):
+        """What the model takes with what `kept` says stays, measured."""
         small = self._without(kept)
-        if small is None:
-            return 1.0
         with Worker(self._dense, self._runtime) as reference:
             reference.feed()
-            ratio = self._time(small, reference) / self.milliseconds(kept)
-        self._fixed, self._factor = self._fixed * ratio, self._factor * ratio
-        return ratio
+            return self.whole if small is None else self._time(small, reference)
 
-    def _time(self, model, reference, seconds=0.3):
+    def correct(self, kept, measured):
+        """Scale the promises so that with what `kept` says stays they are what was measured."""
+        ratio = measured / self.milliseconds(kept)
+        self._fixed, self._factor = self._fixed * ratio, self._factor * ratio
+
+    def _time(self, model, reference, seconds=1.0):
         """The milliseconds of a model, measured in turns with the whole one."""
         with Worker(convert(Job(model)).content, self._runtime) as worker:
             worker.feed()
