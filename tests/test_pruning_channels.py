@@ -297,20 +297,3 @@ def test_a_budget_of_milliseconds_is_met_as_it_is_measured(monkeypatch):
 def test_milliseconds_are_an_amount(arguments):
     with pytest.raises((ValueError, TypeError), match="milliseconds"):
         ks.Budget(**arguments)
-
-
-def test_times_are_measured_where_seconds_are():
-    with pytest.raises(ValueError, match="runtime='arm64'"):
-        ks.prune(network(), ks.Budget(milliseconds=1.0, runtime="arm64"), pattern="channel")
-
-
-@pytest.mark.slow
-def test_tables_of_a_real_runtime():
-    model = model_of((256,), L.Dense(512, "relu", name="a"), L.Dense(512, "relu", name="b"), L.Dense(8))
-    channels = ks.graph.Channels(model)
-    table = ks.tflite.timing.TimeTable(channels, [g.channels for g in channels.groups if not g.reasons])
-    assert [row["layer"] for row in table.rows] == ["a", "b", "dense"]
-    assert all(row["milliseconds"] == sorted(row["milliseconds"]) for row in table.rows)
-    assert table.milliseconds(lambda labels: np.ones(np.shape(labels), bool)) == pytest.approx(table.whole)
-    report = ks.prune(model, ks.Budget(milliseconds=0.5 * table.whole), pattern="channel")
-    assert 0 < report.totals["milliseconds_measured"] < table.whole
