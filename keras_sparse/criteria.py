@@ -20,6 +20,7 @@ __all__ = [
     "Movement",
     "Obs",
     "Random",
+    "ScaleMagnitude",
     "Snip",
     "Statistic",
     "Taylor",
@@ -124,6 +125,7 @@ class Criterion(Configurable):
         of_inputs: Whether the scores need the inputs that the weight multiplies: see `InputCriterion`.
         repairs: Whether `ks.prune` with data solves for the weights that stay, unless it is told otherwise.
         within_outputs: Whether weights compete only with those of the same output unit.
+        of_scales: Whether whole channels are ranked, by the scales of their normalizations: they are the statistic.
 
     Example:
 
@@ -156,6 +158,7 @@ class Criterion(Configurable):
     of_inputs = False
     repairs = False
     within_outputs = False
+    of_scales = False
 
     def scores(self, weight, statistic=None):
         """Return how much each weight matters.
@@ -287,6 +290,34 @@ class Movement(_Statistical):
     """
 
     statistic = "movement"
+
+
+@CRITERIA.register("slimming")
+class ScaleMagnitude(Criterion):
+    """The absolute value of the scale that batch normalization gives to a channel, for `pattern="channel"`.
+
+    Network slimming: Liu et al., "Learning efficient convolutional networks through network slimming" (2017), sections
+    3.2 and 3.3. Train with `ks.regularize(model, ks.regularizers.Slimming(1e-4))`, which pulls scales to zero, and
+    prune by them. Of a group with several normalizations the scales are summed; channels without one are left.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> layers = [keras.layers.Dense(4, name="body"), keras.layers.BatchNormalization(), keras.layers.Dense(2)]
+    >>> model = keras.Sequential([keras.Input((8,)), *layers])
+    >>> model.layers[1].gamma.assign([0.01, 1.0, -2.0, 0.02]) is None
+    False
+    >>> report = ks.prune(model, 0.5, "slimming", pattern="channel", filters="body")
+    >>> np.any(keras.ops.convert_to_numpy(model.layers[0].kernel) != 0, axis=0)
+    array([False,  True,  True, False])
+    """
+
+    of_scales = True
+
+    def scores(self, weight, statistic=None):
+        if statistic is None:
+            raise ValueError("`ScaleMagnitude` ranks channels by scales of normalizations. Received: a weight alone")
+        return np.abs(statistic)
 
 
 @CRITERIA.register("snip")

@@ -7,11 +7,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sparse import patterns, selection
+from keras_sparse import graph, patterns, selection
+from keras_sparse.identity import IdentityDict
 from keras_sparse.registry import Configurable, check_penalty, serializable
 from keras_sparse.reports import Report
 
-__all__ = ["L1", "GroupLasso", "regularize"]
+__all__ = ["L1", "GroupLasso", "Slimming", "regularize"]
 
 
 class MovableStrength(Configurable, keras.regularizers.Regularizer):
@@ -66,6 +67,34 @@ class L1(MovableStrength):
         """The sum of the absolute values of a tensor of any shape."""
         # Not `abs`, whose derivative at 0 is 1 on JAX: weights that are zero would be pushed off it.
         return ops.sum(x * ops.stop_gradient(ops.sign(x)))
+
+
+@serializable
+class Slimming(L1):
+    """The lasso on the scales of batch normalizations, one for each channel: `l1 * sum(abs(gamma))`.
+
+    Network slimming: Liu et al., "Learning efficient convolutional networks through network slimming" (2017), equation
+    1. `ks.regularize` puts it on scales and not on kernels. Then `ks.prune(model, budget, "slimming",
+    pattern="channel")` takes the channels with the smallest scales, with what must leave with them, and `ks.shrink`
+    removes them.
+
+    Args:
+        l1: At least 0; the paper has 1e-4. `ks.callbacks.StrengthSchedule` raises it to this value in training.
+
+    Raises:
+        ValueError: If `l1` is negative, infinite or NaN.
+        TypeError: If it is no number.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> layers = [keras.layers.Conv2D(8, 3), keras.layers.BatchNormalization(name="norm")]
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), *layers])
+    >>> [row["path"] for row in ks.regularize(model, ks.regularizers.Slimming(1e-4)).rows]
+    ['norm/gamma']
+    """
+
+    of_scales = True
 
 
 @serializable
@@ -130,7 +159,8 @@ def regularize(model, regularizer, filters=None):
     Args:
         model: A built Keras model.
         regularizer: A Keras regularizer, a name such as `"l1"`, or `None` to remove what is there. Each weight gets a
-            `GroupLasso` of its own, with the weight's `output_axes`.
+            `GroupLasso` of its own, with the weight's `output_axes`. A `Slimming` is put on the scales of batch
+            normalizations, of which `filters` name some; all others on kernels.
         filters: Which weights: a regex, a list of them, or a callable on the variable; see `ks.selection.select`.
 
     Returns:
@@ -156,7 +186,8 @@ def regularize(model, regularizer, filters=None):
     regularizer = keras.regularizers.get(regularizer)
     if regularizer is not None and not callable(regularizer):
         raise TypeError(f"Expected a Keras regularizer, a name or `None`. Received: regularizer={regularizer!r}")
-    chosen = selection.select(model, filters).chosen
+    of_scales = getattr(regularizer, "of_scales", False)
+    chosen = _scales(model, filters) if of_scales else selection.select(model, filters).chosen
     attached = [_for_weight(regularizer, weight) for weight in chosen]
     reasons = _why_not_saved(model, chosen)
     for weight, own in zip(chosen, attached, strict=True):
@@ -180,6 +211,22 @@ def regularize(model, regularizer, filters=None):
             stacklevel=2,
         )
     return Report("Regularizers", rows, {"weights": len(rows), "saved": len(rows) - len(lost)})
+
+
+def _scales(model, filters):
+    """The weights that scale channels."""
+    selection.check_filters(filters)
+    found = [weight for weight in selection.weights(model) if weight.variable is graph.scale_of(weight.layer)]
+    if not found:
+        raise ValueError(
+            "`Slimming` needs layers that scale channels, such as `BatchNormalization(scale=True)`. "
+            f"Received: {model.name!r}, which has none"
+        )
+    if filters is None:
+        return found
+    keys = filters if isinstance(filters, (list, tuple)) else [filters]
+    named = IdentityDict.fromkeys(w.variable for key in keys for w in selection.matching(key, found))
+    return [weight for weight in found if weight.variable in named]
 
 
 def _for_weight(regularizer, weight):

@@ -276,6 +276,16 @@ def randomise(model, rng):
             v.assign(rng.normal(0, 0.4, v.shape))
 
 
+def randomise_live(model, rng):
+    """Other values for all that is not zero, and random statistics."""
+    for v in model.weights:
+        value = graph.as_array(v)
+        if v.name.startswith("moving_"):
+            v.assign(rng.uniform(0.5, 2, v.shape))
+        elif v.name != "seed_generator_state":
+            v.assign(value * rng.uniform(0.5, 1.5, v.shape))
+
+
 def kill(model, rng, share=0.4):
     """Zero what makes some channels, biases with it or not, and what reads others; return how many."""
     channels = graph.Channels(model)

@@ -181,7 +181,7 @@ def test_channels_are_pruned_to_a_budget_and_removed(saved, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--budget", "time=3"], "knows macs, parameters and bytes"),
+        (["--budget", "time=3"], "knows macs, parameters, bytes and milliseconds"),
         (["--budget", "macs=half"], "such as macs=0.5"),
         (["--budget", "macs=0.5", "--sparsity", "0.5"], "in place of `--sparsity`"),
     ],

@@ -24,6 +24,7 @@ OBJECTS = {
     "Gradient": ks.criteria.Gradient(),
     "Taylor": ks.criteria.Taylor(),
     "Movement": ks.criteria.Movement(),
+    "ScaleMagnitude": ks.criteria.ScaleMagnitude(),
     "Snip": ks.criteria.Snip(),
     "Fisher": ks.criteria.Fisher(),
     "Wanda": ks.criteria.Wanda(),
@@ -64,6 +65,7 @@ OBJECTS = {
     "AtTargetSparsity": ks.callbacks.AtTargetSparsity(ks.callbacks.KeepSparsity()),
     "StrengthSchedule": ks.callbacks.StrengthSchedule("cosine", begin=1, end=4),
     "L1": ks.regularizers.L1(0.01),
+    "Slimming": ks.regularizers.Slimming(0.01),
     "GroupLasso": ks.regularizers.GroupLasso(0.01, ks.patterns.Block(2, 8), (0, -1)),
     "HardConcrete": ks.gates.HardConcrete(0.5, (-0.2, 1.3)),
     "L0": ks.layers.L0(
@@ -177,8 +179,8 @@ SIGNATURES = {
     ),
     "DynamicSparseTraining": (
         ks.callbacks.DynamicSparseTraining,
-        "(sparsity, allocation='erk', grow='gradient', drop_fraction=0.3, schedule='cosine', frequency=100, end=0.75, "
-        "filters=None, seed=0, verbose=0)",
+        "(sparsity, allocation=None, grow='gradient', drop_fraction=0.3, schedule='cosine', frequency=100, end=0.75, "
+        "filters=None, seed=0, verbose=0, pattern=None)",
     ),
     "LotteryTicket": (
         ks.callbacks.LotteryTicket,

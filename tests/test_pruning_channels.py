@@ -253,3 +253,47 @@ def test_multiples_of_a_budget_are_kept_in_configs_and_checked():
 def test_what_moves_no_channels_says_what_does(make):
     with pytest.raises(ValueError, match="Pruning.*pattern='channel'"):
         make(ks.Budget(macs=0.5))
+
+
+class Line:
+    """Tables of time that promise a millisecond for 1,000 weights and find 20 % more."""
+
+    def __init__(self, channels, groups, runtime):
+        self._channels, self._factor = channels, 1e-3
+
+    def milliseconds(self, kept):
+        return self._factor * self._channels.cost(kept)["parameters"]
+
+    def measure(self, kept):
+        return 1.2e-3 * self._channels.cost(kept)["parameters"]
+
+    def correct(self, kept, measured):
+        self._factor *= measured / self.milliseconds(kept)
+
+    def measured(self):
+        return 1.2e-3 * ks.shrink(self._channels.labelled.model, verbose=0).count_params()
+
+
+def test_a_budget_of_milliseconds_is_met_as_it_is_measured(monkeypatch):
+    monkeypatch.setattr("keras_sparse.tflite.timing.TimeTable", Line)
+    model = network()
+    whole = model.count_params() / 1000
+    with pytest.raises(ValueError, match=r"one channel of each group the model has 0\.0\d+ milliseconds"):
+        ks.prune(model, ks.Budget(milliseconds=0.01), pattern="channel")
+    report = ks.prune(model, ks.Budget(milliseconds=0.6 * whole), pattern="channel", allocation="global")
+    asked, promised, measured = (report.totals[f"milliseconds_{k}"] for k in ("asked", "promised", "measured"))
+    assert 0.5 * whole < measured <= 1.03 * asked == 1.03 * 0.6 * whole
+    assert promised == pytest.approx(measured)
+    assert "asked" in report.notes[-1]
+    model.compile("sgd", "mse", run_eagerly=True)
+    callback = ks.callbacks.Pruning(ks.Budget(milliseconds=0.4 * whole), pattern="channel", frequency=1)
+    model.fit(IMAGES, np.zeros((32, 3)), batch_size=8, epochs=2, verbose=0, callbacks=[callback])
+    assert callback.milliseconds["measured"] <= 1.03 * 0.4 * whole
+    again = ks.callbacks.Pruning.from_config(callback.get_config()).target_sparsity
+    assert (again.milliseconds, again.runtime) == (0.4 * whole, "native")
+
+
+@pytest.mark.parametrize("arguments", [{"milliseconds": 0}, {"milliseconds": float("nan")}, {"milliseconds": "4"}])
+def test_milliseconds_are_an_amount(arguments):
+    with pytest.raises((ValueError, TypeError), match="milliseconds"):
+        ks.Budget(**arguments)

@@ -70,6 +70,13 @@ class DynamicSparseTraining(ScheduledCallback):
     Where training starts: positions that are zero already (or masked, in an interrupted fit) are dead; random ones
     join them, or grow, until the count is exact. A kernel that is all zeros counts as zero-initialised.
 
+    With `pattern="channel"` whole channels live, die and grow, by groups (see `ks.channel_groups`): the partners of a
+    residual sum, a gate, an attention head, the gates of a recurrent layer together, so that `ks.shrink` removes what
+    is dead after training. Each group keeps the number of its channels. A channel's magnitude and its gradient are the
+    means over its weights, summed over the kernels that make it. A channel that grows gets small random weights where
+    it is made, since behind a ReLU zeros would get no gradient (for the same reason most dead channels have the
+    gradient 0, and chance decides among them), and zeros where weights read it: the network computes what it did.
+
     Live weights that have just grown are zero until their first step, so `logs["sparsity"]`, which counts zeros, may be
     a little above `sparsity`.
 
@@ -78,6 +85,8 @@ class DynamicSparseTraining(ScheduledCallback):
             `allocation="uniform"`. `None` keeps as many in each kernel as there are zeros when training starts, for
             example after `ks.prune(model, 0.9)`.
         allocation: `"erk"`: small kernels are denser, see `ks.pruning.erk_counts`; `"uniform"`: each gets `sparsity`.
+            `None` is `"erk"`, and `"uniform"` for channels, of which a group takes the least that one of its kernels
+            should lose.
         grow: What grows: `"gradient"` (RigL), `"random"` (SET), or `None` or `"static"`: nothing moves.
         drop_fraction: Share of the live weights that the first update would move, in (0, 1].
         schedule: How that share decays to 0 at `end`: `"cosine"`, `"linear"`, `"polynomial"` (the inverse power of
@@ -86,6 +95,7 @@ class DynamicSparseTraining(ScheduledCallback):
         end: When the last update is due. A float is a fraction of this `fit` (epochs x steps), an int counts optimizer
             steps from the start of this `fit`.
         filters: Which weights: a regex, a list of them, or a callable on the variable; see `ks.selection.select`.
+        pattern: `None`: single weights; or `"channel"`.
         seed: Integer that the random masks and SET's choices depend on, together with the step.
         verbose: 1 prints a line at each update.
 
@@ -109,7 +119,7 @@ class DynamicSparseTraining(ScheduledCallback):
     def __init__(
         self,
         sparsity,
-        allocation="erk",
+        allocation=None,
         grow="gradient",
         drop_fraction=0.3,
         schedule="cosine",
@@ -118,10 +128,20 @@ class DynamicSparseTraining(ScheduledCallback):
         filters=None,
         seed=0,
         verbose=0,
+        pattern=None,
     ):
         if is_real(end) and end == 0:
             raise ValueError(f"`end` must be above 0; `grow=None` moves no weight. Received: end={end!r}")
         super().__init__(0, end, frequency, filters, verbose)
+        self.pattern = patterns.get(pattern)
+        by_channels = self.pattern.whole_units
+        if not by_channels and not isinstance(self.pattern, patterns.Unstructured):
+            raise ValueError(
+                "Dynamic sparse training moves single weights, or whole channels: `pattern` is None or 'channel'. "
+                f"Received: pattern={pattern!r}"
+            )
+        if allocation is None:
+            allocation = "uniform" if by_channels else "erk"
         if allocation not in ("erk", "uniform"):
             raise ValueError(
                 "`allocation` must be 'erk' or 'uniform': which weights are live says the training. "
@@ -132,7 +152,7 @@ class DynamicSparseTraining(ScheduledCallback):
         patterned = isinstance(sparsity, dict) and any(isinstance(value, (tuple, list)) for value in sparsity.values())
         if patterned or isinstance(sparsity, pruning.Budget):
             raise ValueError(
-                "Dynamic sparse training moves single weights: give sparsities without patterns. To remove channels in "
+                "Dynamic sparse training has one pattern: give sparsities without patterns. To meet a budget in "
                 "training, take `ks.callbacks.Pruning(ks.Budget(macs=0.5), pattern='channel')`. "
                 f"Received: sparsity={sparsity!r}"
             )
@@ -153,19 +173,25 @@ class DynamicSparseTraining(ScheduledCallback):
         self.schedule = schedules.get(schedule)
         self.end, self.frequency = end, frequency
         self.seed = criteria.Random(seed).seed
-        self._prepared = False
+        self._prepared, self._channels = False, None
 
     def make_plan(self, run, untrained=()):
         self._prepared = False
-        model = run.model
+        plan = self._plan(run.model, untrained)
+        self._channels = pruning.MovingChannels(run.model, plan.channels) if self.pattern.whole_units else None
+        return plan
+
+    def _plan(self, model, untrained):
         if self.sparsity is not None:
             return pruning.Plan(
                 model,
                 self.sparsity,
                 self._grow.criterion,
-                allocation=self.allocation,
-                filters=self.filters,
+                self.pattern,
+                self.allocation,
+                self.filters,
                 untrained=untrained,
+                removable=True,
             )
         chosen = {id(w.variable) for w in selection.select(model, self.filters).chosen if _sparse(w)}
         if self.filters is None:
@@ -175,7 +201,14 @@ class DynamicSparseTraining(ScheduledCallback):
                 f"`sparsity=None` keeps the sparsity that {model.name!r} has, and it has no zeros. Prune it first, for "
                 "example with `ks.prune(model, 0.9)`, or give a sparsity. Received: sparsity=None"
             )
-        return pruning.Plan(model, 0.0, self._grow.criterion, filters=lambda variable: id(variable) in chosen)
+        return pruning.Plan(
+            model,
+            0.0,
+            self._grow.criterion,
+            self.pattern,
+            filters=lambda variable: id(variable) in chosen,
+            removable=True,
+        )
 
     def start(self, run):
         if self._prepared:
@@ -188,7 +221,7 @@ class DynamicSparseTraining(ScheduledCallback):
                 f"{last}. Lower `frequency`, or train for longer. "
                 f"Received: frequency={self.frequency!r}, end={self.end!r}"
             )
-        self._move(run, [self._first_mask(*found) for found in self._present(run)])
+        self._move(run, self._first_masks(run))
         if self.clock.updated < 0:  # Else a backup goes on.
             self.clock.mark(self.clock.now)
 
@@ -196,13 +229,19 @@ class DynamicSparseTraining(ScheduledCallback):
         fraction = self.drop_fraction * (1.0 - self.schedule(progress))
         if not self._grow.moves or not fraction:
             return
-        moved = self._move(run, [self._next_mask(run, fraction, *found) for found in self._present(run)])
+        moved = self._move(run, self._next_masks(run, fraction))
         if self.verbose:
-            elapsed = self.clock.elapsed(self.clock.now)
-            print(f"\nStep {elapsed}: {moved // 2} weights dropped, as many grown")
+            elapsed, what = self.clock.elapsed(self.clock.now), "weights" if self._channels is None else "channels"
+            print(f"\nStep {elapsed}: {moved // 2} {what} dropped, as many grown")
 
     def finish(self, run):
         # Another callback may have put back the weights of an earlier epoch, which had other masks.
+        if self._channels is not None:
+            masks = self._channels.settled(run.plan.present_masks())
+            for goal, mask in zip(run.plan.goals, masks, strict=True):
+                run.parts.masks.of(goal.weight.variable).assign(mask)
+            run.plan.zero_units(masks, run.parts)
+            return
         for goal in run.plan.goals:
             state = run.parts.masks.of(goal.weight.variable)
             mask, alive = selection.as_array(state), goal.weight.numpy() != 0
@@ -216,6 +255,25 @@ class DynamicSparseTraining(ScheduledCallback):
         for index, (goal, mask) in enumerate(zip(run.plan.goals, run.plan.attached_masks(run.parts), strict=True)):
             yield goal, mask, np.random.default_rng([self.seed, elapsed, index])
 
+    def _first_masks(self, run):
+        if self._channels is None:
+            return [self._first_mask(*found) for found in self._present(run)]
+        masks = run.plan.attached_masks(run.parts)
+        return (
+            self._channels.settled(masks) if self.sparsity is None else self._channels.first(masks, self._chance(run))
+        )
+
+    def _next_masks(self, run, fraction):
+        if self._channels is None:
+            return [self._next_mask(run, fraction, *found) for found in self._present(run)]
+        generator = self._chance(run)
+        magnitudes = [_magnitude(goal.weight.numpy()) for goal in run.plan.goals]
+        growth = [self._grow.scores(run.parts.statistics, goal.weight, generator) for goal in run.plan.goals]
+        return self._channels.next(run.plan.attached_masks(run.parts), magnitudes, growth, fraction, generator)
+
+    def _chance(self, run):
+        return np.random.default_rng([self.seed, self.clock.elapsed(self.clock.now), len(run.plan.goals)])
+
     def _first_mask(self, goal, mask, generator):
         if self.sparsity is None:
             return mask
@@ -225,23 +283,31 @@ class DynamicSparseTraining(ScheduledCallback):
     def _next_mask(self, run, fraction, goal, mask, generator):
         live = int(np.count_nonzero(mask))
         count = min(round(fraction * live), mask.size - live)
-        weight = goal.weight.numpy()
         # Live weights rank below dead ones, whatever became of them.
-        magnitude = np.fmin(np.abs(weight), np.finfo(weight.dtype).max)
-        kept = mask & patterns.keep_highest(np.where(mask, magnitude, np.inf), count)
+        kept = mask & patterns.keep_highest(np.where(mask, _magnitude(goal.weight.numpy()), np.inf), count)
         scores = self._grow.scores(run.parts.statistics, goal.weight, generator)
         return kept | patterns.keep_highest(np.where(mask, -np.inf, scores), mask.size - count)
 
     def _move(self, run, masks):
         """Put `masks` in place; return at how many positions they differ from what was there."""
-        changed = {}
+        changed, before = {}, run.plan.attached_masks(run.parts)
         for goal, mask in zip(run.plan.goals, masks, strict=True):
             state = run.parts.masks.of(goal.weight.variable)
             changed[run.parts.index(goal.weight.variable)] = selection.as_array(state) != mask
             state.assign(mask)
+        run.plan.zero_units(masks, run.parts)
         run.parts.masks.apply()
+        moved = sum(int(np.count_nonzero(where)) for where in changed.values())
+        if self._channels is not None:
+            fresh = self._channels.grow(before, masks, self._chance(run))
+            changed = {run.parts.index(v): where for v, where in fresh.items() if v.trainable}
+            moved = self._channels.moved(before, masks)
         optimizers.reset_slots(run.optimizer, run.parts.trainable, changed)
-        return sum(int(np.count_nonzero(where)) for where in changed.values())
+        return moved
+
+
+def _magnitude(value):
+    return np.fmin(np.abs(value), np.finfo(value.dtype).max)
 
 
 def _sparse(weight):

@@ -39,8 +39,10 @@ class ProximalL1(ScheduledCallback):
             the strength. At `end` the smallest weights are cut to meet the target, by one ranking over all weights, or
             surplus zeros are let go, of which some may stay zero; from then on nothing is shrunk any more.
         group: `None`: each weight for itself. A `Pattern` or its name: `"channel"` for output units, `"block_1x4"`.
-            Units are those of one kernel. Where others must leave with them (a residual sum, a concatenation), so that
-            `ks.shrink` can remove them, `Pruning(pattern="channel")` chooses them as one.
+            Channels that must leave together (a residual sum, a concatenation, `ks.channel_groups` lists them) are
+            shrunk by one norm over all weights that make them, those of biases and normalizations too, so that they
+            arrive at zero together and `ks.shrink` removes them. Where a kernel of a group is not among `filters`, or
+            the graph of the model cannot be seen, units are those of one kernel.
         begin: When shrinking begins: a float is a fraction of this `fit`, an int counts optimizer steps.
         end: When shrinking ends and the zeros are kept. Defaults to 0.65 with `target_sparsity`, and to never with
             `strength`.
@@ -84,8 +86,8 @@ class ProximalL1(ScheduledCallback):
             layers.check_penalty("strength", strength)
         elif isinstance(target_sparsity, pruning.Budget):
             raise ValueError(
-                "`ProximalL1` shrinks the units of each kernel for themselves; a budget counts channels that leave in "
-                "all of their layers. Take `ks.callbacks.Pruning(budget, pattern='channel')`. "
+                "`ProximalL1` leads to a share of zeros; a budget counts what a model costs without its channels. "
+                "Take `ks.callbacks.Pruning(budget, pattern='channel')`. "
                 f"Received: target_sparsity={target_sparsity!r}"
             )
         elif isinstance(target_sparsity, dict):
@@ -135,7 +137,7 @@ class ProximalL1(ScheduledCallback):
             pattern=self.group,
             allocation="global",
             filters=self.filters,
-            whole_units=False,
+            whole_units=bool(getattr(run.model, "inputs", None)),
             untrained=untrained,
         )
         weights = [goal.weight for goal in plan.goals]
@@ -143,7 +145,8 @@ class ProximalL1(ScheduledCallback):
             for weight in weights:
                 _check_groups(self.group, weight)
         self._frozen = False
-        run.parts.proximal.add([w.variable for w in weights], self.group, [w.output_axes for w in weights])
+        variables, axes, channels = zip(*plan.makers(), strict=True)
+        run.parts.proximal.add(list(variables), self.group, axes, channels)
         return plan
 
     def start(self, run):
@@ -177,6 +180,7 @@ class ProximalL1(ScheduledCallback):
             for goal in run.plan.goals:
                 variable = goal.weight.variable
                 run.parts.masks.of(variable).assign(selection.as_array(variable) != 0)
+            run.plan.zero_units(run.plan.attached_masks(run.parts), run.parts)
         else:
             run.plan.update(run.parts)
         self._frozen = True
@@ -211,7 +215,8 @@ class _FreePlan(pruning.Plan):
     """A plan whose masks keep everything at first: what is zero may come back to life until the zeros are settled."""
 
     def attach(self, parts):
-        parts.masks.add([goal.weight.variable for goal in self.goals])
+        units = [variable for goal in self.goals for variable in goal.units if variable.trainable]
+        parts.masks.add([*(variable for variable, _, _ in self.makers()), *units])
 
 
 def _check_groups(group, weight):

@@ -43,6 +43,9 @@ class Pruning(ScheduledCallback):
             `fit` that get this object, as in a loop of reinforcement or active learning; `begin` and `end` count steps
             from the first of them.
 
+    Attributes:
+        milliseconds: After a fit to a budget of milliseconds `{"asked", "promised", "measured"}`; else an empty dict.
+
     Raises:
         ValueError: If a number is out of range, a string names nothing, `end <= begin`, the schedule can never fire in
             this `fit`, or a filter or key matches nothing.
@@ -94,7 +97,7 @@ class Pruning(ScheduledCallback):
         self.allocation = pruning.allocation.get(allocation)
         self.begin, self.end, self.frequency = begin, end, frequency
         self.over, self._statistics = over, None
-        self.reached = False
+        self.reached, self.milliseconds = False, {}
 
     @property
     def finished(self):
@@ -133,6 +136,7 @@ class Pruning(ScheduledCallback):
     def finish(self, run):
         now = self.clock.now
         if self.reached:
+            self.milliseconds = run.plan.times(run.plan.attached_masks(run.parts))
             self.warn_of_emptied(run)
             return
         if self.clock.stands_still:

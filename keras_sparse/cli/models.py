@@ -33,7 +33,8 @@ _OUTPUT = argument("-o", "--output", metavar="OUT.keras", required=True, help="f
         nargs="+",
         metavar="NAME=AMOUNT",
         help="in place of --sparsity, with --pattern channel: macs, parameters or bytes that may be left after "
-        "`shrink`, as a share (macs=0.5) or an amount (bytes=200000); round_to=8 counts multiples of 8 channels",
+        "`shrink`, as a share (macs=0.5) or an amount (bytes=200000), or milliseconds, measured on runtime=native; "
+        "round_to=8 counts multiples of 8 channels",
     ),
     argument(
         "--criterion",
@@ -118,11 +119,14 @@ def _budget(texts):
     for text in texts:
         name, _, value = text.partition("=")
         try:
-            amounts[name] = int(value) if value.isdigit() else float(value)
+            amounts[name] = value if name == "runtime" else int(value) if value.isdigit() else float(value)
         except ValueError:
             raise ValueError(f"`--budget` takes such as macs=0.5 or bytes=200000. Received: {text}") from None
-    if not amounts.keys() <= {"macs", "parameters", "bytes", "round_to"}:
-        raise ValueError(f"`--budget` knows macs, parameters and bytes, and round_to. Received: {' '.join(texts)}")
+    if not amounts.keys() <= {"macs", "parameters", "bytes", "milliseconds", "runtime", "round_to"}:
+        raise ValueError(
+            "`--budget` knows macs, parameters, bytes and milliseconds, runtime and round_to. "
+            f"Received: {' '.join(texts)}"
+        )
     return pruning.Budget(**amounts)
 
 

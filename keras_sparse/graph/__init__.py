@@ -1,7 +1,7 @@
 """What is known of Keras models: their layers, weights and channels, and how the layers are wired."""
 
 from keras_sparse.graph.calls import Call, Condition, Part, Tensor
-from keras_sparse.graph.channels import elementwise, unit_kernel, unit_variables, unread_channels
+from keras_sparse.graph.channels import elementwise, scale_of, unit_kernel, unit_variables, unread_channels
 from keras_sparse.graph.classes import Classes
 from keras_sparse.graph.groups import ChannelGroup, Channels
 from keras_sparse.graph.kinds import (
@@ -55,6 +55,7 @@ __all__ = [
     "references",
     "register_kind",
     "replay",
+    "scale_of",
     "substituted",
     "unit_kernel",
     "unit_variables",

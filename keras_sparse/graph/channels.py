@@ -23,7 +23,7 @@ from keras_sparse.graph.weights import weights as weights_of
 from keras_sparse.graph.wiring import consumers, filled, references, wiring
 from keras_sparse.identity import IdentityDict
 
-__all__ = ["elementwise", "unit_kernel", "unit_variables", "unread_channels"]
+__all__ = ["elementwise", "scale_of", "unit_kernel", "unit_variables", "unread_channels"]
 
 
 class _StaysNonzero(Exception):
@@ -218,6 +218,20 @@ def _per_channel(layer, kind, axis):
     if axis is None or own % rank != axis % rank or scale is None:
         raise _StaysNonzero(f"{layer.name} behind it has no scale for each unit (scale=False, or another axis)")
     return [variable for variable in (scale, *others) if variable is not None]
+
+
+def scale_of(layer):
+    """The variable with which a layer scales each channel, such as the gamma of a batch normalization, or `None`.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.BatchNormalization()])
+    >>> [ks.graph.scale_of(layer) is not None for layer in model.layers]
+    [False, True]
+    """
+    names = kind_of(layer).per_channel
+    return getattr(layer, names[0], None) if names else None
 
 
 def _hides_normalization(operation):

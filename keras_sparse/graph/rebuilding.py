@@ -142,6 +142,10 @@ class Rebuilding:
                 if weights or changes or layer_class:
                     raise
                 new = operation  # a `Lambda` of a function that has no name: it has no state either
+            if isinstance(new, keras.layers.Lambda) and not changes:
+                # By its name Keras revives another function: `keras.ops.gelu` becomes `keras.activations.gelu` (3.15).
+                new = operation
+            if new is operation:
                 self._names.add(operation.name)
             self._copies[operation] = new, wanted, weights
         new, known, values = self._copies[operation]

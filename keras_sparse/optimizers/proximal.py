@@ -89,18 +89,25 @@ class Proximal(Part):
         self._group, self._groups = None, {}
         self.enabled = False
 
-    def add(self, variables, group=None, output_axes=None):
+    def add(self, variables, group=None, output_axes=None, channels=None):
         """Shrink `variables` after each step from now on.
 
         Args:
             variables: Variables that the optimizer was built with.
             group: A `Pattern` whose groups are shrunk as a whole, or `None`: each weight for itself.
             output_axes: For each variable the axes that count output units; needed with `group`.
+            channels: For each variable `None`, or `{axis: numbers}`: the channels of several variables that are shrunk
+                as one, from 1 on; what is numbered 0 is not shrunk.
         """
+        channels = [None] * len(variables) if channels is None else channels
         config = {
             "indices": self.parts.indices(variables),
             "group": None if group is None else keras.saving.serialize_keras_object(group),
             "output_axes": None if output_axes is None else [list(axes) for axes in output_axes],
+            "channels": [
+                axes and [[int(axis), np.asarray(numbers).tolist()] for axis, numbers in axes.items()]
+                for axes in channels
+            ],
         }
         if config != self._config or not self.enabled:
             self._config, self._group, self._groups = config, group, {}
@@ -162,9 +169,16 @@ class Proximal(Part):
         pace, strength = self.variables["pace"], self.variables["strength"]
         assign_in_step([(pace, lambda *values: next_pace(optimizer, *values), [rate, moved])])
         step_size = _step_of(optimizer)
-        changes = []
+        changes, joint = [], {}
         for position, index in enumerate(self._config["indices"]):
             kinds = sorted(found.get(index, {}))
+            axes = self._config["channels"][position]
+            if axes:
+                slots_here = {kind: ops.convert_to_tensor(found[index][kind]) for kind in kinds}
+                steps = ops.convert_to_tensor(optimizer.iterations)
+                step = step_size(optimizer, rate, ops.convert_to_tensor(pace), steps, slots_here)
+                joint[index] = (axes, step)
+                continue
 
             def shrink(value, rate, pace, moved, strength, steps, *values, kinds=kinds, position=position):
                 step = step_size(optimizer, rate, pace, steps, dict(zip(kinds, values, strict=True)))
@@ -175,7 +189,32 @@ class Proximal(Part):
 
             arguments = [rate, pace, moved, strength, optimizer.iterations, *(found[index][kind] for kind in kinds)]
             changes.append((trainable[index], shrink, arguments))
+        if joint:
+            factors = self._factors(joint, ops.convert_to_tensor(strength) * moved)
+            changes += [(trainable[index], _scaled(axes), [factors]) for index, (axes, _) in joint.items()]
         assign_in_step(changes)
+
+    def _factors(self, joint, price):
+        """What each channel's weights are multiplied with, by its number: see `group_soft_threshold`."""
+        every = [np.asarray(numbers) for axes, _ in joint.values() for _, numbers in axes]
+        number = 1 + max(int(numbers.max()) for numbers in every)
+        squares, steps, sizes = ops.zeros(number), ops.zeros(number), np.zeros(number, "float32")
+        for index, (axes, step) in joint.items():
+            value = ops.cast(ops.convert_to_tensor(self.parts.trainable[index]), "float32")
+            for axis, numbers in axes:
+                others = [i for i in range(len(value.shape)) if i != axis]
+                step = ops.broadcast_to(ops.cast(step, "float32"), value.shape)
+                squares, steps = (
+                    total + ops.segment_sum(ops.sum(tensor, others), np.asarray(numbers, "int32"), number)
+                    for total, tensor in ((squares, ops.square(value)), (steps, step))
+                )
+                sizes += np.bincount(numbers, minlength=number) * (int(np.prod(value.shape)) // len(numbers))
+        roots = np.sqrt(np.maximum(sizes, 1))
+        # The mean of the steps, times the root of the size.
+        norms, thresholds = ops.sqrt(squares), price * steps / roots
+        gone = norms <= thresholds
+        factors = ops.where(gone, 0.0, 1 - thresholds / ops.where(gone, 1.0, norms))
+        return ops.where(np.arange(number) == 0, 1.0, factors)
 
     def _groups_of(self, position, shape):
         if position not in self._groups:
@@ -187,7 +226,21 @@ class Proximal(Part):
 
     def restore(self, config):
         group = config["group"] and keras.saving.deserialize_keras_object(config["group"])
-        self.add([self.parts.trainable[index] for index in config["indices"]], group, config["output_axes"])
+        channels = [axes and dict(axes) for axes in config["channels"]]
+        self.add([self.parts.trainable[index] for index in config["indices"]], group, config["output_axes"], channels)
+
+
+def _scaled(axes):
+    """The function that multiplies the channels of a weight by their factors; what is shrunk to zero is +0.0."""
+
+    def scale(value, factors):
+        for axis, numbers in axes:
+            own = ops.cast(ops.take(factors, np.asarray(numbers, "int32")), value.dtype)
+            own = ops.reshape(own, [-1 if i == axis else 1 for i in range(len(value.shape))])
+            value = ops.where(own == 0, ops.zeros_like(value), value * own)
+        return value
+
+    return scale
 
 
 def _scalar(name):

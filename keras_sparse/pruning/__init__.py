@@ -7,6 +7,7 @@ from keras_sparse.pruning.costs import Budget
 from keras_sparse.pruning.loops import update_masks
 from keras_sparse.pruning.one_shot import prune
 from keras_sparse.pruning.plan import Plan
+from keras_sparse.pruning.regrowth import MovingChannels
 from keras_sparse.pruning.sensitivity import DynamicProgramming, SensitivityReport, sensitivity
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Global",
     "Goal",
     "Isomorphic",
+    "MovingChannels",
     "Plan",
     "SensitivityReport",
     "Uniform",

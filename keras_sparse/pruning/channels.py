@@ -13,6 +13,9 @@ from keras_sparse.identity import IdentityDict
 __all__ = ["ChannelChoice"]
 
 
+_MEASUREMENTS, _CLOSE = 4, 0.03  # of a chosen model at most; how near to the budget is near enough
+
+
 class ChannelChoice:
     """Which channels of a model leave, and what is masked with them.
 
@@ -21,11 +24,16 @@ class ChannelChoice:
         goals: The goals whose pattern is whole channels.
         budget: A `Budget`, or `None` if the goals' sparsities count.
         allocation: The `Allocation`.
+        removable: Whether channels that cannot be removed, such as the model's outputs, stay.
+        scaled: Whether channels without the scale of a normalization stay.
 
     Attributes:
         kernels: For each goal, the `{axis: labels}` that it makes; a string that says why if it makes none.
         with_partners: For each goal, whether kernels that are not selected make its channels, too.
         others: `{variable: {axis: labels}}` of biases, normalizations and the like that go with channels.
+        groups: For each group of channels that take part the labels that stand for them, a vector.
+        times: A `ks.tflite.timing.TimeTable` if the budget is one of milliseconds, else `None`.
+        targets: For each group the share that is to leave, where the target is one.
 
     Example:
 
@@ -38,15 +46,15 @@ class ChannelChoice:
     ['a', 'b']
     """
 
-    def __init__(self, model, goals, budget, allocation):
+    def __init__(self, model, goals, budget, allocation, removable=False, scaled=False):
         self._channels = channels = graph.Channels(model)
         self._roots, self._budget, self._allocation = channels.roots, budget, allocation
         selected = IdentityDict((goal.weight.variable, goal) for goal in goals)
         made = [(layer, part) for layer, part in channels.parts() if part.made]
         # What a model returns cannot be removed, but it can be zero, where a sparsity is asked for and not a cost.
-        reasons = {
-            c: why for c, why in channels.reasons.items() if budget is not None or not why.startswith(graph.OUTPUT)
-        }
+        reasons = {c: why for c, why in channels.reasons.items() if removable or not why.startswith(graph.OUTPUT)}
+        if scaled:
+            reasons = dict.fromkeys(np.flatnonzero(self._scales() < 0).tolist(), "no normalization scales it") | reasons
         reasons |= channels.not_silenced(reasons)
         partners = self._not_selected(made, selected, reasons)
         reasons |= partners
@@ -74,13 +82,16 @@ class ChannelChoice:
             axes = self._axes_of(part)
             if axes and part.variable not in selected:
                 self.others[part.variable] = axes
-        self._targets = None
+        self.targets = None
+        self.times = None if budget is None or not self._groups else budget.times(channels, self.groups)
+        self._final = False
+        self._whole = self.cost(np.zeros(len(self._roots), bool))
 
     def aim(self, goals):
         """Take the sparsities of these goals, which are those that make channels, in order, for the groups."""
         self.kernels = [axes for axes in self.kernels if not isinstance(axes, str)]
         sparsity = IdentityDict((goal.weight.variable, goal.sparsity) for goal in goals)
-        self._targets = [
+        self.targets = [
             min(sparsity.get(goal.weight.variable, goal.sparsity) or 0.0 for goal in own) for _, own, _ in self._groups
         ]
         self._check_budget()
@@ -113,7 +124,44 @@ class ChannelChoice:
                             found[root] = f"{part.variable.path} makes them, too, and is left dense"
         return found
 
+    @property
+    def groups(self):
+        return [free for free, _, _ in self._groups]
+
+    def parts(self):
+        """Yield `(layer, part)` for all weights of the model that have channels."""
+        return self._channels.parts()
+
+    def numbered(self, axes):
+        """`{axis: numbers}` of `{axis: labels}`: those of the channels from 1 on, 0 for what takes no part."""
+        numbers = np.zeros(len(self._roots), int)
+        numbers[np.concatenate(self.groups)] = 1 + np.arange(sum(map(len, self.groups)))
+        return {axis: numbers[self._roots[labels]] for axis, labels in axes.items()}
+
+    def spread(self, classes):
+        """For each label whether it belongs to one of these classes."""
+        return np.isin(self._roots, classes)
+
     # Scores, ranking, masks
+
+    def scales_of(self, variable, shape):
+        """The scales of the channels that a goal's weight makes, summed over their normalizations, in its shape."""
+        (part,) = (part for _, part in self._channels.parts() if part.variable is variable)
+        scales, found = self._scales(), np.zeros(shape, "float32")
+        for axis in part.made:
+            own = scales[self._roots[part.axes[axis]]]
+            found += own.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        return found
+
+    def _scales(self):
+        """The sum of the absolute scales of each class, -1 where there is none."""
+        found, sums = np.full(len(self._roots), -1.0), np.zeros(len(self._roots))
+        for layer, part in self._channels.parts():
+            if part.variable is graph.scale_of(layer):
+                for labels in part.axes.values():
+                    found[self._roots[labels]] = 0
+                    np.add.at(sums, self._roots[labels], np.abs(graph.as_array(part.variable)).reshape(-1))
+        return found + sums
 
     def keep(self, scores, masks, fraction):
         """Return the new masks of the goals' weights.
@@ -124,12 +172,16 @@ class ChannelChoice:
             fraction: The way to the target, in [0, 1].
         """
         gone = self._gone_already(masks)
-        values = self._scores(scores)
+        values = self.scores(scores)
         ranked = [self._ranking(group, values, gone) for group in self._groups]
         leaving = gone.copy()
         for classes in self._leaving(ranked, gone, fraction):
             leaving |= np.isin(self._roots, classes)
-        return [self.mask_of(axes, leaving, mask.shape) for axes, mask in zip(self.kernels, masks, strict=True)]
+        return self.masks_without(leaving, masks)
+
+    def masks_without(self, gone, masks):
+        """Masks of the goals' weights, of the shapes of `masks`, without the labels that `gone` says."""
+        return [self.mask_of(axes, gone, mask.shape) for axes, mask in zip(self.kernels, masks, strict=True)]
 
     def mask_of(self, axes, gone, shape):
         """What stays of a weight without the classes that `gone` says, a boolean array."""
@@ -151,7 +203,8 @@ class ChannelChoice:
                 alive[roots[mask.any(axis=tuple(i for i in range(mask.ndim) if i != axis))]] = True
         return (seen & ~alive & self._free)[self._roots] & self._free
 
-    def _scores(self, scores):
+    def scores(self, scores):
+        """The score of each class, from scores of the goals' weights: the sum of the means over its weights there."""
         found = np.zeros(len(self._roots))
         for axes, score in zip(self.kernels, scores, strict=True):
             for axis, labels in axes.items():
@@ -173,10 +226,41 @@ class ChannelChoice:
         """Lists of the classes that leave."""
         if self._budget is None:
             if not self._shared:
-                shares = [sparsity * fraction for sparsity in self._targets]
+                shares = [sparsity * fraction for sparsity in self.targets]
                 return [free[: self._count(share, free)] for share, (free, _) in zip(shares, ranked, strict=True)]
-            return self._by_share(ranked, fraction * self._targets[0])
-        whole = self._channels.whole_cost
+            return self._by_share(ranked, fraction * self.targets[0])
+        if self.times is None or fraction < 1:
+            return self._within_budget(ranked, gone, fraction)
+        self._final = True
+        return self._measured(ranked, gone)
+
+    def _measured(self, ranked, gone):
+        """What leaves so that the model is as fast as the budget says, measured and not only promised.
+
+        Time goes in steps where a line is promised: kernels compute so many channels at once.
+        """
+        limit, found = self._budget.limits(self._whole)["milliseconds"], []
+        for _ in range(_MEASUREMENTS):
+            leaving = self._within_budget(ranked, gone, 1.0)
+            out = gone.copy()
+            out[np.concatenate([*leaving, np.zeros(0, int)]).astype(int)] = True
+
+            def kept(labels, out=out):
+                return ~out[self._roots[labels]]
+
+            measured = self.times.measure(kept)
+            found.append((measured, leaving, kept))
+            self.times.correct(kept, measured)
+            if abs(measured / limit - 1) < _CLOSE:
+                break
+        # The slowest that is fast enough, or else the fastest.
+        fit = [one for one in found if one[0] < limit * (1 + _CLOSE)]
+        measured, leaving, kept = max(fit, key=lambda one: one[0]) if fit else min(found, key=lambda one: one[0])
+        self.times.correct(kept, measured)
+        return leaving
+
+    def _within_budget(self, ranked, gone, fraction):
+        whole = self._whole
         limits = {k: whole[k] - fraction * (whole[k] - limit) for k, limit in self._budget.limits(whole).items()}
         low, high = 0.0, 1.0
         more, fewer = self._by_share(ranked, 1.0), self._by_share(ranked, 0.0)
@@ -206,8 +290,20 @@ class ChannelChoice:
     def _fits(self, leaving, gone, limits):
         out = gone.copy()
         out[np.concatenate([*leaving, np.zeros(0, int)]).astype(int)] = True
-        cost = self._channels.cost(lambda labels: ~out[self._roots[labels]])
+        return self._within(out, limits)
+
+    def _within(self, gone, limits):
+        cost = self.cost(gone)
         return all(cost[name] <= limit for name, limit in limits.items())
+
+    def cost(self, gone):
+        """What the model costs without the classes that `gone` says: as `ks.graph.Channels.cost`, and milliseconds."""
+
+        def kept(labels):
+            return ~gone[self._roots[labels]]
+
+        found = self._channels.cost(kept)
+        return found if self.times is None else found | {"milliseconds": self.times.milliseconds(kept)}
 
     def _by_share(self, ranked, share):
         """The classes that leave of each group when `share` of all channels does."""
@@ -244,13 +340,13 @@ class ChannelChoice:
         gone = self._gone_already(masks)
         counts = [(int(gone[free].sum()), len(free)) for free, _, _ in self._groups]
         if self._budget is not None:
-            whole = self._channels.whole_cost
-            cost = self._channels.cost(lambda labels: ~gone[self._roots[labels]])
-            return all(cost[name] <= limit for name, limit in self._budget.limits(whole).items())
+            if self.times is not None:
+                return self._final  # else what was promised has not been measured
+            return self._within(gone, self._budget.limits(self._whole))
         if not self._shared:
-            pairs = zip(counts, self._targets, strict=True)
+            pairs = zip(counts, self.targets, strict=True)
             return all(have >= round(share * n) for (have, n), share in pairs)
-        most, wanted = sum(self._most(n) for _, n in counts), round(self._targets[0] * sum(n for _, n in counts))
+        most, wanted = sum(self._most(n) for _, n in counts), round(self.targets[0] * sum(n for _, n in counts))
         return sum(have for have, _ in counts) >= min(most, wanted)
 
     @property
@@ -269,15 +365,19 @@ class ChannelChoice:
         """Raise unless the budget can be met."""
         if self._budget is None:
             return
-        whole = self._channels.whole_cost
+        whole = self._whole
         out = np.zeros(len(self._roots), bool)
         for free, _, _ in self._groups:
             out[free[1:]] = True
-        least = self._channels.cost(lambda labels: ~out[self._roots[labels]])
+        least = self.cost(out)
         for name, limit in self._budget.limits(whole).items():
             if not least[name] <= limit:
                 raise ValueError(
-                    f"The budget cannot be met: with one channel of each group the model has {least[name]:,} {name}, "
-                    f"{least[name] / whole[name]:.1%} of its {whole[name]:,}. Give {name} of at least that, or let "
-                    f"more layers take part (`filters`). Received: {self._budget!r}"
+                    f"The budget cannot be met: with one channel of each group the model has {_said(least[name])} "
+                    f"{name}, {least[name] / whole[name]:.1%} of its {_said(whole[name])}. Give {name} of at least "
+                    f"that, or let more layers take part (`filters`). Received: {self._budget!r}"
                 )
+
+
+def _said(amount):
+    return f"{amount:,}" if isinstance(amount, int) else f"{amount:.4g}"

@@ -34,6 +34,12 @@ class Plan:
             units would not be zero by that.
         untrained: Variables that no step of the optimizer changes; left out unless `filters` are given.
         unknown: Mapping from variables that cannot be pruned by the criterion to the reason.
+        removable: Whether of channels only those take part that `ks.shrink` can remove, as with a `Budget`.
+
+    Attributes:
+        goals: List of `Goal`.
+        skipped: `{id of a variable: why it is left out}`.
+        channels: The `ChannelChoice` where channels of several weights are chosen as one, else `None`.
 
     Example:
 
@@ -56,6 +62,7 @@ class Plan:
         whole_units=True,
         untrained=(),
         unknown=(),
+        removable=False,
     ):
         check_target(target_sparsity, allocation)
         self.criterion = criteria.get(criterion)
@@ -76,13 +83,19 @@ class Plan:
         self.goals = [
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
         ]
-        self._channels, self._budget = None, target_sparsity if isinstance(target_sparsity, Budget) else None
+        self.channels, self._budget = None, target_sparsity if isinstance(target_sparsity, Budget) else None
+        self._removable = removable or self._budget is not None or self.criterion.of_scales
+        if self.criterion.of_scales and not (whole_units and all(goal.pattern.whole_units for goal in self.goals)):
+            raise ValueError(
+                f"`{type(self.criterion).__name__}` ranks channels by the scales of their normalizations: it goes with "
+                f"pattern='channel'. Received: pattern={pattern!r}"
+            )
         self._alone = IdentityDict()  # kernels that lose channels which others make, too: zeros that cannot be removed
         reasons = self._complete_units(model) if whole_units else {}
         if self._budget is None:
             self.goals = self.allocation.share(self.goals)
-        if self._channels is not None:
-            self._channels.aim([goal for goal in self.goals if self._in_groups(goal)])
+        if self.channels is not None:
+            self.channels.aim([goal for goal in self.goals if self._in_groups(goal)])
         chosen = IdentityDict.fromkeys(goal.weight.variable for goal in self.goals)
         self.skipped = {
             id(w.variable): w.skipped or reasons.get(id(w.variable), "no key of `target_sparsity` matches")
@@ -96,14 +109,14 @@ class Plan:
             return {}
         reasons, goals = {}, []
         if getattr(model, "inputs", None):
-            whole = [goal for goal in self.goals if goal.pattern.whole_units]
-            self._channels = ChannelChoice(model, whole, self._budget, self.allocation)
-            known = zip(self._channels.kernels, self._channels.with_partners, strict=True)
+            whole, scaled = [goal for goal in self.goals if goal.pattern.whole_units], self.criterion.of_scales
+            self.channels = ChannelChoice(model, whole, self._budget, self.allocation, self._removable, scaled)
+            known = zip(self.channels.kernels, self.channels.with_partners, strict=True)
             axes = IdentityDict(zip((g.weight.variable for g in whole), known, strict=True))
             found = [self._units_or_reason(model, goal, axes) for goal in self.goals]
-        elif self._budget is not None:
+        elif self._removable:
             raise ValueError(
-                "A `Budget` is counted on the model without its channels, so its graph must be seen: build it with "
+                "Channels that can be removed are seen in the graph of a model: build it with "
                 f"`keras.Model(inputs, outputs)`. Received: {type(model).__name__} {model.name!r}"
             )
         else:
@@ -122,7 +135,7 @@ class Plan:
             )
         self.goals = goals
         if not any(self._in_groups(goal) for goal in goals):
-            self._channels = None
+            self.channels = None
         return reasons
 
     def _in_groups(self, goal):
@@ -135,7 +148,7 @@ class Plan:
         if not isinstance(why, str):
             return ()
         (closer,) = graph.unit_variables(model, [goal.weight])
-        if partners and self._budget is None and not isinstance(closer, str):
+        if partners and not self._removable and not isinstance(closer, str):
             self._alone[goal.weight.variable] = True
             return closer
         return closer if isinstance(closer, str) and "not known" not in closer else why
@@ -158,15 +171,37 @@ class Plan:
             for variable in goal.units:
                 _zero(variable, alive.reshape(variable.shape), parts)
 
+    def times(self, masks):
+        """Milliseconds without the channels that `masks` have taken; an empty dict if the budget is not of time.
+
+        Returns:
+            `{"asked", "promised", "measured"}`: the budget's, those of the tables, and what the model takes now that
+            its channels are zero.
+        """
+        if self.channels is None or self.channels.times is None:
+            return {}
+        own = [mask for goal, mask in zip(self.goals, masks, strict=True) if self._in_groups(goal)]
+        promised = self.channels.cost(self.channels.gone(own))["milliseconds"]
+        return {"asked": self._budget.milliseconds, "promised": promised, "measured": self.channels.times.measured()}
+
+    def makers(self):
+        """Triples `(variable, output axes, {axis: numbers of channels} or None)` of what is zero in a dead channel."""
+        found, number = [], iter(self.channels.kernels if self.channels else ())
+        for goal in self.goals:
+            axes = self.channels.numbered(next(number)) if self.channels and self._in_groups(goal) else None
+            found.append((goal.weight.variable, goal.weight.output_axes, axes))
+        others = self.channels.others.items() if self.channels else ()
+        return found + [(v, (-1,), self.channels.numbered(axes)) for v, axes in others if v.trainable]
+
     def _others(self, masks):
         """Pairs `(variable, what stays of it)` of what goes with the channels that `masks` have taken."""
-        if self._channels is None:
+        if self.channels is None:
             return []
         own = [mask for goal, mask in zip(self.goals, masks, strict=True) if self._in_groups(goal)]
-        gone = self._channels.gone(own)
+        gone = self.channels.gone(own)
         return [
-            (variable, self._channels.mask_of(axes, gone, tuple(variable.shape)))
-            for variable, axes in self._channels.others.items()
+            (variable, self.channels.mask_of(axes, gone, tuple(variable.shape)))
+            for variable, axes in self.channels.others.items()
         ]
 
     def masks(self, masks, fraction=1.0, statistics=None):
@@ -194,11 +229,11 @@ class Plan:
 
     def _keep(self, scores, masks, fraction):
         goals = self.compared(self.goals)
-        if self._channels is None:
+        if self.channels is None:
             return self.allocation.keep(goals, scores, fraction)
         whole = [i for i, goal in enumerate(self.goals) if self._in_groups(goal)]
         rest = [i for i in range(len(goals)) if i not in whole]
-        chosen = self._channels.keep([scores[i] for i in whole], [masks[i] for i in whole], fraction)
+        chosen = self.channels.keep([scores[i] for i in whole], [masks[i] for i in whole], fraction)
         others = self.allocation.keep([goals[i] for i in rest], [scores[i] for i in rest], fraction) if rest else []
         found = dict(zip([*whole, *rest], [*chosen, *others], strict=True))
         return [found[i] for i in range(len(goals))]
@@ -206,7 +241,7 @@ class Plan:
     @property
     def by_groups(self):
         """Whether channels of several weights are chosen as one."""
-        return self._channels is not None
+        return self.channels is not None
 
     @property
     def whole_units(self):
@@ -221,12 +256,12 @@ class Plan:
 
     def reached(self, masks):
         """Whether `masks` are at the goals, by the counts that `masks` promises."""
-        if self._channels is not None:
+        if self.channels is not None:
             pairs = list(zip(self.goals, masks, strict=True))
             rest = [(goal, mask) for goal, mask in pairs if not self._in_groups(goal)]
             counts = [(goal.pool(mask.astype("float32")), goal) for goal, mask in rest]
             done = all(np.sum(g == 0) >= goal.pattern.count(goal.sparsity, [g.shape]) for g, goal in counts)
-            return bool(done) and self._channels.reached([mask for goal, mask in pairs if self._in_groups(goal)])
+            return bool(done) and self.channels.reached([mask for goal, mask in pairs if self._in_groups(goal)])
         # A group is dropped if none of its weights is kept.
         groups = [goal.pool(mask.astype("float32")) for goal, mask in zip(self.goals, masks, strict=True)]
         dropped = [int(np.sum(group == 0)) for group in groups]
@@ -300,6 +335,8 @@ class Plan:
             statistic: What the criterion looks at.
             value: The weight's value, if it is to be another one than now.
         """
+        if self.criterion.of_scales:
+            statistic = self.channels.scales_of(goal.weight.variable, mask.shape)
         try:
             scores = self.criterion(goal.weight.numpy() if value is None else value, statistic)
         except ValueError as error:

@@ -1,0 +1,97 @@
+"""Channels beside what the table of kinds does not say by itself: tied embeddings, scales of one's own, functions."""
+
+import channel_graphs
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import keras_sparse as ks
+
+RNG = np.random.default_rng(0)
+
+
+@keras.saving.register_keras_serializable("channels_special")
+class LayerScale(layers.Layer):
+    """A factor for each channel that no table knows: x * gamma."""
+
+    def build(self, shape):
+        self.gamma = self.add_weight(shape=(shape[-1],), initializer="random_normal", name="gamma")
+
+    def call(self, x):
+        return x * self.gamma
+
+
+def images():
+    return keras.Input((6, 6, 3))
+
+
+def block(x, middle):
+    y = layers.Conv2D(8, 3, padding="same", activation="relu", name="a")(x)
+    return layers.Conv2D(4, 1, name="b")(middle(y))
+
+
+def unknown_scale():
+    x = images()
+    return keras.Model(x, block(x, LayerScale(name="scale"))), 0, "scale"
+
+
+def known_scale():
+    x = images()
+    return keras.Model(x, block(x, channel_graphs.Scale())), 4, None
+
+
+def convnext():
+    x = images()
+    stem = layers.Conv2D(6, 1, name="stem")(x)
+    y = layers.Dense(8, "gelu", name="a")(layers.DepthwiseConv2D(3, padding="same")(stem))
+    y = layers.Add()([stem, channel_graphs.Scale()(layers.Dense(6, name="project")(y))])
+    return keras.Model(x, layers.Dense(3, name="head")(layers.GlobalAveragePooling2D()(y))), 4, None
+
+
+def lambdas():
+    x = images()
+    twice = layers.Lambda(lambda z: 2 * z)
+    return keras.Model(x, block(x, lambda y: layers.Lambda(ops.gelu)(twice(y)))), 4, None
+
+
+def counting_lambda():
+    """A function with numbers of channels in it."""
+    x, function = images(), lambda y: ops.concatenate([y[..., 4:], ops.tanh(y[..., :4])], axis=-1)
+    return keras.Model(x, block(x, layers.Lambda(function, name="swap"))), 0, "swap computes something else with fewer"
+
+
+def mixing_lambda():
+    x = images()
+    return keras.Model(x, block(x, layers.Lambda(lambda y: ops.softmax(y, axis=-1), name="mix"))), 0, "mix"
+
+
+def reversible():
+    x = keras.Input((5,), dtype="int32")
+    table = layers.ReversibleEmbedding(11, 6)
+    y = layers.Dense(6)(layers.Dense(8, "relu", name="a")(table(x)))
+    return keras.Model(x, table(y, reverse=True)), 4, None
+
+
+KINDS = [unknown_scale, known_scale, convnext, lambdas, counting_lambda, mixing_lambda, reversible]
+
+
+@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+def test_what_can_leave_leaves_and_the_rest_is_named(make):
+    keras.utils.set_random_seed(0)
+    model, left, reason = make()
+    channel_graphs.randomise(model, RNG)
+    if make is reversible:
+        x = RNG.integers(0, 11, (4, 5))
+    else:
+        x = RNG.normal(size=(4, *model.input.shape[1:])).astype("float32")
+    layer = model.get_layer("a")
+    for v in layer.weights:
+        v.assign(np.where(np.arange(8) % 2, ks.graph.as_array(v), 0))
+    rows = ks.channel_groups(model).rows
+    small = ks.shrink(model, verbose=0)
+    assert channel_graphs.difference(model, small, x) < 1e-5
+    width = getattr(small.get_layer("a"), "filters", None) or small.get_layer("a").units
+    assert width == (4 if left else 8)
+    if reason:
+        assert any(reason in row["reason"] for row in rows if "a" in row["layers"]), rows
