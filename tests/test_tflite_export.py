@@ -628,7 +628,7 @@ def python(code, folder, **environment):  # code: text, or the path of a script
         env=os.environ | {"PYTHONPATH": path, "TF_CPP_MIN_LOG_LEVEL": "3"} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
