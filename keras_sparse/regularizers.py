@@ -91,7 +91,7 @@ class Slimming(L1):
     >>> layers = [keras.layers.Conv2D(8, 3), keras.layers.BatchNormalization(name="norm")]
     >>> model = keras.Sequential([keras.Input((8, 8, 3)), *layers])
     >>> [row["path"] for row in ks.regularize(model, ks.regularizers.Slimming(1e-4)).rows]
-    ['norm/gamma']
+    ['sequential/norm/gamma']
     """
 
     of_scales = True

@@ -298,7 +298,7 @@ BAD = [
     ((-0.5,), {}, ValueError, "at least 0"),
     ((float("nan"),), {}, ValueError, "Received: nan"),
     ((None,), {}, TypeError, "of type NoneType"),
-    ((0.5,), {"allocation": "even"}, ValueError, r"one of \['erk', 'global', 'isomorphic', 'uniform'\]"),
+    ((0.5,), {"allocation": "even"}, ValueError, r"one of \['dynamic', 'erk', 'global', 'isomorphic', 'uniform'\]"),
     ((0.5,), {"criterion": "size"}, ValueError, "Unknown criterion"),
     ((0.5,), {"pattern": "random"}, ValueError, "Unknown pattern"),
     (({"nothing": 0.5},), {}, ValueError, "'nothing' matches no weight"),

@@ -94,11 +94,11 @@ def alternatives(plan, index, levels, moment=None, statistic=None, repair=False)
 
     Example:
 
-    >>> import keras, keras_sparse as ks
+    >>> import keras, numpy as np, keras_sparse as ks
     >>> from keras_sparse.pruning.layerwise import alternatives
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> plan = ks.pruning.Plan(model, 0.5)
-    >>> [int((value == 0).sum()) for value in alternatives(plan, 0, [0.25, 0.75])]
+    >>> [int(np.sum(keras.ops.convert_to_numpy(value) == 0)) for value in alternatives(plan, 0, [0.25, 0.75])]
     [3, 9]
     """
     import threadpoolctl
