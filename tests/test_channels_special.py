@@ -95,3 +95,29 @@ def test_what_can_leave_leaves_and_the_rest_is_named(make):
     assert width == (4 if left else 8)
     if reason:
         assert any(reason in row["reason"] for row in rows if "a" in row["layers"]), rows
+
+
+class Transposed(layers.Layer):
+    """Multiplies by the kernel of another layer: what no config tells."""
+
+    def __init__(self, other, **kwargs):
+        super().__init__(**kwargs)
+        self.other = other
+
+    def call(self, x):
+        return ops.matmul(x, ops.transpose(self.other.kernel))
+
+    def get_config(self):
+        return super().get_config() | {"other": keras.saving.serialize_keras_object(self.other)}
+
+
+def test_layers_that_share_a_weight_are_refused_by_name():
+    x = keras.Input((6,))
+    encoder = layers.Dense(4, name="encoder")
+    outputs = Transposed(encoder, name="decoder")(layers.Dense(4, name="middle")(encoder(x)))
+    model = keras.Model(x, outputs)
+    before = model.get_weights()
+    assert any("encoder and decoder share the weight" in row["reason"] for row in ks.channel_groups(model).rows)
+    with pytest.raises(ValueError, match="share weights: the new ones would not.*encoder and decoder share"):
+        ks.shrink(model)
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))

@@ -38,7 +38,7 @@ def shrink(model, round_to=1, verbose=1, return_report=False):
 
     Raises:
         ValueError: If the model is not built or cannot be seen as a graph, or `round_to` is not a whole number, or
-            larger than all layers are wide.
+            larger than all layers are wide; if several layers hold the same weight.
         TypeError: If it is not a Keras 3 model.
 
     Example:
@@ -58,6 +58,11 @@ def shrink(model, round_to=1, verbose=1, return_report=False):
         raise ValueError(
             f"`round_to` is larger than all layers of {model.name!r} are wide: the widest group has {widest} channels. "
             f"Received: round_to={round_to}"
+        )
+    if channels.tied:
+        raise ValueError(
+            "Layers are made anew from their configs, which do not tell that they share weights: the new ones would "
+            f"not. Use one layer twice, as `keras.layers.ReversibleEmbedding`. Received: {channels.tied[0]}"
         )
     rebuilding = _Shrunk(channels)
     small = rebuilding.model

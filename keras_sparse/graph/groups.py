@@ -57,6 +57,7 @@ class Channels:
         labelled: The `Labelled` model.
         groups: List of `ChannelGroup`.
         removed: For each label whether it can be removed, a boolean array.
+        tied: Sentences about weights that several layers hold.
 
     Example:
 
@@ -133,12 +134,13 @@ class Channels:
         return ~self.removed[labels]
 
     def _reject_tied(self):
-        owners = {}
+        owners, self.tied = {}, []
         for call in self.calls:
             for variable in getattr(call.operation, "weights", ()):
                 owner = owners.setdefault(id(variable), call.operation)
                 if owner is not call.operation:
                     reason = f"{owner.name} and {call.operation.name} share the weight {variable.path}"
+                    self.tied.append(reason)
                     for other in self.calls:
                         if other.operation in (owner, call.operation):
                             other.stay(reason)
