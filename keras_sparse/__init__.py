@@ -94,6 +94,7 @@ _FUNCTIONS = {
     "reestimate_batch_norm": "pruning",
     "regularize": "regularizers",
     "report": "reports",
+    "sensitivity": "pruning",
     "shrink": "channels",
     "update_masks": "pruning",
 }

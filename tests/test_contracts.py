@@ -32,6 +32,7 @@ OBJECTS = {
     "Uniform": ks.pruning.Uniform(),
     "Global": ks.pruning.Global(floor=0.01),
     "Isomorphic": ks.pruning.Isomorphic(),
+    "DynamicProgramming": ks.pruning.DynamicProgramming((0.5, 0.9)),
     "Budget": ks.Budget(macs=0.5, parameters=1000),
     "ERK": ks.pruning.ERK(),
     "Pruning": ks.callbacks.Pruning(

@@ -8,7 +8,7 @@ from keras_sparse.pruning.loops import update_masks
 from keras_sparse.pruning.one_shot import prune
 from keras_sparse.pruning.plan import Plan
 from keras_sparse.pruning.regrowth import MovingChannels
-from keras_sparse.pruning.sensitivity import DynamicProgramming, SensitivityReport, sensitivity
+from keras_sparse.pruning.sensitivities import DynamicProgramming, SensitivityReport, sensitivity
 
 __all__ = [
     "ERK",

@@ -8,7 +8,7 @@ import pytest
 from keras import layers
 
 import keras_sparse as ks
-from keras_sparse.pruning.sensitivity import SensitivityReport
+from keras_sparse.pruning.sensitivities import SensitivityReport
 from keras_sparse.selection import as_array, only
 
 RNG = np.random.default_rng(0)
