@@ -52,5 +52,5 @@ def test_every_public_class_has_a_name(module):
 NAMES = {
     "schedules": ["polynomial", "linear", "cosine", "exponential", "one_shot"],
     "patterns": ["unstructured", "channel", "block", "2:4"],
-    "criteria": ["magnitude", "random", "gradient", "taylor", "movement", "snip", "fisher", "wanda", "obs"],
+    "criteria": ["magnitude", "random", "gradient", "taylor", "movement", "snip", "fisher", "wanda", "obs", "slimming"],
 }
