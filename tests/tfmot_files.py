@@ -3,6 +3,7 @@
 Beside each `.h5` file comes an `.npz` of inputs and of the outputs that its source computes.
 """
 
+import json
 import pathlib
 import sys
 
@@ -24,6 +25,8 @@ def main(folder, names):
 
     layers, sparsity = tk.layers, tfmot.sparsity.keras
     rng = np.random.default_rng(0)
+    if names == ["trained"]:
+        return train(pathlib.Path(folder), rng)
     for name in names or KINDS:
         try:
             write(pathlib.Path(folder), name, rng)
@@ -53,6 +56,26 @@ def write(folder, name, rng):
     model.save(folder / f"{name}.h5")
 
 
+def train(folder, rng):
+    """Write the weights before and the masks after a few steps of training under tfmot."""
+    x, y = rng.normal(size=(64, 10)).astype("float32"), rng.normal(size=(64, 8)).astype("float32")
+    cases = {
+        "constant": (sparsity.ConstantSparsity(0.6, 3), (1, 1), ()),
+        "blocks": (sparsity.ConstantSparsity(0.5, 2), (4, 3), ()),
+        "m_by_n": (sparsity.ConstantSparsity(0.5, 4), (1, 1), (2, 4)),
+        "polynomial": (sparsity.PolynomialDecay(0.1, 0.8, 1, 7, frequency=2), (1, 1), ()),
+    }
+    for name, (schedule, block, m_by_n) in cases.items():
+        model = tk.Sequential([layers.Dense(16, "relu", input_shape=(10,)), layers.Dense(8)])
+        before = {f"w{i}": value for i, value in enumerate(model.get_weights())}
+        model = prune(model, pruning_schedule=schedule, block_size=block, sparsity_m_by_n=m_by_n or None)
+        model.compile(tk.optimizers.SGD(0.01), "mse")
+        model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=[sparsity.UpdatePruningStep()])
+        masks = {f"mask{i}": layer.pruning_vars[0][1].numpy() for i, layer in enumerate(model.layers)}
+        config = json.dumps(schedule.get_config())
+        np.savez(folder / f"{name}.npz", x=x, y=y, config=config, block=block, m_by_n=m_by_n, **before, **masks)
+
+
 def randomize(model, rng):
     """Give every weight a random value, and a third of each mask zeros."""
     if any("cluster" in layer.name for layer in model.layers):
@@ -64,6 +87,9 @@ def randomize(model, rng):
         elif weight.dtype.is_floating and shape.rank:
             low = 0.5 if "variance" in name or "gamma" in name else -0.6
             weight.assign(rng.uniform(low, 0.9, shape))
+    for layer in model.layers:
+        if isinstance(layer, layers.Normalization):
+            layer.finalize_state()
 
 
 def copy_weights(source, target):

@@ -55,7 +55,9 @@ def read(path):
             return config, _weights(_child(file, "model_weights", h5py.Group), os.path.getsize(path))
     except (OSError, KeyError, TypeError, RuntimeError, AttributeError, UnicodeError, RecursionError, OverflowError,
             MemoryError, SystemError) as error:  # fmt: skip
-        raise ValueError(f"The file is damaged ({type(error).__name__}: {_short(error)}). Received: {path!r}") from error
+        raise ValueError(
+            f"The file is damaged ({type(error).__name__}: {_short(error)}). Received: {path!r}"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{_short(error)} Received: {path!r}") from error
 

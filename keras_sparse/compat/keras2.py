@@ -81,7 +81,11 @@ class LayerFactory:
         name = config["class_name"]
         own = keras.saving.get_registered_object(config.get("registered_name") or name)
         own = own or keras.saving.get_registered_object(name)
-        kind = own or getattr(keras.layers, {"ThresholdedReLU": "ReLU", "SyncBatchNormalization": "BatchNormalization"}.get(name, name), None)
+        kind = own or getattr(
+            keras.layers,
+            {"ThresholdedReLU": "ReLU", "SyncBatchNormalization": "BatchNormalization"}.get(name, name),
+            None,
+        )
         if not (isinstance(kind, type) and issubclass(kind, keras.layers.Layer)):
             raise ValueError(
                 f"{where} is of a class that Keras 3 does not have. If it is your own, register it before: decorate a "
@@ -134,7 +138,13 @@ class LayerFactory:
             return self._value(key, config)
         if name in ("__lambda__", "Lambda"):
             raise ValueError("The model holds Python code (`Lambda`), which loading would run: unsafe.")
-        if isinstance(getattr(keras.layers, name, None), type) and key in ("layer", "backward_layer", "cell", "cells", ""):
+        if isinstance(getattr(keras.layers, name, None), type) and key in (
+            "layer",
+            "backward_layer",
+            "cell",
+            "cells",
+            "",
+        ):
             return self.make(value)
         registered = value.get("registered_name") or name
         known = keras.saving.get_registered_object(registered) is not None

@@ -7,13 +7,23 @@ from keras import ops
 __all__ = ["apply"]
 
 
+def _add(x, y):
+    # Keras 3.15 takes a tensor of shape (batch, 1, 1) for a bias where the batch is as long as the last axis.
+    if all(isinstance(one, keras.KerasTensor) for one in (x, y)):
+        if any(len(one.shape) > 1 and set(one.shape[1:]) == {1} for one in (x, y)):
+            return ops.subtract(x, ops.negative(y))
+    return ops.add(x, y)
+
+
 def _matmul(a, b, transpose_a=False, transpose_b=False):
     a = ops.swapaxes(a, -1, -2) if transpose_a else a
     return ops.matmul(a, ops.swapaxes(b, -1, -2) if transpose_b else b)
 
 
 def _pad(tensor, paddings, mode="CONSTANT", constant_values=0):
-    return ops.pad(tensor, paddings, mode.lower(), **({"constant_values": constant_values} if mode == "CONSTANT" else {}))
+    return ops.pad(
+        tensor, paddings, mode.lower(), **({"constant_values": constant_values} if mode == "CONSTANT" else {})
+    )
 
 
 def _split(value, num_or_size_splits, axis=0):
@@ -34,7 +44,7 @@ def _normalize(x, axis=None, epsilon=1e-12):
 
 # By name: the function and the names that TensorFlow gives to its arguments, in the order in which it takes them.
 _BINARY = {
-    "math.add": ops.add, "__operators__.add": ops.add, "math.subtract": ops.subtract, "math.multiply": ops.multiply,
+    "math.add": _add, "__operators__.add": _add, "math.subtract": ops.subtract, "math.multiply": ops.multiply,
     "math.divide": ops.true_divide, "math.truediv": ops.true_divide, "math.pow": ops.power,
     "math.maximum": ops.maximum, "math.minimum": ops.minimum, "math.greater": ops.greater, "math.less": ops.less,
     "math.equal": ops.equal, "math.floordiv": ops.floor_divide, "math.squared_difference": None,
@@ -122,7 +132,9 @@ def apply(name, arguments, options):
     unknown = [key for key, value in given.items() if key not in names and value is not False]
     if unknown:
         raise ValueError(f"The operation `tf.{name}` (TFOpLambda) has {unknown}, which are not known here.")
-    return _call(function, [(key, _constant(given[key]) if key in _TENSORS else given[key]) for key in names if key in given])
+    return _call(
+        function, [(key, _constant(given[key]) if key in _TENSORS else given[key]) for key in names if key in given]
+    )
 
 
 def _call(function, pairs):
