@@ -1,5 +1,7 @@
 """A layer of Keras 2 is a configuration in a file; here it becomes a layer of Keras 3, or is refused by name."""
 
+import inspect
+
 import keras
 
 __all__ = ["LayerFactory", "hard_sigmoid"]
@@ -70,6 +72,9 @@ class LayerFactory:
         kind = self._class(config, where)
         arguments = {key: self._value(key, value) for key, value in own.items()}
         arguments = self._translated(name, arguments, where)
+        if self._initializer is not None:  # Also where the configuration leaves it to the class.
+            accepted = inspect.signature(kind).parameters
+            arguments |= {key: self._initializer for key in accepted if key.endswith("_initializer")}
         try:
             if kind.__module__.split(".")[0] == "keras" and _has_layers(arguments):
                 return kind(**arguments)
