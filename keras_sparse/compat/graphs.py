@@ -69,8 +69,8 @@ class Graph:
         """Return the `Node` of the model that a configuration describes."""
         if config["class_name"] not in _MODELS:
             raise ValueError(
-                f"The model is of the class {config['class_name']!r}: only Sequential and functional models are described "
-                "in `.h5` files in full."
+                f"The model is of the class {config['class_name']!r}: only Sequential and functional models are "
+                "described in `.h5` files in full."
             )
         own = config["config"]
         own = own if isinstance(own, dict) else {"layers": own}
@@ -106,7 +106,8 @@ class Graph:
             shape = wrappers.inner(first)[0]["config"].get("batch_input_shape") or config.get("build_input_shape")
             if not shape:
                 raise ValueError(
-                    f"The model {name!r} has no input shape, so it was saved before it was built: call it on data, then save it."
+                    f"The model {name!r} has no input shape, so it was saved before it was built: "
+                    "call it on data, then save it."
                 )
             stack.append(keras.Input(batch_shape=shape, dtype=_dtype(first["config"])))
         for layer in config["layers"]:

@@ -1,4 +1,4 @@
-"""A Keras 2 file is a configuration and arrays in HDF5, read here without trusting it: no links, no code, no huge sizes."""
+"""A Keras 2 file is a configuration and arrays in HDF5, read without trusting it: no links, no code, no huge sizes."""
 
 import json
 import os
@@ -92,10 +92,11 @@ def _names(group, attribute):
     """A list of names that may be spread over several attributes, since one holds 64 kB at most."""
     if attribute in group.attrs:
         return [_text(name) for name in group.attrs[attribute]]
-    names = []
-    while f"{attribute}{len(names)}" in group.attrs:
-        names.append([_text(name) for name in group.attrs[f"{attribute}{len(names)}"]])
-    return sum(names, [])
+    names, part = [], 0
+    while f"{attribute}{part}" in group.attrs:
+        names += [_text(name) for name in group.attrs[f"{attribute}{part}"]]
+        part += 1
+    return names
 
 
 def _child(group, name, kind):

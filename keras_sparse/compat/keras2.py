@@ -32,8 +32,8 @@ def hard_sigmoid(x):
     Example:
 
     >>> from keras_sparse.compat import keras2
-    >>> float(keras2.hard_sigmoid(1.0)), round(float(keras2.keras.activations.hard_sigmoid(1.0)), 4)
-    (0.7, 0.6667)
+    >>> round(float(keras2.hard_sigmoid(1.0)), 4)
+    0.7
     """
     return keras.ops.clip(0.2 * keras.ops.convert_to_tensor(x) + 0.5, 0.0, 1.0)
 

@@ -1,4 +1,4 @@
-"""A model of Keras 2 is loaded: its graph is built twice, once to see that it fits the file, and its weights are put in."""
+"""A model of Keras 2 is loaded: its graph is built twice, first to see that it fits the file, then for good."""
 
 import math
 import os
@@ -12,7 +12,7 @@ __all__ = ["load"]
 
 
 def load(path, safe_mode=True):
-    """Load a model that Keras 2 (`tf_keras`, or `tf.keras` before TensorFlow 2.16) saved as `.h5`, with tfmot or without.
+    """Load a model that Keras 2 (`tf_keras`, `tf.keras` before TensorFlow 2.16) saved as `.h5`, with tfmot or without.
 
     The wrappers of tensorflow-model-optimization are taken off: what is left is a plain Keras 3 model whose layers have
     the names that they had before `prune_low_magnitude`. Masked weights are zero, weights in clusters have the value

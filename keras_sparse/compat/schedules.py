@@ -34,7 +34,8 @@ class PruningSchedule:
             raise ValueError(f"begin_step should be >= 0. Received: begin_step={self.begin_step!r}")
         if not (endless and self.end_step == -1) and self.end_step < self.begin_step:
             raise ValueError(
-                f"begin_step should be <= end_step. Received: begin_step={self.begin_step!r}, end_step={self.end_step!r}"
+                f"begin_step should be <= end_step. Received: begin_step={self.begin_step!r}, "
+                f"end_step={self.end_step!r}"
             )
         if self.frequency <= 0:
             raise ValueError(f"frequency should be > 0. Received: frequency={self.frequency!r}")

@@ -1,4 +1,4 @@
-"""The functions and callbacks of `tfmot.sparsity.keras` on Keras 3: layers are marked, not wrapped, and `fit` prunes them."""
+"""The functions and callbacks of `tfmot.sparsity.keras` on Keras 3: layers are marked, and `fit` prunes them."""
 
 import keras
 import numpy as np
@@ -29,7 +29,8 @@ class _Settings:
         self.schedule = schedules.get(schedule)
         if block_pooling_type not in ("AVG", "MAX"):
             raise ValueError(
-                f"Unsupported pooling type: `block_pooling_type` should be 'AVG' or 'MAX'. Received: {block_pooling_type!r}"
+                f"Unsupported pooling type: `block_pooling_type` should be 'AVG' or 'MAX'. "
+                f"Received: {block_pooling_type!r}"
             )
         self.block, self.pooling = tuple(block_size), block_pooling_type
         if len(self.block) != 2 or not all(isinstance(size, int) and size > 0 for size in self.block):
@@ -112,8 +113,8 @@ def prune_low_magnitude(
     if not isinstance(to_prune, (list, keras.layers.Layer)):
         raise ValueError(
             "`prune_low_magnitude` can only prune an object of the following types: keras.models.Sequential, keras "
-            "functional model, keras.layers.Layer, list of keras.layers.Layer (`to_prune` can only be a Keras 3 model or "
-            f"layer; files of tf_keras are read by `ks.compat.tfmot.load`). Received: {to_prune!r}"
+            "functional model, keras.layers.Layer, list of keras.layers.Layer (`to_prune` can only be a Keras 3 model "
+            f"or layer; files of tf_keras are read by `ks.compat.tfmot.load`). Received: {to_prune!r}"
         )
     if pruning_policy is not None and whole:
         pruning_policy.ensure_model_supports_pruning(to_prune)
@@ -200,7 +201,7 @@ class UpdatePruningStep(SparseCallback):
                 self._weights += [(settings, one) for one in _prunable(layer, settings) if id(one) in trainable]
         if not self._weights:
             raise ValueError(
-                "`UpdatePruningStep` finds no layer to prune: call `prune_low_magnitude` on the model, or on layers of it, "
+                "`UpdatePruningStep` finds no layer to prune: call `prune_low_magnitude` on the model, or on its layers, "
                 f"before. Received: the model {run.model.name!r}"
             )
         run.parts.masks.add([variable for _, variable in self._weights])

@@ -12,9 +12,17 @@ from keras_sparse.compat.loading import load
 
 __all__ = ["load", "sparsity"]
 
+_NAMES = (
+    "PruneForLatencyOnXNNPack",
+    "PruningPolicy",
+    "PruningSummaries",
+    "UpdatePruningStep",
+    "prune_low_magnitude",
+    "strip_pruning",
+)
 sparsity = types.SimpleNamespace(
     keras=types.SimpleNamespace(
-        **{name: getattr(_sparsity, name) for name in _sparsity.__all__},
+        **{name: getattr(_sparsity, name) for name in _NAMES},
         ConstantSparsity=schedules.ConstantSparsity,
         PolynomialDecay=schedules.PolynomialDecay,
         PruningSchedule=schedules.PruningSchedule,
@@ -25,7 +33,7 @@ sparsity = types.SimpleNamespace(
 def __getattr__(name):
     if name in ("clustering", "quantization"):
         raise AttributeError(
-            f"`tfmot.{name}` is not served by keras_sparse: of tfmot, `ks.compat.tfmot` has `sparsity.keras`, and `load` for "
-            "files with any of its wrappers. For int8 see `ks.tflite.export(model, path, quantize='int8')`."
+            f"`tfmot.{name}` is not served by keras_sparse: of tfmot, `ks.compat.tfmot` has `sparsity.keras`, and `load` "
+            "for files with any of its wrappers. For int8 see `ks.tflite.export(model, path, quantize='int8')`."
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
