@@ -201,7 +201,7 @@ class UpdatePruningStep(SparseCallback):
                 self._weights += [(settings, one) for one in _prunable(layer, settings) if id(one) in trainable]
         if not self._weights:
             raise ValueError(
-                "`UpdatePruningStep` finds no layer to prune: call `prune_low_magnitude` on the model, or on its layers, "
+                "`UpdatePruningStep` finds no layer to prune: call `prune_low_magnitude` on the model, or its layers, "
                 f"before. Received: the model {run.model.name!r}"
             )
         run.parts.masks.add([variable for _, variable in self._weights])

@@ -33,7 +33,7 @@ sparsity = types.SimpleNamespace(
 def __getattr__(name):
     if name in ("clustering", "quantization"):
         raise AttributeError(
-            f"`tfmot.{name}` is not served by keras_sparse: of tfmot, `ks.compat.tfmot` has `sparsity.keras`, and `load` "
+            f"`tfmot.{name}` is not served here: of tfmot, `ks.compat.tfmot` has `sparsity.keras`, and `load` "
             "for files with any of its wrappers. For int8 see `ks.tflite.export(model, path, quantize='int8')`."
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
