@@ -279,3 +279,22 @@ def _export(options, stderr):
 def _inputs(file):
     arrays = {name: file[name] for name in file.files if name != "y"}
     return arrays["x"] if list(arrays) == ["x"] else arrays
+
+
+@command(
+    argument("model", metavar="OLD.h5", help="a file that Keras 2 (tf_keras) saved, with wrappers of tfmot or without"),
+    argument("output", metavar="NEW.keras", help="file to write"),
+    argument("--unsafe", action="store_true", help="load Lambda layers, which run code from the file"),
+    example="pruned.h5 pruned.keras",
+)
+def _convert_tfmot(options, stderr):
+    """Read an .h5 file of Keras 2 and tfmot, and write a plain Keras 3 model."""
+    from keras_sparse import files, reports
+    from keras_sparse.compat import tfmot
+
+    model = tfmot.load(options.model, safe_mode=not options.unsafe)
+    with files.replacing(options.output, ".keras") as path:
+        model.save(path)
+    report = reports.report(model)
+    report.notes.append(f"Written: {options.output}")
+    return report

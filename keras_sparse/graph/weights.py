@@ -144,8 +144,8 @@ def check_model(model):
         if any(base.__module__.split(".")[0] == "tf_keras" for base in type(model).__mro__):
             raise TypeError(
                 "keras_sparse works on Keras 3, and this is an object of tf_keras, the legacy Keras 2. Build or load "
-                "the model with `import keras`; reading models that tfmot pruned is the purpose of `ks.compat.tfmot` "
-                f"(not in this version). Received: {type(model).__module__}.{type(model).__name__}"
+                "the model with `import keras`; `ks.compat.tfmot.load(path)` reads `.h5` files that tf_keras saved, "
+                f"with the wrappers of tfmot or without. Received: {type(model).__module__}.{type(model).__name__}"
             )
         raise TypeError(f"Expected a Keras 3 model. Received: {model!r} of type {type(model).__name__}")
     if not model.built:
