@@ -209,12 +209,12 @@ class Proximal(Part):
                     for total, tensor in ((squares, ops.square(value)), (steps, step))
                 )
                 sizes += np.bincount(numbers, minlength=number) * (int(np.prod(value.shape)) // len(numbers))
-        roots = np.sqrt(np.maximum(sizes, 1))
+        roots = ops.convert_to_tensor(np.sqrt(np.maximum(sizes, 1)))
         # The mean of the steps, times the root of the size.
         norms, thresholds = ops.sqrt(squares), price * steps / roots
         gone = norms <= thresholds
         factors = ops.where(gone, 0.0, 1 - thresholds / ops.where(gone, 1.0, norms))
-        return ops.where(np.arange(number) == 0, 1.0, factors)
+        return ops.where(ops.arange(number) == 0, 1.0, factors)
 
     def _groups_of(self, position, shape):
         if position not in self._groups:
