@@ -66,6 +66,7 @@ def train(folder, rng):
         "polynomial": (sparsity.PolynomialDecay(0.1, 0.8, 1, 7, frequency=2), (1, 1), ()),
     }
     for name, (schedule, block, m_by_n) in cases.items():
+        tk.utils.set_random_seed(0)
         model = tk.Sequential([layers.Dense(16, "relu", input_shape=(10,)), layers.Dense(8)])
         before = {f"w{i}": value for i, value in enumerate(model.get_weights())}
         model = prune(model, pruning_schedule=schedule, block_size=block, sparsity_m_by_n=m_by_n or None)
