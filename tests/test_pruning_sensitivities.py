@@ -178,3 +178,8 @@ def test_targets_that_cannot_be_reached():
     for use in (ks.callbacks.Pruning, lambda *a, **k: ks.pruning.Plan(network(), *a, **k)):
         with pytest.raises(ValueError, match=r"sensitivity\(model, x\).allocate"):
             use(0.5, allocation="dynamic")
+
+
+def test_a_budget_of_time_is_none_of_single_weights():
+    with pytest.raises(ValueError, match="give one of 'parameters', 'macs', 'bytes'. Received: .*milliseconds"):
+        made(0).allocate(ks.Budget(milliseconds=1.0))

@@ -3,10 +3,10 @@
 import keras
 
 from keras_sparse.compat import operations, wrappers
+from keras_sparse.compat.keras2 import MODELS
 
 __all__ = ["Graph", "Node"]
 
-_MODELS = ("Functional", "Model", "Sequential")
 _CONSTANT = "_CONSTANT_VALUE"
 
 
@@ -67,7 +67,7 @@ class Graph:
 
     def model(self, config):
         """Return the `Node` of the model that a configuration describes."""
-        if config["class_name"] not in _MODELS:
+        if config["class_name"] not in MODELS:
             raise ValueError(
                 f"The model is of the class {config['class_name']!r}: only Sequential and functional models are "
                 "described in `.h5` files in full."
@@ -86,7 +86,7 @@ class Graph:
         name = (around[0][1] if around else inner["config"]).get("name") or config.get("name")
         if inner is None:
             return Node(name, None, around)
-        if inner["class_name"] in _MODELS:
+        if inner["class_name"] in MODELS:
             node = self.model(inner)
             node.name, node.around = name, around
         elif inner["class_name"] in ("TFOpLambda", "SlicingOpLambda"):

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-__all__ = ["read"]
+__all__ = ["in_a_line", "read"]
 
 # Filters of HDF5 compress zeros by about this much at best; a larger ratio is a trap.
 _MOST_COMPRESSED = 1100
@@ -56,15 +56,23 @@ def read(path):
     except (OSError, KeyError, TypeError, RuntimeError, AttributeError, UnicodeError, RecursionError, OverflowError,
             MemoryError, SystemError) as error:  # fmt: skip
         raise ValueError(
-            f"The file is damaged ({type(error).__name__}: {_short(error)}). Received: {path!r}"
+            f"The file is damaged ({type(error).__name__}: {in_a_line(error)}). Received: {path!r}"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{_short(error)} Received: {path!r}") from error
+        raise ValueError(f"{in_a_line(error)} Received: {path!r}") from error
 
 
-def _short(error):
+def in_a_line(error, limit=400):
+    r"""What an error says, in a line of at most so many characters.
+
+    Example:
+
+    >>> from keras_sparse.compat import hdf5
+    >>> hdf5.in_a_line(ValueError("one\n  two"), limit=5)
+    'one t...'
+    """
     text = " ".join(str(error).split())
-    return text if len(text) < 400 else f"{text[:400]}..."
+    return text if len(text) < limit else f"{text[:limit]}..."
 
 
 def _text(value):

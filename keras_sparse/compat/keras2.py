@@ -4,7 +4,7 @@ import inspect
 
 import keras
 
-__all__ = ["LayerFactory", "hard_sigmoid"]
+__all__ = ["MODELS", "LayerFactory", "hard_sigmoid"]
 
 # Arguments that Keras 3 has no more, and the values at which they did nothing.
 _GONE = {
@@ -16,7 +16,7 @@ _GONE = {
 _GROUPS_GONE = ("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D", "Conv1DTranspose",
                 "Conv2DTranspose", "Conv3DTranspose")  # fmt: skip
 _KERNEL_GONE = ("kernel_initializer", "kernel_regularizer", "kernel_constraint")
-_MODELS = ("Functional", "Model", "Sequential")
+MODELS = ("Functional", "Model", "Sequential")
 
 
 @keras.saving.register_keras_serializable("keras_sparse", "keras2_hard_sigmoid")
@@ -63,7 +63,7 @@ class LayerFactory:
         """Return the layer that a configuration describes."""
         name, own = config["class_name"], dict(config["config"])
         where = f"The layer {own.get('name')!r} ({name})"
-        if name in _MODELS:
+        if name in MODELS:
             raise ValueError(f"{where} is a model inside of a wrapper layer, which is not known here.")
         own.pop("batch_input_shape", None)
         own.pop("trainable", None)

@@ -46,8 +46,7 @@ def load(path, safe_mode=True):
         for variable, value in _plan(node, weights):
             variable.assign(value)
     except Exception as error:  # A configuration may be anything, and Keras raises anything on it.
-        text = " ".join(str(error).split())
-        text = text if len(text) < 900 else f"{text[:900]}..."
+        text = hdf5.in_a_line(error, 900)
         kind = "" if isinstance(error, ValueError) else f" ({type(error).__name__})"
         raise ValueError(f"The model cannot be loaded{kind}. {text} Received: {os.fspath(path)!r}") from error
     for leaf in node.leaves():

@@ -6,6 +6,7 @@ import numpy as np
 from keras_sparse import patterns, selection
 from keras_sparse.callbacks.sparse_callback import SparseCallback
 from keras_sparse.compat import schedules
+from keras_sparse.compat.wrappers import PRUNED
 from keras_sparse.registry import serializable
 
 __all__ = [
@@ -17,8 +18,7 @@ __all__ = [
     "strip_pruning",
 ]
 
-# What tfmot prunes in layers of Keras: weights of these names; nothing in these layers.
-_PRUNED = ("kernel", "pointwise_kernel", "embeddings", "recurrent_kernel")
+# Layers of Keras in which tfmot prunes nothing.
 _DENSE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 
@@ -241,7 +241,7 @@ def _prunable(layer, settings):
     elif isinstance(layer, _DENSE):
         found = []
     else:
-        found = [one for one in layer.weights if one.path.split("/")[-1] in _PRUNED]
+        found = [one for one in layer.weights if one.path.split("/")[-1] in PRUNED]
     wrong = [one for one in found if settings.block != (1, 1) and len(one.shape) != 2]
     if wrong:
         raise ValueError(

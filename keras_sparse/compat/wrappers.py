@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-__all__ = ["inner", "merge", "split"]
+__all__ = ["PRUNED", "inner", "merge", "split"]
 
 # The variables that each wrapper adds to those of its layer.
 _ADDED = {
@@ -16,7 +16,7 @@ _ADDED = {
     "QuantizeLayer": r"optimizer_step|.+_(min|max)",
 }
 # What tfmot prunes in a layer, in the order of its masks; other layers are its users' own.
-_PRUNED = ("pointwise_kernel", "kernel", "embeddings", "recurrent_kernel")
+PRUNED = ("pointwise_kernel", "kernel", "embeddings", "recurrent_kernel")
 
 
 def inner(config):
@@ -102,7 +102,7 @@ def merge(values, around, added):
     [array([3., 0.]), array([1.])]
     """
     names, arrays = [name for name, _ in values], [array for _, array in values]
-    free = sorted(range(len(names)), key=lambda i: _PRUNED.index(names[i]) if names[i] in _PRUNED else len(_PRUNED))
+    free = sorted(range(len(names)), key=lambda i: PRUNED.index(names[i]) if names[i] in PRUNED else len(PRUNED))
     for name, mask in added.items():
         if name.startswith("mask"):
             chosen = next((i for i in free if arrays[i].shape == mask.shape), None)

@@ -78,6 +78,21 @@ class Part:
             value = np.compress(kept(labels), value, axis=axis)
         return value
 
+    def count(self, kept):
+        """How many numbers of the variable are left without what is removed."""
+        shape = [int(n) for n in self.variable.shape]
+        for axis, labels in self.axes.items():
+            shape[axis] = int(np.sum(kept(labels)))
+        return int(np.prod(shape))
+
+    def silenced(self, kept):
+        """The variable's value, an array, with zeros where it makes what is removed."""
+        value = as_array(self.variable)
+        for axis in self.made:
+            stays = kept(self.axes[axis])
+            value = np.where(stays.reshape([-1 if i == axis else 1 for i in range(value.ndim)]), value, 0)
+        return value
+
 
 @dataclasses.dataclass(eq=False)
 class Condition:

@@ -6,6 +6,7 @@ import functools
 import keras
 import numpy as np
 
+from keras_sparse.graph.calls import Part
 from keras_sparse.graph.labels import Labelled
 from keras_sparse.graph.macs import uses
 from keras_sparse.graph.mixing import array
@@ -99,13 +100,8 @@ class Channels:
 
     def not_silenced(self, stay):
         """`{class: reason}` of channels, but for those of `stay`, that readers see when all that makes them is zero."""
-        silenced = []
-        for _, part in self.parts():
-            value = array(part.variable)
-            for axis in part.made:
-                free = ~np.isin(self.roots[part.axes[axis]], list(stay))
-                value = np.where(free.reshape([-1 if i == axis else 1 for i in range(value.ndim)]), 0, value)
-            silenced.append((part.variable, keras.ops.cast(value, part.variable.dtype)))
+        kept = functools.partial(self._is_of, list(stay))
+        silenced = [(p.variable, keras.ops.cast(p.silenced(kept), p.variable.dtype)) for _, p in self.parts()]
         found = {}
         with keras.StatelessScope(silenced):
             for call in self.calls:
@@ -118,6 +114,9 @@ class Channels:
         for call in self.calls:
             call.update_constants()
         return found
+
+    def _is_of(self, classes, labels):
+        return np.isin(self.roots[labels], classes)
 
     def _why(self, group):
         found = [self.reasons[c] for c in group.channels.tolist() if c in self.reasons]
@@ -232,24 +231,20 @@ class Channels:
         """
         kept = self.kept if kept is None else kept
         total = dict.fromkeys(("parameters", "macs", "bytes"), 0)
-        for shape, axes, positions, size in self._sizes():
-            shape = list(shape)
-            for axis, labels in axes.items():
-                shape[axis] = int(np.sum(kept(labels)))
-            count = int(np.prod(shape))
+        for part, positions, size in self._sizes():
+            count = part.count(kept)
             total["parameters"] += count
             total["macs"] += positions * count
             total["bytes"] += size * count
         return total
 
     def _sizes(self):
-        """For each weight its shape, the labels along its axes, how often it is used, and the bytes of an element."""
+        """For each weight its `Part`, how often it is used, and the bytes of an element."""
         if self._weights is None:
             positions, parts = self._positions(), {id(part.variable): part for _, part in self.parts()}
             self._weights = [
                 (
-                    tuple(int(n) for n in weight.variable.shape),
-                    parts[id(weight.variable)].axes if id(weight.variable) in parts else {},
+                    parts.get(id(weight.variable)) or Part(weight.variable, {}),
                     positions.get(weight.variable, 0),
                     _bytes(weight.variable.dtype),
                 )

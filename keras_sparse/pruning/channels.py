@@ -5,6 +5,8 @@ their mean over the group, so that groups of different kinds compare: Fang et al
 "Isomorphic pruning for vision models" (2024), section 3.2, which ranks only like with like.
 """
 
+import functools
+
 import numpy as np
 
 from keras_sparse import graph
@@ -85,7 +87,10 @@ class ChannelChoice:
         self.targets = None
         self.times = None if budget is None or not self._groups else budget.times(channels, self.groups)
         self._final = False
-        self._whole = self.cost(np.zeros(len(self._roots), bool))
+
+    @functools.cached_property
+    def _whole(self):
+        return self.cost(np.zeros(len(self._roots), bool))
 
     def aim(self, goals):
         """Take the sparsities of these goals, which are those that make channels, in order, for the groups."""
@@ -242,12 +247,7 @@ class ChannelChoice:
         limit, found = self._budget.limits(self._whole)["milliseconds"], []
         for _ in range(_MEASUREMENTS):
             leaving = self._within_budget(ranked, gone, 1.0)
-            out = gone.copy()
-            out[np.concatenate([*leaving, np.zeros(0, int)]).astype(int)] = True
-
-            def kept(labels, out=out):
-                return ~out[self._roots[labels]]
-
+            kept = self._kept(self._also(gone, leaving))
             measured = self.times.measure(kept)
             found.append((measured, leaving, kept))
             self.times.correct(kept, measured)
@@ -288,9 +288,17 @@ class ChannelChoice:
         return leaving
 
     def _fits(self, leaving, gone, limits):
+        return self._within(self._also(gone, leaving), limits)
+
+    def _also(self, gone, leaving):
+        """`gone` with the classes of some lists."""
         out = gone.copy()
         out[np.concatenate([*leaving, np.zeros(0, int)]).astype(int)] = True
-        return self._within(out, limits)
+        return out
+
+    def _kept(self, gone):
+        """A function from labels to booleans: what stays without the classes that `gone` says."""
+        return lambda labels: ~gone[self._roots[labels]]
 
     def _within(self, gone, limits):
         cost = self.cost(gone)
@@ -298,10 +306,7 @@ class ChannelChoice:
 
     def cost(self, gone):
         """What the model costs without the classes that `gone` says: as `ks.graph.Channels.cost`, and milliseconds."""
-
-        def kept(labels):
-            return ~gone[self._roots[labels]]
-
+        kept = self._kept(gone)
         found = self._channels.cost(kept)
         return found if self.times is None else found | {"milliseconds": self.times.milliseconds(kept)}
 

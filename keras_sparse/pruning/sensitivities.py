@@ -84,13 +84,12 @@ class SensitivityReport(Report):
         """
         sizes = np.array([weight.size for weight in self._weights])
         if isinstance(target, Budget):
-            costs, limits = self._costs(sizes), {}
-            for name, amount in target.limits({name: float(sum(s * u)) for name, (s, u) in costs.items()}).items():
-                limits[name] = amount
+            costs = self._costs(sizes)
+            limits = target.limits({name: float(sum(s * u)) for name, (s, u) in costs.items()})
             [(name, limit), *others] = limits.items()
-            if others:
+            if others or name not in costs:
                 raise ValueError(
-                    f"A budget is divided in one unit: give one of {', '.join(map(repr, limits))}. "
+                    f"A budget is divided in one unit: give one of {', '.join(map(repr, costs))}. "
                     f"Received: {target.get_config()}"
                 )
             unit = costs[name][1]
@@ -256,7 +255,7 @@ def _loss(model, data, samples):
         if not getattr(model, "compiled", False):
             raise ValueError("With targets the loss is the model's own: compile it, or pass inputs alone as `data`.")
         x, y, *weight = data
-        list(batches.labelled(x, y, *weight))  # raises where they do not go together
+        batches.labelled(x, y, *weight)  # raises where they do not go together
         return functools.partial(_compiled_loss, model, x, y, weight[0] if weight else None), "loss"
     outputs = _outputs(model, samples)
     power = [float(np.sum((out - out.mean(axis=0)) ** 2)) or float(np.sum(out**2)) or 1.0 for out in outputs]

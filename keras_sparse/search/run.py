@@ -125,7 +125,7 @@ def search(
         if value is not None and (not is_real(value) or not value > 0):
             raise ValueError(f"`{name}` must be a number of seconds above 0, or None. Received: {name}={value!r}")
     budget, batch_size, seed, epochs = int(budget), int(batch_size), int(seed), int(epochs)
-    commands.get(runtime, {name: one for name, one in commands.MEASURING.items() if one.counts == "seconds"})
+    commands.get(runtime, commands.TIMING)
     if executor is not None and not isinstance(executor, concurrent.futures.Executor):
         raise TypeError(
             "`executor` must be a `concurrent.futures.Executor`, such as `ThreadPoolExecutor(2)`, or None. "

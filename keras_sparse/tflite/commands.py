@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 __all__ = [
-    "COMPILERS", "LITERTJS", "MEASURING", "RUNTIMES", "Runtime", "RuntimeMissing", "arm64_python", "available",
-    "cache_folder", "get", "gpu_driver", "program", "python_worker",
+    "COMPILERS", "LITERTJS", "MEASURING", "RUNTIMES", "TIMING", "Runtime", "RuntimeMissing", "arm64_python",
+    "available", "cache_folder", "get", "gpu_driver", "program", "python_worker",
 ]  # fmt: skip
 
 LITERTJS = "@litertjs/core@2.5.3"  # what we know of WebAssembly was measured with this version
@@ -434,4 +434,5 @@ RUNTIMES = {
     )
 }
 MEASURING = {name: one for name, one in RUNTIMES.items() if one.runs and one.counts is not None}
+TIMING = {name: one for name, one in MEASURING.items() if one.counts == "seconds"}
 COMPILERS = [runtime for runtime in RUNTIMES.values() if not runtime.runs]

@@ -8,7 +8,7 @@ import numpy as np
 from keras_sparse import channels as removing
 from keras_sparse import graph
 from keras_sparse.tflite.benchmark import in_turns
-from keras_sparse.tflite.commands import MEASURING, RUNTIMES
+from keras_sparse.tflite.commands import TIMING
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.runtimes import Worker
@@ -54,9 +54,8 @@ class TimeTable:
     """
 
     def __init__(self, channels, groups, runtime="native"):
-        known = [name for name in MEASURING if RUNTIMES[name].counts == "seconds"]
-        if runtime not in known:
-            raise ValueError(f"Milliseconds are measured on the runtimes {known}. Received: runtime={runtime!r}")
+        if runtime not in TIMING:
+            raise ValueError(f"Milliseconds are measured on the runtimes {list(TIMING)}. Received: runtime={runtime!r}")
         self._channels, self._runtime, self._groups = channels, runtime, groups
         model = channels.labelled.model
         self._model = keras.Model(model.inputs, model.outputs)  # not compiled: only shapes matter
@@ -144,11 +143,7 @@ class TimeTable:
         before = [(part.variable, graph.as_array(part.variable)) for _, part in self._channels.parts()]
         try:
             for _, part in self._channels.parts():
-                value = graph.as_array(part.variable)
-                for axis in part.made:
-                    stays = kept(part.axes[axis])
-                    value = np.where(stays.reshape([-1 if i == axis else 1 for i in range(value.ndim)]), value, 0)
-                part.variable.assign(value)
+                part.variable.assign(part.silenced(kept))
             small = removing.shrink(self._model, verbose=0)
         finally:
             for variable, value in before:
@@ -172,13 +167,7 @@ def _shapes(call, kept):
 
 def _size(call, kept):
     """How many weights a layer has when only what `kept` says stays."""
-    total = 0
-    for part in call.parts:
-        shape = [int(n) for n in part.variable.shape]
-        for axis, labels in part.axes.items():
-            shape[axis] = int(np.sum(kept(labels)))
-        total += int(np.prod(shape))
-    return total
+    return sum(part.count(kept) for part in call.parts)
 
 
 def _between(size, sizes, times):
