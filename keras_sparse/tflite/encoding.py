@@ -132,13 +132,15 @@ def _encode_graph(file, graph, encoded):
                 encoded.kept[_name(tensor)] = weight.obstacle
             continue
         file.store(tensor, best.values)
-        tensor.shape = np.array(weight.values.shape, "int32")
         tensor.sparsity = best.parameters(file.schema, tensor.shape)
         if weight.whole:
             tensor.type, tensor.quantization = file.schema.TensorType.FLOAT32, None
         if weight.runs_sparse:
             file.code("FULLY_CONNECTED", _FULLY_CONNECTED_SPARSE)
             continue
+        if weight.pixels:
+            tensor.shape = np.array([tensor.shape[0], 1, 1, tensor.shape[1]], "int32")
+            tensor.sparsity = best.parameters(file.schema, tensor.shape)
         operator, output = file.unpack(graph, number, "DENSIFY", 1, tensor.type, tensor.quantization)
         unpacking.append(operator)
         if weight.hybrid:
@@ -228,9 +230,7 @@ class _Weight:
             narrow = fully and all(file.dtype(graph.tensors[n]) == "int8" for n in inputs)  # not of 16 bits
             weight.pixels = narrow and all(_may_be_convolution(file, graph, reader) for reader, _ in own)
             weight.direct = 16 if narrow else None
-            if weight.pixels:
-                weight.values = values.reshape(len(values), 1, 1, -1)
-            else:
+            if not weight.pixels:
                 weight.blocks, weight.obstacle = [], "FULLY_CONNECTED in integers does not load with restored weights"
         elif alone and (weight.hybrid or dtype == "<f2"):
             whole = cls(_real(values, quantization), [1], whole=True, final=final)
@@ -289,7 +289,7 @@ class _Rows:
     """Compressed sparse rows: values of the blocks that are not zero, and for each row where these stand."""
 
     block: int
-    axes: list  # in the order of storage: a row is along the last of them
+    axis: int  # along which the rows are, the first or the last
     values: np.ndarray
     segments: np.ndarray
     indices: np.ndarray
@@ -297,14 +297,12 @@ class _Rows:
 
     @classmethod
     def of(cls, values, block, axis=-1):
-        axes = list(range(values.ndim))
-        axes.append(axes.pop(axis))
-        values = values.transpose(axes)
+        values = np.moveaxis(values, axis, -1)
         blocks = values.reshape(-1, values.shape[-1] // block, block)
         living = (blocks != 0).any(axis=2)
         segments = np.concatenate([[0], np.cumsum(living.sum(axis=1))])
         indices = np.nonzero(living)[1]
-        return cls(block, axes, blocks[living], _narrow(segments), _narrow(indices), 1 - living.mean())
+        return cls(block, axis, blocks[living], _narrow(segments), _narrow(indices), 1 - living.mean())
 
     @property
     def bytes(self):
@@ -316,13 +314,15 @@ class _Rows:
             return getattr(schema.SparseIndexVector, name), getattr(schema, f"{name}T")(numbers)
 
         kinds = schema.DimensionType
-        dims = [schema.DimensionMetadataT(kinds.DENSE, shape[axis]) for axis in self.axes[:-1]]
+        axes = list(range(len(shape)))
+        axes.append(axes.pop(self.axis))
+        dims = [schema.DimensionMetadataT(kinds.DENSE, shape[axis]) for axis in axes[:-1]]
         dims.append(schema.DimensionMetadataT(kinds.SPARSE_CSR, 0, *vector(self.segments), *vector(self.indices)))
         blocked = []
         if self.block > 1:
             dims.append(schema.DimensionMetadataT(kinds.DENSE, self.block))
             blocked = [len(shape) - 1]
-        return schema.SparsityParametersT([*self.axes, *range(len(shape), len(dims))], blocked, dims)
+        return schema.SparsityParametersT([*axes, *range(len(shape), len(dims))], blocked, dims)
 
 
 def _real(values, quantization):
