@@ -3,7 +3,8 @@
 Each fit runs in a process of its own, forked from one that has only imported, with one of four sparse callbacks and
 `BackupAndRestore` before or after it, saving each epoch. Half of the kills come after a random step, half after a
 random time, so that they also hit Keras while it writes or the callback while it updates. A fit that is killed is
-resumed by a fit with the same arguments in a new process.
+resumed by a fit with the same arguments in a new process. `BackupAndRestore` writes its file in place: a kill in the
+midst of that leaves a file that plain Keras cannot read either, which is counted apart.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import result
 
@@ -77,6 +79,16 @@ def wait(process):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+def is_damaged(backup):
+    """Whether a file of Keras's backup is not whole."""
+    for path in backup.glob("*.h5"):
+        try:
+            h5py.File(path).close()
+        except OSError:
+            return True
+    return False
+
+
 def compare(whole, folder):
     """Return what became of the fit in `folder`."""
     a, b = np.load(whole / "end.npz"), np.load(folder / "end.npz")
@@ -116,8 +128,11 @@ def main():
         if code == 0:
             outcomes[name]["over before the kill"] += 1
             continue
+        if is_damaged(folder / "backup"):
+            outcomes[name]["backup damaged"] += 1
+            continue
         outcomes[name]["failed" if wait(fork(folder, name, first, 0)) else compare(whole[name, first], folder)] += 1
-    columns = ["equal", "differs", "failed", "over before the kill"]
+    columns = ["equal", "differs", "failed", "backup damaged", "over before the kill"]
     rows = [[name, *(str(outcomes[name][column]) for column in columns)] for name in CALLBACKS]
     result.show(f"Killed and resumed, {args.backend} backend", ["callback", *columns], rows, [f"Seed {args.seed}."])
 

@@ -39,6 +39,7 @@ def test_zeros_are_skipped(tmp_path):
     layers = [keras.layers.Dense(n, activation="relu") for n in (512, 256)]
     model = keras.Sequential([keras.Input((784,)), *layers, keras.layers.Dense(10)])
     options = {"quantize": "int8", "representative_data": np.random.default_rng(0).normal(size=(32, 784))}
+    forecast = ks.tflite.check(model, "ethos-u85", sparsity=0.95)
     made = []
     for sparsity in (0.0, 0.95):
         ks.prune(model, sparsity)
@@ -47,3 +48,5 @@ def test_zeros_are_skipped(tmp_path):
             made.append(worker.compile("ethos-u85-128"))
     assert made[1]["bytes_encoded"] < 0.08 * made[0]["bytes_encoded"]
     assert made[1]["cycles"] < 0.35 * made[0]["cycles"]
+    assert forecast.cycles == pytest.approx([one["cycles"] for one in made], rel=0.15)
+    assert any("0.29 of the dense" in note for note in forecast.notes)

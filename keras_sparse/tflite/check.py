@@ -15,11 +15,12 @@ from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.matching import LayerNames, match, readers
 from keras_sparse.tflite.parity import in_batches_of, random_batches
 from keras_sparse.tflite.targets import get
-from keras_sparse.tflite.trial import DENSE, PARTLY, REFUSED, SPARSE, Trial, tried
+from keras_sparse.tflite.trial import DENSE, PARTLY, REFUSED, SPARSE, UNKNOWN, Trial, compiled, tried
 from keras_sparse.tflite.xnnpack import hazard, uses, violations
 
 __all__ = ["CheckReport", "check"]
 
+_COMPRESSED = ("CONV_2D", "FULLY_CONNECTED")  # whose weights a compiler for an NPU compresses
 _FEW = 0.05  # a share of zeros that a model may have by chance
 
 
@@ -39,6 +40,8 @@ class CheckReport(Report):
             installed; else `"not tried"`.
         bytes_dense: Predicted size of the file with dense weights.
         bytes_sparse: Predicted size with the weights of `target_sparsity` pruned.
+        cycles: For an NPU whose compiler is installed, `(dense, sparse)`: cycles of one inference by its estimate, of
+            the network as it is and with each weight of a Dense layer or convolution pruned to `sparsity`; else `None`.
 
     Example:
 
@@ -50,7 +53,7 @@ class CheckReport(Report):
     """
 
     def __init__(self, title, rows, totals, notes, found, target_sparsity):
-        formats = dict.fromkeys(("size", "bytes_dense", "bytes_sparse"), ",d")
+        formats = dict.fromkeys(("size", "bytes_dense", "bytes_sparse", "cycles_dense", "cycles_sparse"), ",d")
         formats |= {
             "shape": lambda shape: "x".join(map(str, shape)),
             "from_sparsity": lambda s: f"{s:.0%}" if s else "",
@@ -66,6 +69,8 @@ class CheckReport(Report):
         self.filters = [regex for regex, (_, pattern) in target_sparsity.items() if pattern == self.pattern]
         self.bytes_dense, self.bytes_sparse = totals["bytes_dense"], totals["bytes_sparse"]
         self.verdict = totals["verdict"]
+        cycles = totals.get("cycles_dense"), totals.get("cycles_sparse")
+        self.cycles = None if None in cycles else cycles
 
     def to_dict(self):
         """The report as plain data, with `violations` and `target_sparsity`."""
@@ -117,7 +122,8 @@ def check(model, target="xnnpack", sparsity=0.9):
         raise TypeError(f"`model` must be a `keras.Model`. Received: {type(model).__name__}")
     dense = convert(Job(model)).content
     kinds = {kind.operator: kind for kind in wanted.sparse if "float32" in kind.dtypes}
-    encoded = encode(_pruned(dense, kinds, sparsity))
+    shapes = {operator: kind.pattern for operator, kind in kinds.items()}
+    encoded = encode(_pruned(dense, shapes, sparsity))
     flat = read(encoded.content)
     whole = {tensor.name: tensor for graph in read(dense).subgraphs for tensor in graph.tensors}
     how = {use.tensor.name: use for use in uses(flat, fixed_batch=True)}
@@ -149,15 +155,17 @@ def check(model, target="xnnpack", sparsity=0.9):
             violation = f"{operator}: {text}" if operator else text
             row = {"layer": names.layer(operator, name), "violation": violation, "mend": mend}
             found += [] if row in found else [row]
-    trial = _trial(model, wanted, dense)
+    trial, pruned = _trial(model, wanted, dense, sparsity)
     totals = {
         "target": wanted.name,
         "verdict": SPARSE if goals and trial.verdict not in (REFUSED, PARTLY) else trial.verdict,
         "runs_sparse": sum(row["size"] for row in rows if row["runs"] == "sparse")
         / max(1, sum(r["size"] for r in rows)),
         "bytes_dense": len(dense),
-        "bytes_sparse": min(len(encode(_pruned(dense, kinds, sparsity, able)).content), len(dense)),
+        "bytes_sparse": min(len(encode(_pruned(dense, shapes, sparsity, able)).content), len(dense)),
     }
+    if pruned.made:
+        totals |= {"cycles_dense": trial.made["cycles"], "cycles_sparse": pruned.made["cycles"]}
     notes = [f"{one['layer']}: {one['violation']}. Mend: {one['mend']}." for one in found]
     fault, of_open_batch = hazard(flat, fixed_batch=True), hazard(flat)
     if fault:
@@ -168,6 +176,12 @@ def check(model, target="xnnpack", sparsity=0.9):
         notes.append(f"{OUTWEIGHED}: they need a number of inputs that 4 divides.")
     if trial.reason and trial.verdict != DENSE:
         notes.append(f"{trial.verdict[0].upper()}{trial.verdict[1:]}. {trial.reason.rstrip('.')}.")
+    if pruned.made:
+        share = pruned.made["cycles"] / max(1, trial.made["cycles"])
+        notes.append(
+            f"With {sparsity:.0%} zeros in each weight: {pruned.made['cycles']:,d} cycles, {share:.2f} of the dense "
+            f"ones, weights in {pruned.made['bytes_encoded']:,d} bytes (by Vela, estimated)."
+        )
     if not goals:
         nothing = f"Nothing would run sparse on {wanted.title}. " if not wanted.npu else ""
         zeros = sum(int(np.sum(weight.numpy() == 0)) for weight in weights) / max(1, sum(r["size"] for r in rows))
@@ -177,12 +191,13 @@ def check(model, target="xnnpack", sparsity=0.9):
     return CheckReport(f"{model.name} at {sparsity:.0%} on {wanted.title}", rows, totals, notes, found, goals)
 
 
-def _trial(model, target, dense):
-    """How a file as the target wants it is loaded there."""
+def _trial(model, target, dense, sparsity):
+    """How a file as the target wants it is loaded there, and what the compiler of an NPU makes of one with zeros."""
+    nothing = Trial(UNKNOWN, "")
     if target.takes_sparse and not target.fixed_batch:
-        return Trial(DENSE, "")  # on this kind of CPU all loads that was converted
+        return Trial(DENSE, ""), nothing  # on this kind of CPU all loads that was converted
     if not target.runtimes:
-        return tried(dense, target)
+        return tried(dense, target), nothing
     signature = signatures.signature(model)
     if target.fixed_batch:
         signature = signature.with_batch(1)
@@ -192,30 +207,37 @@ def _trial(model, target, dense):
     try:
         content = convert(Job(model, signature, mode, samples, mode)).content
     except ExportError as error:
-        return Trial(REFUSED, str(error))
-    return tried(content, target)
+        return Trial(REFUSED, str(error)), nothing
+    trial = tried(content, target)
+    if not trial.made or trial.verdict == REFUSED:
+        return trial, nothing
+    return trial, compiled(_pruned(content, dict.fromkeys(_COMPRESSED, "unstructured"), sparsity), target.npu)
 
 
-def _pruned(content, kinds, sparsity, only=None):
-    """The file with the smallest weights at zero, in the pattern that the target needs for their operator.
+def _pruned(content, shapes, sparsity, only=None):
+    """The file with the smallest weights at zero, in the pattern that `shapes` tells for their operator.
 
-    With `only`, of the tensors of these names.
+    Of floats, those that some kernel multiplies sparse; with `only`, of the tensors of these names.
     """
     file = File(content)
     for graph in file.model.subgraphs:
         for operator in graph.operators:
             name = file.name(operator)
-            if name not in kinds:
+            if name not in shapes:
                 continue
             tensor = graph.tensors[int(operator.inputs[1])]
             data, shape = file.data(tensor), tuple(int(n) for n in tensor.shape)
             if only is not None and tensor.name.decode("utf8", "replace") not in only:
                 continue
-            if data is None or file.dtype(tensor) != "float32" or (name == "CONV_2D" and shape[1:3] != (1, 1)):
+            dtype = {"float32": "<f4", "int8": "i1"}.get(file.dtype(tensor))
+            if data is None or dtype is None or (dtype == "<f4" and name == "CONV_2D" and shape[1:3] != (1, 1)):
                 continue
-            values = np.frombuffer(data.tobytes(), "<f4").reshape(shape[0], -1)
-            mask = patterns.get(kinds[name].pattern).mask(np.abs(values), sparsity, output_axes=(0,))
-            file.store(tensor, np.where(mask, values, 0).astype("<f4"))
+            values = np.frombuffer(data.tobytes(), dtype).reshape(shape[0], -1)
+            sizes = np.abs(values.astype("float32"))
+            if dtype == "i1":
+                sizes *= np.asarray(tensor.quantization.scale, "float32").reshape(-1, 1)
+            mask = patterns.get(shapes[name]).mask(sizes, sparsity, output_axes=(0,))
+            file.store(tensor, np.where(mask, values, 0).astype(dtype))
     return file.pack()
 
 
