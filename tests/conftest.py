@@ -12,7 +12,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # It announces itself, and 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile thousands of small functions that run a few times: XLA's optimizations cost more than they save.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 # Exports are compared on this machine's CPU: an emulator takes seconds for what that does in milliseconds.
 os.environ["KERAS_SPARSE_VERIFY"] = "native"
 
@@ -35,6 +35,37 @@ if keras.backend.backend() == "tensorflow":
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
 
+if keras.backend.backend() == "jax":
+    import jax
+    import numpy as np
+
+    # JAX compiles a random number generator for each shape of a weight: a third of a second each, and most of the time
+    # of the tests. Outside of compiled functions NumPy draws the numbers, from the same key.
+    def _drawn_by_numpy(draw, sample):
+        def drawn(key, *args, **kwargs):
+            if isinstance(key, jax.core.Tracer):
+                return draw(key, *args, **kwargs)
+            words = np.asarray(jax.random.key_data(key))
+            return jax.device_put(np.asarray(sample(np.random.default_rng(words), *args, **kwargs)))
+
+        return drawn
+
+    def _uniform(rng, shape=(), dtype="float32", minval=0.0, maxval=1.0):
+        return rng.uniform(minval, maxval, shape).astype(dtype)
+
+    def _normal(rng, shape=(), dtype="float32"):
+        return rng.normal(size=shape).astype(dtype)
+
+    def _truncated_normal(rng, lower, upper, shape=(), dtype="float32"):
+        values = rng.normal(size=shape)
+        while (outside := (values < lower) | (values > upper)).any():
+            values = np.where(outside, rng.normal(size=shape), values)
+        return values.astype(dtype)
+
+    jax.random.uniform = _drawn_by_numpy(jax.random.uniform, _uniform)
+    jax.random.normal = _drawn_by_numpy(jax.random.normal, _normal)
+    jax.random.truncated_normal = _drawn_by_numpy(jax.random.truncated_normal, _truncated_normal)
+
 # These test files, conversions, subprocesses and NumPy, not tensors: one backend is enough. Exporting from the JAX and
 # torch backends is tested in the run with TensorFlow.
 _BACKEND_DOES_NOT_MATTER = [
@@ -48,6 +79,23 @@ _BACKEND_DOES_NOT_MATTER = [
 ]
 # Models run forwards and NumPy. JAX compiles anew for each shape there is: another backend than TensorFlow's is enough.
 _NOT_ON_JAX = ["test_comparison.py", "test_neurons.py", "test_patterns.py", "test_reports.py", "test_schedules.py"]
+# Here models run forwards, too, but for a few fits, and cases differ in what NumPy does with layers: on JAX one case of
+# each test shows that arrays of JAX will do. TensorFlow and torch run them all.
+_ONE_CASE_ON_JAX = [
+    "test_channels.py",
+    "test_graph.py",
+    "test_graph_kinds.py",
+    "test_graph_rebuilding.py",
+    "test_layers.py",
+    "test_pruning_channels.py",
+    "test_pruning_layerwise.py",
+    "test_pruning_operands.py",
+    "test_pruning_sensitivities.py",
+    "test_search.py",
+    "test_search_evaluation.py",
+    "test_search_space.py",
+    "test_zeros.py",
+]
 _TENSORFLOW_ONLY = ["test_tflite_*.py", "test_quickstart.py", "test_end_to_end.py"]
 
 collect_ignore_glob = {
@@ -61,16 +109,18 @@ collect_ignore_glob = {
 def pytest_collection_modifyitems(items):
     """Leave the cases of a test after the first n, by `@pytest.mark.thorough(n)`, to `pytest -m exhaustive`.
 
-    Torch is quick: it takes twice as many by default.
+    Torch is quick: it takes twice as many by default. On JAX one case is enough in some files.
     """
-    times = 2 if keras.backend.backend() == "torch" else 1
+    backend = keras.backend.backend()
     seen = collections.Counter()
     for item in items:
         thorough = item.get_closest_marker("thorough")
-        if thorough is not None:
-            seen[item.function] += 1
-            if seen[item.function] > thorough.args[0] * times:
-                item.add_marker(pytest.mark.exhaustive)
+        cases = thorough.args[0] * (2 if backend == "torch" else 1) if thorough else float("inf")
+        if backend == "jax" and item.path.name in _ONE_CASE_ON_JAX:
+            cases = 1
+        seen[item.function] += backend != "jax" or item.get_closest_marker("slow") is None
+        if seen[item.function] > cases:
+            item.add_marker(pytest.mark.exhaustive)
 
 
 def pytest_runtest_logreport(report):

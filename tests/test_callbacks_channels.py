@@ -24,7 +24,7 @@ def residual(seed=0):
     y = L.GlobalAveragePooling2D()(L.Add()([stem, y]))
     model = keras.Model(x, L.Dense(3, name="head")(y))
     channel_graphs.randomise(model, np.random.default_rng(seed))
-    model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=True)
+    model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=keras.backend.backend() != "jax")
     return model
 
 
