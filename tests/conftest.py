@@ -2,6 +2,7 @@
 
 import atexit
 import collections
+import functools
 import os
 import shutil
 import tempfile
@@ -15,6 +16,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 # Exports are compared on this machine's CPU: an emulator takes seconds for what that does in milliseconds.
 os.environ["KERAS_SPARSE_VERIFY"] = "native"
+
+if "KERAS_SPARSE_MADE_BY_TESTS" not in os.environ:
+    # Files that tests of several processes read are made by the first: see `made_once`.
+    made = tempfile.mkdtemp(prefix="keras_sparse-made-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    os.environ["KERAS_SPARSE_MADE_BY_TESTS"] = made
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # JAX compiles the same small training step in hundreds of tests. All processes of a run share what is compiled.
@@ -34,6 +41,16 @@ if keras.backend.backend() == "tensorflow":
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
+
+    # XLA compiles longer than these fits take: a test that is about it says `jit_compile=True`.
+    _trainer = next(cls for cls in keras.Model.__mro__ if "compile" in vars(cls))
+    _compile = _trainer.compile
+
+    @functools.wraps(_compile)
+    def _compile_without_xla(self, *args, jit_compile=False, **kwargs):
+        return _compile(self, *args, jit_compile=jit_compile, **kwargs)
+
+    _trainer.compile = _compile_without_xla
 
 if keras.backend.backend() == "jax":
     import jax

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import functools
 import importlib
 import json
 import pathlib
@@ -223,23 +224,28 @@ def test_tests_assert():
                 assert asserts, f"{where(path, node)}: {node.name} asserts nothing"
 
 
-def modules_after(statement):
-    code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+@functools.cache
+def modules_after(*statements):
+    """The modules that are there after each of some statements: one process for all tests of it."""
+    tell = "import json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    code = "\n".join(f"{statement}\n{tell}" for statement in statements)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    return set(json.loads(result.stdout.splitlines()[-1]))
+    return [set(json.loads(line)) for line in result.stdout.splitlines()[-len(statements) :]]
+
+
+IN_STEPS = "import keras, numpy", "import keras_sparse as ks", "assert callable(ks.tflite.export)"
 
 
 def test_import_brings_nothing_but_keras_and_the_standard_library():
-    new = modules_after("import keras, keras_sparse") - modules_after("import keras, numpy")
-    foreign = {name for name in new if name.split(".")[0] not in sys.stdlib_module_names | {"keras_sparse"}}
-    assert "keras_sparse.callbacks" in new
+    before, after, _ = modules_after(*IN_STEPS)
+    foreign = {name for name in after - before if name.split(".")[0] not in sys.stdlib_module_names | {"keras_sparse"}}
+    assert "keras_sparse.callbacks" in after
     assert not foreign, "Import these where they are needed: `import keras_sparse` is to cost next to nothing."
-    assert "keras_sparse.tflite" not in new
+    assert "keras_sparse.tflite" not in after
 
 
 def test_lazy_submodule_is_an_attribute():
-    new = modules_after("import keras_sparse as ks\nassert callable(ks.tflite.export)")
-    assert "keras_sparse.tflite.export" in new
+    assert "keras_sparse.tflite.export" in modules_after(*IN_STEPS)[-1]
 
 
 def test_version_can_be_read_without_importing():

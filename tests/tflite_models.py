@@ -1,7 +1,9 @@
 """Models for the tests of the TFLite stage, made sparse by plain NumPy."""
 
 import functools
+import os
 import pathlib
+import pickle
 import tempfile
 
 import keras
@@ -189,30 +191,48 @@ def qualifying():
     return image_model(body)
 
 
+def made_once(name, make):
+    """What `make()` returns, from the folder that all processes of a run share."""
+    path = pathlib.Path(os.environ["KERAS_SPARSE_MADE_BY_TESTS"]) / name
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            pickle.dump(make(), file)
+        os.replace(file.name, path)
+    return pickle.loads(path.read_bytes())
+
+
 @functools.cache
 def exported(build, sparse=True):
-    """The bytes of a model's file at 90 % zeros, made once for all tests of a process."""
-    keras.utils.set_random_seed(0)
-    model = build() if build is qualifying else sparsify(build(), 0.9, blocks=build is mlp)
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "model.tflite"
-        ks.tflite.export(model, path, target="xnnpack", sparse=sparse)
-        return path.read_bytes()
+    """The bytes of a model's file at 90 % zeros, made once for all tests."""
+
+    def make():
+        keras.utils.set_random_seed(0)
+        model = build() if build is qualifying else sparsify(build(), 0.9, blocks=build is mlp)
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "model.tflite"
+            ks.tflite.export(model, path, target="xnnpack", sparse=sparse)
+            return path.read_bytes()
+
+    return made_once(f"{build.__name__} {sparse}", make)
 
 
 @functools.cache
 def encodings():
     """Dense and sparse encodings of models at 90 % zeros: `encodings()[kind, blocks, quantize][encoding]`."""
-    keras.utils.set_random_seed(0)
-    made = {}
-    for build, blocks, quantize in [
-        (mlp, False, None), (mlp, True, None), (cnn, False, None), (lstm, False, None),
-        (mlp, True, "float16"), (cnn, False, "float16"),
-    ]:  # fmt: skip
-        model = sparsify(build(), 0.9, blocks)
-        dense = convert(Job(model, quantize=quantize)).content
-        made[build.__name__, blocks, quantize] = {"dense": dense, "sparse": encode(dense).content}
-    return made
+
+    def make():
+        keras.utils.set_random_seed(0)
+        made = {}
+        for build, blocks, quantize in [
+            (mlp, False, None), (mlp, True, None), (cnn, False, None), (lstm, False, None),
+            (mlp, True, "float16"), (cnn, False, "float16"),
+        ]:  # fmt: skip
+            model = sparsify(build(), 0.9, blocks)
+            dense = convert(Job(model, quantize=quantize)).content
+            made[build.__name__, blocks, quantize] = {"dense": dense, "sparse": encode(dense).content}
+        return made
+
+    return made_once("encodings", make)
 
 
 MODELS = {
