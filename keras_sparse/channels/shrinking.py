@@ -183,7 +183,7 @@ def _copy_compilation(source, target, variables, kept):
         if id(old) not in done:
             new = rest.get(old.path)
             if new is not None and new.shape == old.shape:
-                new.assign(old)
+                new.assign(graph.as_array(old))  # by value: on JAX, a training step of one would take the array of both
             else:
                 missed.append(old.path)
     return [f"The optimizer begins anew in {len(missed)} of its variables, such as {missed[0]}."] if missed else []
