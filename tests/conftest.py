@@ -2,7 +2,6 @@
 
 import atexit
 import collections
-import functools
 import os
 import shutil
 import tempfile
@@ -41,16 +40,6 @@ if keras.backend.backend() == "tensorflow":
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
-
-    # XLA compiles longer than these fits take: a test that is about it says `jit_compile=True`.
-    _trainer = next(cls for cls in keras.Model.__mro__ if "compile" in vars(cls))
-    _compile = _trainer.compile
-
-    @functools.wraps(_compile)
-    def _compile_without_xla(self, *args, jit_compile=False, **kwargs):
-        return _compile(self, *args, jit_compile=jit_compile, **kwargs)
-
-    _trainer.compile = _compile_without_xla
 
 if keras.backend.backend() == "jax":
     import jax
