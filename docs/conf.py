@@ -52,5 +52,7 @@ napoleon_attr_annotations = False
 default_role = "code"  # Docstrings are written with Markdown's single backquotes.
 
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["custom.css"]
 html_extra_path = ["web"]  # speed.html, beside the pages
 html_title = f"keras_sparse {release}"

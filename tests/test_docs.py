@@ -1,5 +1,6 @@
 """The Python code on the pages of the documentation runs as it stands, and the README's links lead somewhere."""
 
+import importlib
 import pathlib
 import re
 
@@ -59,3 +60,12 @@ def test_readme_links_lead_to_files():
     targets = [target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target]
     assert len(targets) > 5
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_figure_shows_the_numbers_of_the_benchmarks_page(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    pytest.importorskip("matplotlib")
+    figure = importlib.import_module("results_figure")
+    _, zeros, channels, _, _ = figure.measured()
+    picture = figure.PICTURE.read_text(encoding="utf-8")
+    assert [label for label, ratio in zeros + channels if f"<!-- {ratio:.2f} -->" not in picture] == []
