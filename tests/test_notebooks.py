@@ -15,6 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # The tutorials: what each reads below the folder that KERAS_SPARSE_DATA names.
 DATA = {
     "09_speech": "fsdd/fsdd.npz",
+    "10_recommendation": "movielens/movielens.pkl.compress",
     "11_medicine": "pneumoniamnist/*.npz",
 }
 COLAB = "https://colab.research.google.com/github/keras-sparse/keras_sparse/blob/main/notebooks"
