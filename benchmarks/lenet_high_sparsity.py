@@ -1,11 +1,13 @@
 """LeNet-300-100 on MNIST at 95 to 99 %: what more than gradual magnitude pruning gains, with one recipe.
 
-Rows: `ks.callbacks.Pruning` by allocation, each with and without `live_paths`. The recipe is that of
+Rows: `ks.callbacks.Pruning` by allocation, as it is, with `live_paths`, and in a `keras.distillation.Distiller` with
+a dense teacher of the same epochs (temperature 3, half of the loss is the labels'). The recipe is that of
 `lenet_mnist.py` (Adam 0.004 with a cosine decay, batch 128, the target reached half-way), with the error of the last
 epoch. "Live" is the share of the weights that are left which lie on a path from an input to an output.
 """
 
 import argparse
+import functools
 import time
 
 import result  # isort: skip - sets the environment that TensorFlow reads
@@ -16,7 +18,8 @@ import numpy as np
 import keras_sparse as ks
 
 ALLOCATIONS = {"uniform": ks.pruning.Uniform, "erk": ks.pruning.ERK, "global": ks.pruning.Global}
-METHODS = ["dense"] + [f"{name}{live}" for name in ALLOCATIONS for live in ("", ", live paths")]
+VARIANTS = ("", ", live paths", ", distilled")
+METHODS = ["dense"] + [f"{name}{variant}" for name in ALLOCATIONS for variant in VARIANTS]
 END = 0.5  # fraction of training that prunes
 
 
@@ -45,16 +48,32 @@ def compiled(model, steps):
 def callbacks_of(method, sparsity):
     if method == "dense":
         return []
-    name, _, live = method.partition(", ")
-    return [ks.callbacks.Pruning(sparsity, allocation=ALLOCATIONS[name](live_paths=bool(live)), end=END)]
+    name, _, variant = method.partition(", ")
+    return [ks.callbacks.Pruning(sparsity, allocation=ALLOCATIONS[name](live_paths=variant == "live paths"), end=END)]
+
+
+@functools.cache
+def teacher(epochs):
+    """A dense model that has learnt by the same recipe, from another seed."""
+    keras.utils.set_random_seed(100)
+    x, y, x_test, y_test = mnist()
+    model = compiled(build(), epochs * -(-len(x) // 128))
+    model.fit(x, y, batch_size=128, epochs=epochs, verbose=0)
+    print(f"teacher: {100 * (1 - model.evaluate(x_test, y_test, batch_size=1000, verbose=0)[1]):.2f} %", flush=True)
+    return model
 
 
 def train(method, sparsity, seed, epochs, data):
     """Train one model and return `(error in percent, zeros, share of the weights left that are on a live path)`."""
-    keras.utils.set_random_seed(seed)
     x, y, x_test, y_test = data
-    model = compiled(build(), epochs * -(-len(x) // 128))
-    model.fit(x, y, batch_size=128, epochs=epochs, verbose=0, callbacks=callbacks_of(method, sparsity))
+    steps = epochs * -(-len(x) // 128)
+    guide = teacher(epochs) if method.endswith("distilled") else None
+    keras.utils.set_random_seed(seed)
+    model = trained = compiled(build(), steps)
+    if guide is not None:
+        softened = keras.distillation.LogitsDistillation(temperature=3.0)
+        trained = compiled(keras.distillation.Distiller(guide, model, softened), steps)
+    trained.fit(x, y, batch_size=128, epochs=epochs, verbose=0, callbacks=callbacks_of(method, sparsity))
     error = 100 * (1 - model.evaluate(x_test, y_test, batch_size=1000, verbose=0)[1])
     kernels = [layer.kernel.numpy() != 0 for layer in model.layers]
     left, live = sum(map(np.sum, kernels)), sum(mask.sum() for mask in ks.graph.Paths(model).alive().values())
