@@ -6,6 +6,9 @@ import pytest
 
 import keras_sparse as ks
 
+# Keras hands the inputs of its own feature extractors over as no list.
+pytestmark = pytest.mark.filterwarnings("ignore:The structure of `inputs` doesn't match")
+
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(32, 12)).astype("float32"), RNG.integers(0, 4, 32)
 
