@@ -311,7 +311,7 @@ BAD = [
     ((0.5,), {"criterion": "taylor", "data": (np.ones((4, 5)), np.ones((4, 5)))}, ValueError, "has no optimizer"),
     ((0.5,), {"criterion": "taylor", "data": np.ones((4, 5))}, ValueError, r"must be \(x, y\).*Received: ndarray"),
     ((0.5,), {"criterion": "taylor", "data": [np.ones((4, 5))] * 2}, ValueError, r"must be \(x, y\).*Received: list"),
-    (({"d0": 0.5},), {"allocation": "erk"}, ValueError, r"Received: allocation=ERK\(\)"),
+    (({"d0": 0.5},), {"allocation": "erk"}, ValueError, r"Received: allocation=ERK\(live_paths=False\)"),
     ((0.5,), {"pattern": Halved()}, ValueError, r"`Halved.expand` must return booleans .* \(5, 5\) for .*d0/kernel"),
     ((0.9,), {"allocation": ks.pruning.Global(floor=0.2)}, ValueError, "Lower one of them"),
     ((0.9,), {"allocation": ks.pruning.Global(floor=4)}, ValueError, "keeps 4 of 25"),

@@ -32,7 +32,7 @@ def test_errors_say_what_there_is(get, base, name):
 
 def test_what_has_a_config_shows_its_arguments():
     assert repr(ks.patterns.NM(2, 4)) == "NM(n=2, m=4)"
-    assert repr(ks.pruning.ERK()) == "ERK()"
+    assert repr(ks.pruning.ERK()) == "ERK(live_paths=False)"
     assert "filters=<function" in repr(ks.callbacks.Pruning(0.9, filters=lambda variable: True))
     with pytest.raises(TypeError, match="An allocation is a string"):
         ks.pruning.allocation.get(3)

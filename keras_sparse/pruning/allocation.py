@@ -65,6 +65,8 @@ class Allocation(Configurable):
     """Base class of allocations. Subclasses implement `keep(goals, scores, fraction) -> masks`.
 
     Attributes:
+        live_paths: Whether weights that lead nowhere rank below all others: those into units that nothing reads any
+            more, and out of units that read nothing.
         shared: Whether the target is one for all weights together, not one for each.
         redistributes: Whether `share` gives weights other targets than they came with.
         like_with_like: Whether channels are ranked among groups of the same structure only.
@@ -77,6 +79,7 @@ class Allocation(Configurable):
     (True, False)
     """
 
+    live_paths = False
     shared = False
     redistributes = False
     like_with_like = False
@@ -99,12 +102,27 @@ class Allocation(Configurable):
 class Uniform(Allocation):
     """Every weight gets the target.
 
+    Args:
+        live_paths: Whether weights on dead paths are pruned first, see `ks.graph.Paths`, so that the same number of
+            weights that stay are all of use. At high sparsity many lead nowhere else: into units without outputs, or
+            out of units without inputs. `True` needs a model whose graph is seen (functional or Sequential). Weights
+            on dead paths stay only where the target leaves more weights than there are places on live ones.
+
     Example:
 
-    >>> import keras_sparse as ks
-    >>> type(ks.pruning.allocation.get("uniform")).__name__
-    'Uniform'
+    Of three units the last has no output. What it reads goes first, large as it is:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3), keras.layers.Dense(1, use_bias=False)])
+    >>> weights = [np.array([[1.0, 2.0, 8.0], [3.0, 4.0, 9.0]]), np.zeros(3), np.array([[5.0], [6.0], [0.1]])]
+    >>> model.set_weights(weights)
+    >>> report = ks.prune(model, 0.34, allocation=ks.pruning.Uniform(live_paths=True))
+    >>> model.get_weights()[0].tolist(), model.get_weights()[2][:, 0].tolist()
+    ([[1.0, 2.0, 0.0], [3.0, 4.0, 0.0]], [5.0, 6.0, 0.0])
     """
+
+    def __init__(self, live_paths=False):
+        self.live_paths = _flag(live_paths)
 
     def keep(self, goals, scores, fraction):
         pooled = [goal.pool(s) for goal, s in zip(goals, scores, strict=True)]
@@ -122,10 +140,11 @@ class Global(Allocation):
         floor: What stays in each weight at least: a float is a share of its groups (of its single weights, for
             unstructured zeros; rounded up), an int counts groups. The budget that a floor protects moves on to the
             other weights, so that the total is met exactly.
+        live_paths: As in `ks.pruning.Uniform`.
 
     Raises:
         ValueError: If `floor` is out of range.
-        TypeError: If it is no number.
+        TypeError: If it is no number, or `live_paths` no boolean.
 
     Example:
 
@@ -140,7 +159,8 @@ class Global(Allocation):
 
     shared = True
 
-    def __init__(self, floor=0):
+    def __init__(self, floor=0, live_paths=False):
+        self.live_paths = _flag(live_paths)
         if not is_real(floor):
             raise TypeError(f"`floor` must be a number. Received: floor={floor!r} of type {type(floor).__name__}")
         if not 0 <= floor < (math.inf if isinstance(floor, numbers.Integral) else 1):
@@ -212,6 +232,9 @@ class Isomorphic(Allocation):
 class ERK(Uniform):
     """Each weight gets its share of the target by its shape: the Erdos-Renyi-Kernel rule, see `erk_counts`.
 
+    Args:
+        live_paths: As in `ks.pruning.Uniform`.
+
     Example:
 
     >>> import keras, keras_sparse as ks
@@ -237,9 +260,15 @@ def get(identifier):
 
     >>> import keras_sparse as ks
     >>> ks.pruning.allocation.get("global").get_config()
-    {'floor': 0}
+    {'floor': 0, 'live_paths': False}
     """
     return ALLOCATIONS.get(identifier, Allocation)
+
+
+def _flag(live_paths):
+    if not isinstance(live_paths, bool):
+        raise TypeError(f"`live_paths` must be True or False. Received: live_paths={live_paths!r}")
+    return live_paths
 
 
 def erk_counts(shapes, sizes, sparsity):

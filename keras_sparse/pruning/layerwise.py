@@ -50,7 +50,7 @@ def prune_layerwise(plan, masks, calibration, repair, statistics=None):
     of_channels = repair and plan.whole_units  # then all that read them are solved for, once they are chosen
     if not plan.criterion.of_inputs:
         targets = plan.masks(masks, statistics=statistics)
-    elif plan.by_groups or of_channels:
+    elif plan.by_groups or of_channels or plan.allocation.live_paths:
         targets = plan.keep(_shares(plan, masks, calibration), masks)
     elif plan.allocation.shared:
         targets, goals = None, _shared_goals(plan, masks, calibration)

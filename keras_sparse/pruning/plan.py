@@ -92,6 +92,7 @@ class Plan:
             )
         self._alone = IdentityDict()  # kernels that lose channels which others make, too: zeros that cannot be removed
         reasons = self._complete_units(model) if whole_units else {}
+        self._paths = graph.Paths(model) if self.allocation.live_paths else None
         if self._budget is None:
             self.goals = self.allocation.share(self.goals)
         if self.channels is not None:
@@ -224,7 +225,13 @@ class Plan:
 
     def keep(self, scores, masks, fraction=1.0):
         """Return the masks that scores lead to, as `masks` does."""
-        new = self._keep(scores, masks, fraction)
+        new = [mask & old for mask, old in zip(self._keep(scores, masks, fraction), masks, strict=True)]
+        if self._paths is None:
+            return new
+        # Units that are on a path now stay on it, because what competes with their weights gets less.
+        places = self._paths.places((goal.weight.variable, mask) for goal, mask in zip(self.goals, new, strict=True))
+        every = [_on_paths(goal, places.get(goal.weight.variable)) for goal in self.goals]
+        new = self._keep(_below(scores, every), masks, fraction)
         return [mask & old for mask, old in zip(new, masks, strict=True)]
 
     def _keep(self, scores, masks, fraction):
@@ -346,6 +353,25 @@ class Plan:
         found = np.full(scores.size, -np.inf, scores.dtype)
         found[live] = np.maximum(scores.reshape(-1)[live], np.finfo(scores.dtype).min)
         return found.reshape(scores.shape)
+
+
+def _on_paths(goal, places):
+    """Which weights of a goal are in a group with a place on a path, all where that is not known or whole units go."""
+    if places is None or goal.pattern.whole_units:
+        return True
+    group = goal.pattern.groups(places.shape, goal.weight.output_axes)
+    return (np.bincount(group.reshape(-1), places.reshape(-1)) > 0)[group]
+
+
+def _below(scores, places):
+    """Scores of which those outside of `places` are moved below all others, in the order that they had."""
+    finite = [score[np.isfinite(score)] for score in scores]
+    ends = [(float(score.min()), float(score.max())) for score in finite if score.size]
+    apart = 1.01 * (max(high for _, high in ends) - min(low for low, _ in ends)) if ends else 0.0
+    return [
+        np.where(where, score, score.astype("float64") - (apart or 1.0))
+        for score, where in zip(scores, places, strict=True)
+    ]
 
 
 def _zero(variable, kept, parts):
