@@ -196,7 +196,7 @@ def test_in_training(allocation):
         assert left == [size - round(0.9 * size) for size in sizes]
     elif allocation is ks.pruning.Global:
         assert sum(left) == sum(sizes) - round(0.9 * sum(sizes))
-    assert total(searched(masks)) >= 0.97 * total(masks)  # without: 0.5 to 0.8
+    assert total(searched(masks)) >= 0.97 * total(masks)
     config = ks.callbacks.Pruning.from_config(pruning.get_config())
     assert config.allocation.live_paths and type(config.allocation) is allocation
 
