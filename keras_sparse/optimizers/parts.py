@@ -316,7 +316,7 @@ def variable_like(weight, name, dtype=None, initializer="zeros", **options):
     >>> layer = keras.layers.Dense(3, name="head")
     >>> layer.build((None, 2))
     >>> mask = ks.optimizers.parts.variable_like(layer.kernel, "mask", "bool", "ones")
-    >>> mask.name, mask.shape
+    >>> mask.name, tuple(mask.shape)
     ('head_kernel_mask', (2, 3))
     """
     distribution = keras.distribution.distribution()
