@@ -4,6 +4,7 @@ import copy
 import html
 import json
 import weakref
+from dataclasses import replace
 
 import numpy as np
 
@@ -307,9 +308,11 @@ def report(model, notes=()):
     weights are all zero) and `dead_inputs` (inputs that meet only zeros, of a convolution input channels; both `None`
     for weights that are not kernels), `status` (`"pruned"`, `"dense"` or `"skipped"`) and `reason`. Zeros that an
     initializer put there do not make a weight pruned. Of a layer with LoRA the kernel in use is counted, the sum of the
-    frozen one and the update. Totals: over all kernels, `size`, `zeros`, `sparsity` (connection sparsity) and `density`
-    (1 - sparsity, as some papers count); over the model, `parameters` and `nonzero_parameters`. Notes name kernels that
-    have no weight left, and those whose zeros LoRA fills.
+    frozen one and the update; of what Keras's `quantize` made, the values that the integers stand for (int8; Dense,
+    and EinsumDense with kernels of two axes, in the other modes). Totals: over all kernels, `size`, `zeros`,
+    `sparsity` (connection sparsity) and `density` (1 - sparsity, as some papers count); over the model,
+    `parameters` and `nonzero_parameters`. Notes name kernels that have no weight left, and those whose zeros LoRA
+    fills.
 
     Args:
         model: A built Keras model.
@@ -332,7 +335,7 @@ def report(model, notes=()):
     selection.check_model(model)
     known = _SKIPPED.get(model)
     sparse = optimizers.find(model)
-    weights = selection.weights(model)
+    weights = [replace(w, layout=w.quantized) if w.quantized else w for w in selection.weights(model)]
     rows = []
     for weight in weights:
         key = id(weight.variable)
@@ -380,6 +383,7 @@ def _filled_by_lora(weights):
 
 def _row(weight, skipped, selected):
     value = weight.in_use()
+    shape = value.shape if weight.quantized else weight.variable.shape
     zeros = int(value.size - np.count_nonzero(value))
     count = int(np.count_nonzero(weight.pruned_zeros(value))) if weight.kernel and zeros else 0
     # Initializers draw an exact zero now and then: in a weight that nobody is known to have pruned, few do not count.
@@ -398,7 +402,7 @@ def _row(weight, skipped, selected):
         pattern = patterns.recognize(patterns.to_matrix(value != 0, weight.output_axes))
     return {
         "path": weight.path,
-        "shape": [int(n) for n in weight.variable.shape],
+        "shape": [int(n) for n in shape],
         "size": int(value.size),
         "zeros": zeros,
         "sparsity": zeros / value.size if value.size else 0.0,

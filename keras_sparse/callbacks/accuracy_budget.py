@@ -240,17 +240,15 @@ class _Ledger(optimizers.Part):
 
     def add(self, variables):
         """Make room for the numbers, and for copies of variables and of the masks."""
-        numbers, first = self.claim((0, 0), lambda: self._variable((len(self._NUMBERS),), "float32", "numbers"))
+        numbers, first = self.claim(
+            (0, 0), lambda: keras.Variable(np.zeros(len(self._NUMBERS)), trainable=False, dtype="float32")
+        )
         if first:
             numbers.assign(np.zeros(len(self._NUMBERS)))
         self._sources = {(1, i): variable for i, variable in enumerate(variables)}
         self._sources |= {(2, self.parts.index(variable)): mask for variable, mask in self.parts.masks.pairs}
         for key, source in self._sources.items():
-            shape, name = tuple(source.shape), "_".join(map(str, key))
-            self.claim(key, lambda s=shape, d=source.dtype, n=name: self._variable(s, d, n))
-
-    def _variable(self, shape, dtype, name):
-        return keras.Variable(np.zeros(shape), dtype=dtype, trainable=False, name=f"accuracy_budget_{name}")
+            self.claim(key, lambda s=source: optimizers.variable_like(s, self.name))
 
     @property
     def active(self):

@@ -14,7 +14,8 @@ class KeepSparsity(SparseCallback):
     """Fine-tunes a sparse model: weights that are zero stay zero.
 
     Every kernel with zeros is masked, depthwise kernels and embeddings too. Zeros that an initializer makes (identity
-    matrices, kernels that start at zero) are no pruned weights and are trained.
+    matrices, kernels that start at zero) are no pruned weights and are trained. Kernels that Keras's `quantize` made
+    integers are not trained at all, so their zeros stay anyway.
 
     Args:
         filters: Whose zeros are kept: a regex, a list of them, a layer, a layer class, or a callable on the variable;
@@ -48,7 +49,8 @@ class KeepSparsity(SparseCallback):
                 stacklevel=2,
             )
         if not sparse:
-            if not low_rank:
+            frozen = any(w.quantized and (w.in_use() == 0).any() for w in selection.weights(model))
+            if not low_rank and not frozen:  # No step changes the integers that `model.quantize` made.
                 warnings.warn(
                     f"KeepSparsity found no zeros to keep in {model.name!r}. Prune the model first, for example with "
                     "`ks.prune(model, 0.5)`.",

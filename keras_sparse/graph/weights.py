@@ -27,6 +27,7 @@ class Weight:
         trainable: Whether training changes it.
         skipped: Why it is left dense, or `None` if it is selected.
         holders: The layers that hold it: the owner, and those around it up to the model.
+        quantized: The `ks.graph.Kernel` that it holds as integers, which Keras's `quantize` made, or `None`.
 
     Example:
 
@@ -42,6 +43,7 @@ class Weight:
     trainable: bool
     skipped: str | None
     holders: tuple = ()
+    quantized: Kernel | None = None
 
     @property
     def path(self):
@@ -69,7 +71,12 @@ class Weight:
         return value if value.dtype in (np.float32, np.float64) else value.astype("float32")
 
     def in_use(self):
-        """The value that the layer multiplies with, as a NumPy array: with LoRA's update, where it has one."""
+        """The value that the layer multiplies with, as a NumPy array: with LoRA's update, where it has one.
+
+        Of integers that Keras's `quantize` made it is without the scale: what is zero in it is zero in use.
+        """
+        if self.quantized is not None:
+            return _integers(self.layer, self.variable)
         if not (self.kernel and getattr(self.layer, "lora_enabled", False)):
             return self.numpy()
         # Of these layers the attribute is the sum, and the variable only the frozen part.
@@ -110,6 +117,18 @@ def _count_zero_slices(value, axes):
     """How many slices along `axes` hold only zeros."""
     others = tuple(axis for axis in range(value.ndim) if axis not in axes)
     return int(np.sum(~np.any(value != 0, axis=others)))
+
+
+def _integers(layer, variable):
+    """The integers of a quantized kernel, unpacked, in the kernel's own order of axes, without their zero points."""
+    mode = layer.quantization_mode
+    value = as_array(variable if mode == "int8" else getattr(layer, variable.name)).astype("float32")
+    zero, groups = getattr(layer, "kernel_zero", None), getattr(layer, "g_idx", None)
+    if mode == "int8" or zero is None:
+        return value
+    axis = 0 if mode == "int4" else -1  # GPTQ and AWQ keep outputs first.
+    value = value - np.take(as_array(zero).astype("float32"), as_array(groups).astype(int), axis=axis)
+    return value if axis == 0 else value.T
 
 
 def as_array(variable):
@@ -204,12 +223,27 @@ def weights(model):
 
 def _weight(variable, layer, trainable, holders):
     layout, reason = kernel_of(layer, variable.name, variable.shape, trainable)
+    quantized = None
     if layout is not None and "float" not in variable.dtype:
+        if _is_read(layer):
+            quantized = layout
         layout, reason = None, f"{variable.dtype}, not floating point"
     skipped = None if reason is None else f"{variable.name} of {type(layer).__name__}: {reason}"
     if layout is not None and layout.role in (DEPTHWISE, EMBEDDING):
         skipped = f"{layout.role}: left dense unless a filter names it"
-    return Weight(variable, layer, layout, trainable, skipped, holders)
+    return Weight(variable, layer, layout, trainable, skipped, holders, quantized)
+
+
+def _is_read(layer):
+    """Whether the integers of a quantized layer are understood here."""
+    mode = getattr(layer, "quantization_mode", None)
+    if mode == "int8":
+        return True
+    if mode in ("gptq", "awq"):
+        return isinstance(layer, keras.layers.Dense) and bool(getattr(layer, f"is_{mode}_calibrated", False))
+    equation = getattr(layer, "equation", "ab,bc->ac")
+    two_axes = len(equation.replace("->", ",").split(",")[1]) == 2
+    return mode == "int4" and two_axes and isinstance(layer, (keras.layers.Dense, keras.layers.EinsumDense))
 
 
 def _walk(holder, seen):

@@ -3,7 +3,7 @@
 from keras_sparse.optimizers.assignment import masked_value
 from keras_sparse.optimizers.functions import before_first_step, drop, refresh
 from keras_sparse.optimizers.measuring import measuring
-from keras_sparse.optimizers.parts import Part, Parts
+from keras_sparse.optimizers.parts import Part, Parts, variable_like
 from keras_sparse.optimizers.proximal import group_soft_threshold, knows_step, soft_threshold
 from keras_sparse.optimizers.slots import reset_slots, restart, slots
 from keras_sparse.optimizers.sparse import SparseOptimizer, make_plain
@@ -28,5 +28,6 @@ __all__ = [
     "slots",
     "soft_threshold",
     "unwrap",
+    "variable_like",
     "wrap",
 ]

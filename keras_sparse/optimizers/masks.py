@@ -1,10 +1,9 @@
 """Masks keep weights at zero: one boolean for each weight, `True` where it lives."""
 
-import keras
 from keras import ops
 
 from keras_sparse.optimizers.assignment import assign_in_step, mask_off, masked_value
-from keras_sparse.optimizers.parts import Part
+from keras_sparse.optimizers.parts import Part, variable_like
 from keras_sparse.optimizers.slots import slots
 
 __all__ = ["Masks"]
@@ -40,12 +39,7 @@ class Masks(Part):
         """Give each of `variables` a mask that keeps everything, unless it has one in this fit."""
         for index in self.parts.indices(variables):
             weight = self.parts.trainable[index]
-            name = f"{weight.path.replace('/', '_')}_mask"
-
-            def create(weight=weight, name=name):
-                return keras.Variable("ones", tuple(weight.shape), "bool", trainable=False, name=name)
-
-            mask, first = self.claim(index, create)
+            mask, first = self.claim(index, lambda w=weight: variable_like(w, "mask", "bool", "ones"))
             if first:
                 mask.assign(ops.ones(mask.shape, "bool"))
 

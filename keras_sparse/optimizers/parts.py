@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-__all__ = ["Part", "Parts", "SparseState"]
+__all__ = ["Part", "Parts", "SparseState", "variable_like"]
 
 
 class Part:
@@ -298,6 +298,33 @@ class Parts:
             self.rewind_point.adopt(others.rewind_point)
         self.clock.adopt(others.clock)
         self.fit = others.fit
+
+
+def variable_like(weight, name, dtype=None, initializer="zeros", **options):
+    """Make a variable of a weight's shape that lies on devices as the weight does.
+
+    Args:
+        weight: A `keras.Variable`.
+        name: What comes behind the weight's path in its name.
+        dtype: That of the weight if it is `None`.
+        initializer: As in `keras.Variable`.
+        **options: As in `keras.Variable`.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> layer = keras.layers.Dense(3, name="head")
+    >>> layer.build((None, 2))
+    >>> mask = ks.optimizers.parts.variable_like(layer.kernel, "mask", "bool", "ones")
+    >>> mask.name, tuple(mask.shape)
+    ('head_kernel_mask', (2, 3))
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is not None:  # Its rules go by names, and would not know this one.
+        options["layout"] = distribution.get_variable_layout(weight)
+    name = f"{weight.path}_{name}".replace("/", "_")
+    dtype, shape = dtype or weight.dtype, tuple(weight.shape)
+    return keras.Variable(initializer, shape, dtype, trainable=False, name=name, **options)
 
 
 def as_numpy(variable):

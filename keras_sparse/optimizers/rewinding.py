@@ -1,9 +1,8 @@
 """A rewind point is a copy of the weights at one step, from which a later round of training starts again."""
 
-import keras
 from keras import ops
 
-from keras_sparse.optimizers.parts import Part
+from keras_sparse.optimizers.parts import Part, variable_like
 
 __all__ = ["RewindPoint"]
 
@@ -31,9 +30,7 @@ class RewindPoint(Part):
     def add(self):
         """Make room for the copies, unless there is."""
         for index, weight in enumerate(self.parts.trainable):
-            name = f"{weight.path.replace('/', '_')}_rewind_point"
-            shape, dtype = tuple(weight.shape), weight.dtype
-            self.claim(index, lambda s=shape, d=dtype, n=name: keras.Variable("zeros", s, d, trainable=False, name=n))
+            self.claim(index, lambda w=weight: variable_like(w, "rewind_point"))
 
     @property
     def active(self):

@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_sparse import criteria
-from keras_sparse.optimizers.parts import Part, as_numpy
+from keras_sparse.optimizers.parts import Part, as_numpy, variable_like
 
 __all__ = ["Statistics", "dense_gradients"]
 
@@ -53,14 +53,18 @@ class Statistics(Part):
             weight = self.parts.trainable[index]
             # Sums need more digits than half-precision weights have.
             dtype = keras.backend.result_type(weight.dtype, "float32")
-            name = f"{weight.path.replace('/', '_')}_{type(self._statistics[kind]).__name__}"
-            value, first = self.claim((kind, index), lambda w=weight, d=dtype, n=name: _variable(w.shape, d, n))
+            name = type(self._statistics[kind]).__name__
+            # Every replica computes the same value, from reduced gradients.
+            value, first = self.claim(
+                (kind, index),
+                lambda w=weight, d=dtype, n=name: variable_like(w, n, d, aggregation="only_first_replica"),
+            )
             if first:
                 value.assign(ops.zeros(value.shape, value.dtype))
             fresh |= first
         if fresh:  # All weights' means have the same length.
             for position in (-2, -1):
-                counter, _ = self.claim((kind, position), lambda: _variable((), "int32", f"{kind}_count"))
+                counter, _ = self.claim((kind, position), _counter)
                 counter.assign(position + 1)  # -1: no step; 0: none counted.
 
     def of(self, variable, statistic):
@@ -124,10 +128,9 @@ class Statistics(Part):
                 self.add(keras.saving.deserialize_keras_object(json.loads(kind)), [self.parts.trainable[index]])
 
 
-def _variable(shape, dtype, name):
-    # Every replica computes the same value, from reduced gradients.
+def _counter():
     return keras.Variable(
-        "zeros", tuple(shape), dtype, trainable=False, aggregation="only_first_replica", name=name.replace("/", "_")
+        "zeros", (), "int32", trainable=False, aggregation="only_first_replica", name="statistics_count"
     )
 
 

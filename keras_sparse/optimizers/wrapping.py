@@ -37,7 +37,8 @@ def wrap(model):
     While it is, a file that the model is saved to holds the parts, so that training goes on exactly when it is loaded.
 
     Raises:
-        ValueError: If the model is not compiled, or trains with several optimizers.
+        ValueError: If the model is not compiled, trains with several optimizers, or on several machines by a strategy
+            that Keras 3 does not support.
 
     Example:
 
@@ -51,6 +52,7 @@ def wrap(model):
     (True, True)
     """
     check_optimizers(model)
+    _check_strategy(model)
     sparse = find(model)
     if sparse is not None:
         return sparse
@@ -120,6 +122,28 @@ def check_optimizers(model):
             f"{sorted(others)}. For a `train_step` that drives several optimizers, wrap each one in "
             "`ks.optimizers.SparseOptimizer(...)` and call `ks.update_masks(model, sparsity, optimizer=...)` yourself. "
             f"Received: {type(model).__name__} {model.name!r}"
+        )
+
+
+def _check_strategy(model):
+    """Raise under a strategy for several machines that Keras 3 does not support."""
+    strategy = getattr(model, "distribute_strategy", None)
+    if strategy is None or keras.backend.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    name = "ParameterServerStrategy" if isinstance(strategy, tf.distribute.ParameterServerStrategy) else None
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        cluster = strategy.cluster_resolver.cluster_spec().as_dict() if strategy.cluster_resolver else {}
+        # Alone, as without a `TF_CONFIG`, it is a `MirroredStrategy`.
+        name = "MultiWorkerMirroredStrategy" if sum(len(tasks) for tasks in cluster.values()) > 1 else None
+    if name is not None:
+        raise ValueError(
+            "Keras 3 does not train on several machines with TensorFlow's parameter servers or "
+            "`MultiWorkerMirroredStrategy`. On several devices of one machine use `tf.distribute.MirroredStrategy`; on "
+            "several machines the JAX backend, `keras.distribution.initialize(...)` and `keras.distribution."
+            "DataParallel()`, or the torch backend and its `DistributedDataParallel` in a loop of your own with "
+            f"`ks.optimizers.SparseOptimizer` and `ks.update_masks`. Received: {name}"
         )
 
 

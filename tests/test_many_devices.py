@@ -1,0 +1,173 @@
+"""Training on several devices: the snippets of the page, and masks that equal those of one device."""
+
+import contextlib
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import types
+
+import keras
+import numpy as np
+import pytest
+
+import keras_sparse as ks
+
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="starts the other backends itself")
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = (ROOT / "docs/guides/many_devices.md").read_text(encoding="utf-8")
+SETUP = re.search(r"<!-- setup\n(.*?)-->", PAGE, re.S)[1]
+
+
+def snippet(heading):
+    """The Python below a heading of the page."""
+    return re.search(rf"^## {heading}.*?^```python\n(.*?)^```", PAGE, re.S | re.M)[1]
+
+
+def start(arguments, backend, **environment):
+    """Start Python in a process of its own, without accelerators."""
+    environment = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "KERAS_BACKEND": backend, **environment}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *arguments], env=os.environ | environment, **streams)
+
+
+def ended(process):
+    """Wait for a program's end and return what it printed."""
+    output = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+CALLBACKS = {
+    "taylor": lambda: ks.callbacks.Pruning(0.8, criterion="taylor", begin=1, frequency=2),
+    "magnitude": lambda: ks.callbacks.Pruning(0.8, frequency=2),
+    "global": lambda: ks.callbacks.Pruning(0.8, allocation="global", frequency=2),
+    "channel": lambda: ks.callbacks.Pruning(0.5, pattern="channel", frequency=2),
+    "dynamic": lambda: ks.callbacks.DynamicSparseTraining(0.8, frequency=2),
+    "proximal": lambda: ks.callbacks.ProximalL1(1e-2),
+}
+
+
+def trained(page, callback, scope):
+    with scope:
+        model = page["build"]()
+        model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy", jit_compile=False)
+    model.fit(page["x"], page["y"], epochs=2, batch_size=64, shuffle=False, verbose=0, callbacks=[callback])
+    return model
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.thorough(1)
+def test_two_replicas_equal_one_device(name, two_replicas):
+    page = {}
+    exec(SETUP, page)
+    one = trained(page, CALLBACKS[name](), contextlib.nullcontext())
+    two = trained(page, CALLBACKS[name](), two_replicas.scope())
+    for alone, mirrored in zip(one.weights, two.weights, strict=True):
+        replicas = [replica.numpy() for replica in two_replicas.experimental_local_results(mirrored.value)]
+        np.testing.assert_array_equal(*replicas)
+        np.testing.assert_array_equal(replicas[0] == 0, alone.numpy() == 0)
+        np.testing.assert_allclose(replicas[0], alone.numpy(), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_mirrored_snippet(two_replicas, monkeypatch):
+    import tensorflow as tf
+
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda: two_replicas)
+    page = {}
+    exec(SETUP + snippet("TensorFlow"), page)
+    assert ks.report(page["model"]).totals["sparsity"] == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["ParameterServerStrategy", "MultiWorkerMirroredStrategy"])
+def test_strategies_of_several_machines_are_refused(kind):
+    import tensorflow as tf
+
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": ["localhost:1", "localhost:2"]})
+    )
+    strategy = object.__new__(getattr(tf.distribute, kind))  # Real ones wait for the other machines.
+    strategy._extended = types.SimpleNamespace(_cluster_resolver=resolver)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile("adam", "mse")
+    model._distribute_strategy = strategy
+    kernel = model.layers[0].kernel.numpy()
+    with pytest.raises(ValueError, match=rf"keras\.distribution(.|\n)*Received: {kind}"):
+        ks.callbacks.Pruning(0.5).set_model(model)
+    np.testing.assert_array_equal(model.layers[0].kernel.numpy(), kernel)
+    assert ks.optimizers.find(model) is None
+
+
+LAYOUTS = """
+class Layouts(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 3:
+            parts = ks.optimizers.find(self.model).sparse_parts
+            for part in parts:
+                for key in part.claimed:
+                    index = key[-1] if isinstance(key, tuple) else key
+                    if isinstance(index, int) and index >= 0:
+                        mine, weights = part.variables[key].value, parts.trainable[index].value
+                        assert mine.sharding.is_equivalent_to(weights.sharding, weights.ndim), (part.name, key)
+                        counted.append(part.name)
+
+counted = []
+callbacks = {
+    "global": lambda: ks.callbacks.Pruning(0.8, allocation="global", frequency=2),
+    "taylor": lambda: ks.callbacks.Pruning(0.8, criterion="taylor", begin=1, frequency=2),
+    "channel": lambda: ks.callbacks.Pruning(0.5, pattern="channel", frequency=2),
+    "dynamic": lambda: ks.callbacks.DynamicSparseTraining(0.8, frequency=2),
+    "lottery": lambda: ks.callbacks.LotteryTicket(2, 0.8, rewind_to=2),
+    "proximal": lambda: ks.callbacks.ProximalL1(1e-2),
+}
+parallel = keras.distribution.distribution()
+data = keras.distribution.DataParallel()
+spec = sharded.get_layer("hidden").kernel.value.sharding.spec
+assert tuple(spec) == (None, "model"), spec
+for name, callback in callbacks.items():
+    found = []
+    for distribution in [None, parallel, *([data] if name == "global" else [])]:
+        keras.distribution.set_distribution(distribution)
+        model = build()
+        model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy")
+        more = [] if distribution is None else [Layouts()]
+        model.fit(x, y, epochs=2, batch_size=64, shuffle=False, verbose=0, callbacks=[callback(), *more])
+        found.append([np.asarray(w) for w in model.get_weights()])
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            np.testing.assert_array_equal(one == 0, other == 0, err_msg=name)
+            np.testing.assert_allclose(one, other, atol=1e-4, err_msg=name)
+assert {"masks", "statistics", "rewind_point"} <= set(counted), counted
+"""
+
+
+@pytest.mark.slow
+def test_jax_snippet_and_layouts():
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    ended(start(["-c", SETUP + snippet("JAX") + LAYOUTS], "jax", XLA_FLAGS=flags))
+
+
+@pytest.mark.slow
+def test_torch_snippet_in_two_processes(tmp_path):
+    end = "import sys\nnp.savez(f'{sys.argv[1]}/{processes}_{rank}.npz', *model.get_weights())\n"
+    program = SETUP + snippet("Torch") + end
+    for processes in (1, 2):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        ranks = range(processes)
+        where["WORLD_SIZE"] = str(processes)
+        started = [start(["-c", program, str(tmp_path)], "torch", RANK=str(rank), **where) for rank in ranks]
+        for process in started:
+            ended(process)
+    one, first, second = (np.load(tmp_path / f"{name}.npz") for name in ("1_0", "2_0", "2_1"))
+    assert (first["arr_0"] == 0).mean() == pytest.approx(0.8, abs=0.01)
+    for name in one.files:
+        np.testing.assert_array_equal(first[name], second[name])
+        np.testing.assert_array_equal(first[name] == 0, one[name] == 0)
+        np.testing.assert_allclose(first[name], one[name], atol=1e-4)
