@@ -157,7 +157,8 @@ class Plan:
     def keep_units(self, model):
         """Let what belongs to dead units stay zero, in kernels whose zeros are whole channels already."""
         kept = [patterns.to_matrix(goal.weight.numpy() != 0, goal.weight.output_axes) for goal in self.goals]
-        whole = [i for i, matrix in enumerate(kept) if patterns.recognize(matrix) == "channel"]
+        dead = [i for i, matrix in enumerate(kept) if not matrix.any(axis=1).all()]
+        whole = [i for i in dead if patterns.recognize(kept[i]) == "channel"]
         found = graph.unit_variables(model, [self.goals[i].weight for i in whole]) if whole else []
         for i, units in zip(whole, found, strict=True):
             if not isinstance(units, str):
