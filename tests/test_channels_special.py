@@ -73,7 +73,40 @@ def reversible():
     return keras.Model(x, table(y, reverse=True)), 4, None
 
 
+def masked(*body):
+    """Token numbers of which 0 is no token: Keras passes a mask to all layers that take one."""
+    x = keras.Input((5,), dtype="int32")
+    y = layers.Dense(8, "relu", name="a")(layers.Embedding(11, 6, mask_zero=True)(x))
+    for layer in body:
+        y = layer(y)
+    return keras.Model(x, layers.Dense(3)(y)), 4, None
+
+
+def masked_average():
+    return masked(layers.GlobalAveragePooling1D())
+
+
+def masked_recurrent():
+    return masked(layers.Bidirectional(layers.LSTM(4, return_sequences=True)), layers.GRU(4))
+
+
+def masked_steps():
+    return masked(layers.TimeDistributed(layers.Dense(4)), layers.SimpleRNN(4))
+
+
+def masked_attention():
+    attend = layers.MultiHeadAttention(2, 4)
+    return masked(lambda y: attend(y, y), layers.GlobalAveragePooling1D())
+
+
+def masked_numbers():
+    x = keras.Input((5, 6))
+    y = layers.Dense(8, "relu", name="a")(layers.Masking()(x))
+    return keras.Model(x, layers.Dense(3)(layers.GRU(4)(y))), 4, None
+
+
 KINDS = [unknown_scale, known_scale, convnext, lambdas, counting_lambda, mixing_lambda, reversible]
+KINDS += [masked_average, masked_recurrent, masked_steps, masked_attention, masked_numbers]
 
 
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
@@ -81,10 +114,12 @@ def test_what_can_leave_leaves_and_the_rest_is_named(make):
     keras.utils.set_random_seed(0)
     model, left, reason = make()
     channel_graphs.randomise(model, RNG)
-    if make is reversible:
+    if model.input.dtype == "int32":
         x = RNG.integers(0, 11, (4, 5))
+        x[0, 2:] = 0
     else:
         x = RNG.normal(size=(4, *model.input.shape[1:])).astype("float32")
+        x[0, 2:] = 0
     layer = model.get_layer("a")
     for v in layer.weights:
         v.assign(np.where(np.arange(8) % 2, ks.graph.as_array(v), 0))

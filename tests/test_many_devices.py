@@ -149,7 +149,8 @@ assert {"masks", "statistics", "rewind_point"} <= set(counted), counted
 @pytest.mark.slow
 def test_jax_snippet_and_layouts():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    ended(start(["-c", SETUP + snippet("JAX") + LAYOUTS], "jax", XLA_FLAGS=flags))
+    printed = ended(start(["-c", SETUP + snippet("JAX") + LAYOUTS + "print('layouts agree')"], "jax", XLA_FLAGS=flags))
+    assert "layouts agree" in printed
 
 
 @pytest.mark.slow

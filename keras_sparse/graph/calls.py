@@ -183,7 +183,12 @@ class Call:
     def spec_is(self, shapes, kept_shapes):
         """Whether the operation itself says that tensors of `shapes` become such of `kept_shapes`."""
         symbols = {id(x): keras.KerasTensor(shape, x.dtype) for x, shape in zip(self.inputs, shapes, strict=True)}
-        args, kwargs = keras.tree.map_structure(lambda x: symbols.get(id(x), x), [list(self.args), self.kwargs])
+
+        def symbol(argument):
+            mask = isinstance(argument, Tensor) and id(argument) not in symbols
+            return keras.KerasTensor(argument.shape, argument.dtype) if mask else symbols.get(id(argument), argument)
+
+        args, kwargs = keras.tree.map_structure(symbol, [list(self.args), self.kwargs])
         found = keras.tree.flatten(self.operation.compute_output_spec(*args, **kwargs))
         return [tuple(x.shape) for x in found] == [tuple(shape) for shape in kept_shapes]
 
@@ -299,11 +304,14 @@ def filled_with(tensor, values):
 
 
 def run(call, values):
-    """The outputs of a call, a flat list of arrays, on arrays in place of its inputs."""
+    """The outputs of a call, a flat list of arrays, on arrays in place of its inputs. No step is masked."""
     position = {id(tensor): value for tensor, value in zip(call.inputs, values, strict=True)}
 
     def value_of(argument):
-        return keras.ops.convert_to_tensor(position[id(argument)]) if isinstance(argument, Tensor) else argument
+        if not isinstance(argument, Tensor):
+            return argument
+        value = position[id(argument)] if id(argument) in position else np.ones(argument.full, "bool")
+        return keras.ops.convert_to_tensor(value)
 
     args, kwargs = keras.tree.map_structure(value_of, [list(call.args), call.kwargs])
     if isinstance(call.operation, keras.layers.Layer) and call.operation.built and _takes_training(call.operation):

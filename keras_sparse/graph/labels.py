@@ -85,7 +85,8 @@ class Labelled:
         return outputs
 
     def _call(self, operation, args, kwargs):
-        inputs = [x for x in keras.tree.flatten([args, kwargs]) if isinstance(x, Tensor)]
+        mask = _mask_of_steps(args, kwargs)
+        inputs = [x for x in keras.tree.flatten([args, kwargs]) if isinstance(x, Tensor) and x is not mask]
         structure = outputs_of(operation, args, kwargs)
         arguments = operation, args, kwargs, inputs, structure, self.classes
         if getattr(operation, "weights", None):
@@ -146,6 +147,17 @@ class Labelled:
                     if gone and not call.can_lose(np.isin(np.arange(len(self.classes)), gone)):
                         call.stay(f"{call.operation.name} computes something else with fewer channels")
                         break
+
+
+def _mask_of_steps(args, kwargs):
+    """The argument that says which steps count, as Keras passes it on from `mask_zero` and `Masking`, or `None`.
+
+    It does the same to all channels: it has fewer axes than what it masks, and no channels itself.
+    """
+    mask, masked = kwargs.get("mask"), args[0] if args else None
+    if not (isinstance(mask, Tensor) and isinstance(masked, Tensor)):
+        return None
+    return mask if len(mask.shape) < len(masked.shape) else None
 
 
 class Nested(Call):
