@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_sparse import patterns, selection
+from keras_sparse import optimizers, patterns, selection
 from keras_sparse.callbacks.sparse_callback import SparseCallback
 from keras_sparse.compat import schedules
 from keras_sparse.compat.wrappers import PRUNED
@@ -169,6 +169,7 @@ def strip_pruning(model):
     for layer in selection.layers(model):
         if hasattr(layer, "tfmot_pruning"):
             del layer.tfmot_pruning
+    optimizers.unwrap(model)  # in a loop of one's own nothing else says that training has ended
     return model
 
 
@@ -193,7 +194,7 @@ class UpdatePruningStep(SparseCallback):
     """
 
     def attach(self, run):
-        self._weights, self._epoch_start = [], None
+        self._weights = []
         trainable = {id(variable) for variable in run.model.trainable_variables}
         for layer in selection.layers(run.model):
             settings = getattr(layer, "tfmot_pruning", None)
@@ -205,20 +206,23 @@ class UpdatePruningStep(SparseCallback):
                 f"before. Received: the model {run.model.name!r}"
             )
         run.parts.masks.add([variable for _, variable in self._weights])
+        self.start(run)  # a loop of one's own may begin no epoch
 
     def start(self, run):
         self._epoch_start = [settings.step for settings, _ in self._weights]
 
     def on_train_batch_begin(self, batch, logs=None):
         super().on_train_batch_begin(batch, logs)
-        if not self._run.attached or self._epoch_start is None:
+        if not self._run.attached:
             return
         due = []
-        for (settings, variable), start in zip(self._weights, self._epoch_start, strict=True):
-            step = start + batch + 1
+        for (settings, variable), step in zip(self._weights, self._steps(batch), strict=True):
             prune, sparsity = settings.schedule(step)
+            if settings.pattern is not None:
+                prune = step == 1  # whatever the schedule says, pruning_impl.py, conditional_mask_update
             if prune and (sparsity > 0 or settings.pattern is not None):
                 due.append((settings, variable, sparsity))
+        self._count(batch)
         if not due:
             return
         self.model  # noqa: B018 - JAX puts the state of its step into the variables.
@@ -229,9 +233,23 @@ class UpdatePruningStep(SparseCallback):
 
     def on_train_batch_end(self, batch, logs=None):
         super().on_train_batch_end(batch, logs)
-        if self._epoch_start is not None:
-            for (settings, _), start in zip(self._weights, self._epoch_start, strict=True):
-                settings.step = start + batch + 1
+        if self._run.attached and batch >= 0:
+            self._count(batch)
+
+    def on_epoch_end(self, batch, logs=None):  # the argument's name in tfmot, by which loops of one's own pass it
+        super().on_epoch_end(batch, logs)
+        if self._run.attached:
+            self._run.parts.masks.apply()
+
+    def _steps(self, batch):
+        """The number of a batch's step, from 1 on, for each weight; in a loop of one's own -1 stands for the next."""
+        if batch < 0:
+            return [settings.step + 1 for settings, _ in self._weights]
+        return [start + batch + 1 for start in self._epoch_start]
+
+    def _count(self, batch):
+        for (settings, _), step in zip(self._weights, self._steps(batch), strict=True):
+            settings.step = step
 
 
 def _prunable(layer, settings):
