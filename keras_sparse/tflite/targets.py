@@ -214,7 +214,10 @@ _TABLE = "the table of operators at ai.google.dev/edge/litert/inference, which h
 _REMOVE = (
     "Multiplied dense; weights that are stored without zeros are refused. Removed channels (`ks.shrink`) are faster"
 )
-_ETHOS = "A plain int8 file: zeros are compressed, and the more of them, the fewer cycles"
+_ETHOS = (
+    "A plain int8 file: zeros are compressed; where reading weights takes the time, as in Dense layers, also fewer "
+    "cycles"
+)
 
 
 def _ethos(generation, npu, measured):
