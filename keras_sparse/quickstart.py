@@ -260,8 +260,12 @@ def _report(dataset, epochs, model, rows, exported, output, seconds):
             "Latency: the zeros of `sparse` make its file smaller, not its run faster; the weights are unpacked when "
             "the file is loaded."
         )
-    notes += exported.notes
+    notes += [f"The file of `sparse`: {note}" for note in exported.notes]
     notes.append("Written: " + ", ".join(os.path.join(output, name) for name in FILES))
+    notes.append(
+        "Next: `ks.tflite.check(your_model, target)` says whether your accelerator gains from zeros or from fewer "
+        "channels; `ks.callbacks.Pruning` in `fit` makes either."
+    )
     formats = dict.fromkeys(("accuracy", "sparsity"), ".1%") | dict.fromkeys(
         ("bytes", "gzip_bytes", "parameters"), ",d"
     )
