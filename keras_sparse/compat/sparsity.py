@@ -41,6 +41,13 @@ class _Settings:
             self.pattern = patterns.NM(size - zeros, size)
         self.step = 0
 
+    def due(self, step):
+        """Whether a mask is due in a step, and the sparsity of it."""
+        prune, sparsity = self.schedule(step)
+        if self.pattern is not None:
+            return step == 1, self.pattern.sparsity  # whatever the schedule says: tfmot's conditional_mask_update
+        return prune and sparsity > 0, sparsity
+
     def mask(self, weights, sparsity):
         """The mask that tfmot computes from weights: a boolean array, True where a weight stays."""
         if self.pattern is not None:
@@ -217,10 +224,8 @@ class UpdatePruningStep(SparseCallback):
             return
         due = []
         for (settings, variable), step in zip(self._weights, self._steps(batch), strict=True):
-            prune, sparsity = settings.schedule(step)
-            if settings.pattern is not None:
-                prune = step == 1  # whatever the schedule says, pruning_impl.py, conditional_mask_update
-            if prune and (sparsity > 0 or settings.pattern is not None):
+            prune, sparsity = settings.due(step)
+            if prune:
                 due.append((settings, variable, sparsity))
         self._count(batch)
         if not due:
@@ -238,7 +243,7 @@ class UpdatePruningStep(SparseCallback):
 
     def on_epoch_end(self, batch, logs=None):  # the argument's name in tfmot, by which loops of one's own pass it
         super().on_epoch_end(batch, logs)
-        if self._run.attached:
+        if self._run.attached and self._run.fit.by_hand:  # `fit` applies them in each step
             self._run.parts.masks.apply()
 
     def _steps(self, batch):

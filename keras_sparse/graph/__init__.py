@@ -21,7 +21,7 @@ from keras_sparse.graph.labels import OUTPUT, Labelled
 from keras_sparse.graph.macs import uses
 from keras_sparse.graph.paths import Paths
 from keras_sparse.graph.rebuilding import Rebuilding, replay, substituted
-from keras_sparse.graph.weights import Weight, as_array, check_model, layers, weights
+from keras_sparse.graph.weights import Weight, along, as_array, check_model, layers, weights
 from keras_sparse.graph.wiring import consumers, filled, histories, references, wiring
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "Rebuilding",
     "Tensor",
     "Weight",
+    "along",
     "as_array",
     "check_model",
     "consumers",

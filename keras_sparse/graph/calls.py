@@ -7,7 +7,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-from keras_sparse.graph.weights import as_array
+from keras_sparse.graph.weights import along, as_array
 
 __all__ = ["Call", "Condition", "Part", "Tensor"]
 
@@ -89,8 +89,7 @@ class Part:
         """The variable's value, an array, with zeros where it makes what is removed."""
         value = as_array(self.variable)
         for axis in self.made:
-            stays = kept(self.axes[axis])
-            value = np.where(stays.reshape([-1 if i == axis else 1 for i in range(value.ndim)]), value, 0)
+            value = np.where(along(axis, kept(self.axes[axis]), value.ndim), value, 0)
         return value
 
 

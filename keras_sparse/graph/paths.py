@@ -6,7 +6,7 @@ import numpy as np
 
 from keras_sparse.graph.kinds import DEPTHWISE
 from keras_sparse.graph.labels import Labelled
-from keras_sparse.graph.weights import as_array
+from keras_sparse.graph.weights import along, as_array
 from keras_sparse.graph.weights import weights as weights_of
 from keras_sparse.identity import IdentityDict
 
@@ -103,9 +103,9 @@ class Paths:
             more_fed, more_used = self._always_fed.copy(), self._always_used.copy()
             for variable, read, made in self._edges:
                 live = masks[variable] & _across(read, fed, masks[variable].ndim)
-                _mark(more_fed, _along(made, live))
+                _mark(more_fed, _touched(made, live))
                 live = masks[variable] & _across(made, used, masks[variable].ndim)
-                _mark(more_used, _along(read, live))
+                _mark(more_used, _touched(read, live))
             more_fed, more_used = more_fed & fed, more_used & used
             if np.array_equal(more_fed, fed) and np.array_equal(more_used, used):
                 return fed & used
@@ -125,12 +125,11 @@ def _mark(found, axes):
 
 def _across(axes, units, rank):
     """Whether the units along all of these axes are marked, an array that broadcasts to the weight."""
-    shapes = {axis: [-1 if i == axis else 1 for i in range(rank)] for axis in axes}
-    marks = [units[classes].reshape(shapes[axis]) for axis, classes in axes.items()]
+    marks = [along(axis, units[classes], rank) for axis, classes in axes.items()]
     return functools.reduce(np.logical_and, marks, np.ones([1] * rank, bool))
 
 
-def _along(axes, live):
+def _touched(axes, live):
     """`{axis: classes}` of those that a live weight touches."""
     others = {axis: tuple(i for i in range(live.ndim) if i != axis) for axis in axes}
     return {axis: classes[live.any(axis=others[axis])] for axis, classes in axes.items()}

@@ -13,7 +13,7 @@ from keras_sparse import zeros
 from keras_sparse.graph.kinds import DEPTHWISE, EMBEDDING, Kernel, kernel_of, kind_of
 from keras_sparse.identity import IdentityDict
 
-__all__ = ["Weight", "as_array", "check_model", "layers", "weights"]
+__all__ = ["Weight", "along", "as_array", "check_model", "layers", "weights"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +142,18 @@ def as_array(variable):
     """
     # As a tensor first: NumPy 2 warns when it meets the variables of TensorFlow and JAX themselves (Keras 3.15).
     return keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(variable))
+
+
+def along(axis, values, rank):
+    """Reshape a vector so that it broadcasts along one axis of arrays of a rank.
+
+    Example:
+
+    >>> import numpy as np, keras_sparse as ks
+    >>> ks.graph.along(1, np.array([True, False]), 4).shape
+    (1, 2, 1, 1)
+    """
+    return np.reshape(values, [-1 if i == axis else 1 for i in range(rank)])
 
 
 def check_model(model):

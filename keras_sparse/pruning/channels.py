@@ -154,8 +154,7 @@ class ChannelChoice:
         (part,) = (part for _, part in self._channels.parts() if part.variable is variable)
         scales, found = self._scales(), np.zeros(shape, "float32")
         for axis in part.made:
-            own = scales[self._roots[part.axes[axis]]]
-            found += own.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+            found += graph.along(axis, scales[self._roots[part.axes[axis]]], len(shape))
         return found
 
     def _scales(self):
@@ -192,7 +191,7 @@ class ChannelChoice:
         """What stays of a weight without the classes that `gone` says, a boolean array."""
         mask = np.ones(shape, bool)
         for axis, labels in axes.items():
-            mask &= ~gone[labels].reshape([-1 if i == axis else 1 for i in range(len(shape))])
+            mask &= ~graph.along(axis, gone[labels], len(shape))
         return mask
 
     def gone(self, masks):

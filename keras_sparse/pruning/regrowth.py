@@ -126,4 +126,4 @@ class MovingChannels:
 
 def _along(axis, flags, shape):
     """Flags for the places along an axis as flags for each number of an array."""
-    return np.broadcast_to(np.reshape(flags, [-1 if i == axis else 1 for i in range(len(shape))]), shape)
+    return np.broadcast_to(graph.along(axis, flags, len(shape)), shape)

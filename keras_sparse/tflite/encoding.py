@@ -132,15 +132,14 @@ def _encode_graph(file, graph, encoded):
                 encoded.kept[_name(tensor)] = weight.obstacle
             continue
         file.store(tensor, best.values)
+        if weight.pixels and not weight.runs_sparse:
+            tensor.shape = np.array([tensor.shape[0], 1, 1, tensor.shape[1]], "int32")
         tensor.sparsity = best.parameters(file.schema, tensor.shape)
         if weight.whole:
             tensor.type, tensor.quantization = file.schema.TensorType.FLOAT32, None
         if weight.runs_sparse:
             file.code("FULLY_CONNECTED", _FULLY_CONNECTED_SPARSE)
             continue
-        if weight.pixels:
-            tensor.shape = np.array([tensor.shape[0], 1, 1, tensor.shape[1]], "int32")
-            tensor.sparsity = best.parameters(file.schema, tensor.shape)
         operator, output = file.unpack(graph, number, "DENSIFY", 1, tensor.type, tensor.quantization)
         unpacking.append(operator)
         if weight.hybrid:
