@@ -1,6 +1,6 @@
 """What each installed runtime makes of dense and of sparse-encoded files, against what was recorded.
 
-Small networks of each family (tests/tflite_models.py) in each format, dense and stored without zeros, straight from the
+Small networks of each family (tflite_models.py) in each format, dense and stored without zeros, straight from the
 encoder: what `ks.tflite.export` would hold back is run, too. Of each file and runtime: `right`, `wrong`, `refused`, or
 `in part` where some of it ran on the CPU instead; of a compiler for NPUs, what it takes and the cycles. The record
 (`certified.json`) is what the rules of `ks.tflite` were written for; after a new version of a runtime, this says what
@@ -27,7 +27,7 @@ from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches
 from keras_sparse.tflite.runtimes import Worker, available
 from keras_sparse.tflite.signatures import signature
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "support"))
 import tflite_models as models
 
 RECORD = pathlib.Path(__file__).with_name("certified.json")

@@ -1,7 +1,7 @@
 """Damaged .tflite files through `inspect`, `benchmark` and `ks.compare`.
 
 Bits are flipped, files cut short, offsets set wild, bytes blanked and moved: each seed damages one of the files of the
-tests in its own way (tests/tflite_mutations.py). Right is an answer that makes sense or a clean error (`ValueError`,
+tests in its own way (tflite_mutations.py). Right is an answer that makes sense or a clean error (`ValueError`,
 `OSError`), in bounded time; anything else ends this program with the seed.
 """
 
@@ -18,7 +18,7 @@ import result
 
 import keras_sparse as ks
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "support"))
 import tflite_models
 from tflite_mutations import attempt, mutate, outcome
 

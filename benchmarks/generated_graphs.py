@@ -1,6 +1,6 @@
 """Networks drawn at random around the edges of the rules of XNNPACK's sparse kernels, exported and run everywhere.
 
-Each seed is a recipe of stem, blocks, head, size and sparsity (tests/tflite_graphs.py). Export is not allowed to verify
+Each seed is a recipe of stem, blocks, head, size and sparsity (tflite_graphs.py). Export is not allowed to verify
 on runtimes with sparse kernels, as on a machine that has none: what is tested are its rules. Right is a file whose
 outputs are the Keras model's on each runtime, and "will run sparse" if and only if the sparse file's outputs differ in
 their last bits from the dense file's on a CPU without AVX, or it takes fewer instructions on ARM64. A network that
@@ -17,7 +17,7 @@ import result
 
 import keras_sparse as ks
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "support"))
 import tflite_graphs
 
 

@@ -1,6 +1,6 @@
 """Networks drawn at random, exported for a target in each format, and run where that target is proven, on new inputs.
 
-Each seed is a recipe of stem, blocks, head, size and sparsity (tests/tflite_graphs.py). `ks.tflite.export` verifies
+Each seed is a recipe of stem, blocks, head, size and sparsity (tflite_graphs.py). `ks.tflite.export` verifies
 each file, as for a user. Wrong is a file whose outputs on a runtime of its target are not the Keras model's for
 inputs that export has not seen, while those of the dense file of the same format are, natively. `ks.tflite.check`
 agrees if the file that it calls refused is refused, and one that is said to run in part on the CPU does.
@@ -24,7 +24,7 @@ from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
 from keras_sparse.tflite.targets import get
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "support"))
 import tflite_graphs
 
 FORMATS = ("float32", "float16", "dynamic", "int8")

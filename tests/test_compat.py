@@ -275,7 +275,7 @@ def in_their_environment(tmp_path, program, *arguments):
     pytest.importorskip("tensorflow_model_optimization")
     environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("KERAS_BACKEND", None)
-    command = [sys.executable, str(pathlib.Path(__file__).with_name(program)), str(tmp_path), *arguments]
+    command = [sys.executable, str(pathlib.Path(__file__).parent / "support" / program), str(tmp_path), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "failed:" not in result.stdout, result.stdout

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import keras_sparse as ks
-from keras_sparse.pruning import channel_repair
 
 L = keras.layers
 RNG = np.random.default_rng(0)
@@ -63,8 +62,7 @@ READERS = {
 
 @pytest.mark.thorough(5)
 @pytest.mark.parametrize("name", READERS)
-def test_readers_are_solved_for_by_least_squares(name, monkeypatch):
-    monkeypatch.setattr(channel_repair, "DAMPING", 1e-9)
+def test_readers_are_solved_for_by_least_squares(name):
     inner, make = READERS[name]
     model = model_of((*inner, 5), L.Dense(6, "relu", name="maker"), make())
     maker, reader = model.layers
@@ -77,7 +75,11 @@ def test_readers_are_solved_for_by_least_squares(name, monkeypatch):
     if name == "einsum, blocks":
         wanted, after, bias = (v if v is False else v - ks.graph.as_array(reader.bias) for v in (wanted, after, False))
         reader.bias.assign(0 * reader.bias)
-    np.testing.assert_allclose(after, best_fit(reader, outputs(maker, x).astype("float32"), wanted, bias), atol=2e-3)
+    best = best_fit(reader, outputs(maker, x).astype("float32"), wanted, bias)
+    # Near the minimum the damping of the equations shows in the square only.
+    least, found = (np.mean((values - wanted) ** 2) for values in (best, after))
+    assert least * (1 - 1e-6) <= found <= 1.002 * least
+    np.testing.assert_allclose(after, best, atol=0.1 * np.abs(wanted - best).max())
     small = ks.shrink(model, verbose=0)
     np.testing.assert_allclose(outputs(small, x), outputs(model, x), atol=1e-4)
     assert small.count_params() < model.count_params()
@@ -216,18 +218,35 @@ def test_zeros_that_are_there_stay_and_other_patterns_are_repaired_beside():
     assert np.mean((outputs(model, x) - dense) ** 2) < 0.5 * np.mean((outputs(other, x) - dense) ** 2)
 
 
-def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
-    model = network()
-    before = [np.array(ks.graph.as_array(v)) for v in model.weights]
+class Counting(L.Layer):
+    """Interrupts when it is called for the nth time on numbers."""
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    times, at = 0, None
 
-    monkeypatch.setattr(channel_repair, "_solve", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        ks.prune(model, 0.5, pattern="channel", filters="body", data=IMAGES, repair=True)
-    for v, old in zip(model.weights, before, strict=True):
-        np.testing.assert_array_equal(ks.graph.as_array(v), old)
+    def call(self, x):
+        if not isinstance(x, keras.KerasTensor):
+            self.times += 1
+            if self.times == self.at:
+                raise KeyboardInterrupt
+        return x
+
+
+def test_an_interruption_leaves_the_model_as_it_was():
+    counting, at = Counting(), 1
+    body = [L.Dense(6, "relu", name="body"), counting, L.Dense(5, "relu"), L.Dense(3)]
+    model = model_of((5,), *body)
+    before, x = [np.array(ks.graph.as_array(v)) for v in model.weights], correlated(20, 5)
+    while True:
+        counting.times, counting.at = 0, at
+        try:
+            ks.prune(model, 0.5, pattern="channel", filters="body", data=x, repair=True)
+        except KeyboardInterrupt:
+            for v, old in zip(model.weights, before, strict=True):
+                np.testing.assert_array_equal(ks.graph.as_array(v), old)
+            at += 1
+        else:
+            break
+    assert at > 2 and not (ks.graph.as_array(model.weights[0]) == before[0]).all()
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global", "isomorphic"])
@@ -259,7 +278,7 @@ def test_what_moves_no_channels_says_what_does(make):
 class Line:
     """Tables of time that promise a millisecond for 1,000 weights and find 20 % more."""
 
-    def __init__(self, channels, groups, runtime):
+    def __init__(self, channels):
         self._channels, self._factor = channels, 1e-3
 
     def milliseconds(self, kept):
@@ -275,19 +294,26 @@ class Line:
         return 1.2e-3 * ks.shrink(self._channels.labelled.model, verbose=0).count_params()
 
 
-def test_a_budget_of_milliseconds_is_met_as_it_is_measured(monkeypatch):
-    monkeypatch.setattr("keras_sparse.tflite.timing.TimeTable", Line)
+@keras.saving.register_keras_serializable("test_pruning_channels")
+class Milliseconds(ks.Budget):
+    """A budget of milliseconds whose clock is a `Line`."""
+
+    def times(self, channels, groups):
+        return Line(channels)
+
+
+def test_a_budget_of_milliseconds_is_met_as_it_is_measured():
     model = network()
     whole = model.count_params() / 1000
     with pytest.raises(ValueError, match=r"one channel of each group the model has 0\.0\d+ milliseconds"):
-        ks.prune(model, ks.Budget(milliseconds=0.01), pattern="channel")
-    report = ks.prune(model, ks.Budget(milliseconds=0.6 * whole), pattern="channel", allocation="global")
+        ks.prune(model, Milliseconds(milliseconds=0.01), pattern="channel")
+    report = ks.prune(model, Milliseconds(milliseconds=0.6 * whole), pattern="channel", allocation="global")
     asked, promised, measured = (report.totals[f"milliseconds_{k}"] for k in ("asked", "promised", "measured"))
     assert 0.5 * whole < measured <= 1.03 * asked == 1.03 * 0.6 * whole
     assert promised == pytest.approx(measured)
     assert "asked" in report.notes[-1]
     model.compile("sgd", "mse", run_eagerly=keras.backend.backend() != "jax")
-    callback = ks.callbacks.Pruning(ks.Budget(milliseconds=0.4 * whole), pattern="channel", frequency=1)
+    callback = ks.callbacks.Pruning(Milliseconds(milliseconds=0.4 * whole), pattern="channel", frequency=1)
     model.fit(IMAGES, np.zeros((32, 3)), batch_size=8, epochs=2, verbose=0, callbacks=[callback])
     assert callback.milliseconds["measured"] <= 1.03 * 0.4 * whole
     again = ks.callbacks.Pruning.from_config(callback.get_config()).target_sparsity

@@ -24,6 +24,7 @@ from keras_sparse.search.journal import Journal
 
 OTHERS = ("random", "reinforce")
 SPAWN = multiprocessing.get_context("spawn")
+SUPPORT = pathlib.Path(search_models.__file__).parent
 
 
 @pytest.mark.slow
@@ -492,7 +493,7 @@ def test_progress_shows_the_best_so_far():
 
 @pytest.mark.slow
 def test_processes_find_the_same(monkeypatch, capfd):
-    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT))
     found = []
     for workers in (1, 2):
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=SPAWN) as executor:
@@ -540,12 +541,15 @@ def test_forked_processes_are_refused():
 
 @pytest.mark.slow
 def test_a_dead_worker_ends_the_search_and_the_journal_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent))
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=SPAWN) as executor:
-        with monkeypatch.context() as patch:
-            patch.setattr(ks.search.run._Run, "_submit", lambda self, *task: executor.submit(os._exit, 3))
-            with pytest.raises(RuntimeError, match=r"(?s)A worker process died.*same\s+`directory`"):
-                search(tmp_path, executor=executor, budget=8)
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT))
+
+    class Dying(concurrent.futures.ProcessPoolExecutor):
+        def submit(self, function, /, *arguments):
+            return super().submit(os._exit, 3)
+
+    with Dying(1, mp_context=SPAWN) as executor:
+        with pytest.raises(RuntimeError, match=r"(?s)A worker process died.*same\s+`directory`"):
+            search(tmp_path, executor=executor, budget=8)
     assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1
     assert len(search(tmp_path, budget=8).candidates) == 8
 
@@ -553,8 +557,8 @@ def test_a_dead_worker_ends_the_search_and_the_journal_goes_on(tmp_path, monkeyp
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
     code = f"import search_models; search_models.main({str(tmp_path)!r})"
-    tests = pathlib.Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests)))}
+    root = pathlib.Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, SUPPORT)))}
     journal = tmp_path / "journal.jsonl"
     process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -574,7 +578,7 @@ def test_killed_and_started_again(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # Dask's own
 def test_dask_finds_the_same(monkeypatch):
     distributed = pytest.importorskip("distributed")
-    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT))
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,

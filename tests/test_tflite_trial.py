@@ -3,10 +3,9 @@
 import keras
 import pytest
 from keras import layers
-from tflite_models import lstm, mlp, sparsify
+from tflite_models import exported, lstm, mlp, sparsify
 
 import keras_sparse as ks
-from keras_sparse.tflite.commands import RuntimeMissing
 from keras_sparse.tflite.targets import get
 from keras_sparse.tflite.trial import tried
 
@@ -46,11 +45,13 @@ def test_what_a_check_says(build, target, runtime, verdict, reason, request):
     assert reason in notes
 
 
-def test_a_missing_runtime_says_nothing(monkeypatch):
-    def missing(*arguments):
-        raise RuntimeMissing("Install it.")
-
-    monkeypatch.setattr("keras_sparse.tflite.trial.Worker", missing)
-    for name in ("gpu", "micro", "ethos-u55"):
-        made = tried(b"", get(name))
-        assert (made.verdict, made.reason, made.made) == ("not tried", "Install it.", {})
+@pytest.mark.parametrize(
+    ("name", "install"), [("gpu", "setup-gpu"), ("micro", "tflite-micro"), ("ethos-u55", "ethos-u-vela")]
+)
+def test_a_missing_runtime_says_nothing(name, install, monkeypatch, tmp_path):
+    content = exported(mlp, sparse=False)
+    monkeypatch.setenv("VK_DRIVER_FILES", str(tmp_path / "none.json"))
+    if name != "gpu":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    made = tried(content, get(name))
+    assert (made.verdict, made.made) == ("not tried", {}) and install in made.reason

@@ -28,9 +28,9 @@ def runtime(request):
     return request.param
 
 
-def reference_of(model):
+def reference_of(model, make=Reference):
     called = signature(model)
-    return convert(Job(model, called)).content, Reference(model, called, random_batches(model, called))
+    return convert(Job(model, called)).content, make(model, called, random_batches(model, called))
 
 
 def test_strict_needs_a_runtime(tmp_path, monkeypatch):
@@ -56,15 +56,21 @@ def test_strict_verification(sparse, runtime, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_rules_are_not_needed(runtime, monkeypatch):
+def test_the_rules_are_not_needed(runtime):
     """A fault that no rule knows shows itself on a runtime with sparse kernels."""
-    monkeypatch.setattr(verification, "hazard", lambda model: None)
     for name in ("MAX_POOL_2D", "keepdims=True"):
         dense, reference = reference_of(image_model(BROKEN[name]))
-        check = verification.Verification(dense, reference, 1e-4, runtimes=[runtime])
+        check = verification.Verification(dense, reference, 1e-4, runtimes=[runtime], rules=())
         fault, _ = check.fault(encode(dense).content)
         assert verification.SPARSE_RUNTIMES[runtime] in fault, name
         assert check.fault(encode(dense, engage=False).content)[0] is None
+
+
+def test_a_dense_file_that_cannot_be_run_is_an_error():
+    dense, reference = reference_of(mlp())
+    check = verification.Verification(dense[: len(dense) // 2], reference, 1e-4)
+    with pytest.raises(ks.tflite.ExportError, match="with dense weights either. Received: ."):
+        check.dense()
 
 
 def test_other_weights_are_a_fault():
@@ -95,13 +101,15 @@ def test_runtimes_are_asked_about_what_sparse_kernels_could_touch(runtime):
         assert check.fault(encode(dense).content)[0] is None and (len(check.verified_on) == 2) == asked
 
 
-def test_a_runtime_that_cannot_run_the_dense_file_either(runtime, monkeypatch):
-    dense, reference = reference_of(image_model(WHOLE["mobilenet"]))
+class Refused(Reference):
+    """As a runtime without one of the operators has it."""
 
-    def compare_on(name, content):
+    def compare_on(self, name, content):
         raise ValueError("no such operator")
 
-    monkeypatch.setattr(reference, "compare_on", compare_on)
+
+def test_a_runtime_that_cannot_run_the_dense_file_either(runtime):
+    dense, reference = reference_of(image_model(WHOLE["mobilenet"]), Refused)
     check = verification.Verification(dense, reference, 1e-4, runtimes=[runtime])
     assert check.fault(encode(dense).content)[0] is None
     assert (

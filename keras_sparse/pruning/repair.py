@@ -9,7 +9,6 @@ __all__ = ["column_updates", "damped", "input_statistic", "least_squares", "repa
 
 # Of the mean of the moment's diagonal: what makes the moments of few samples and of dead inputs invertible.
 DAMPING = 3e-2
-# Sum of (weights that stay)^3 over the output units up to which each of them gets a system of equations of its own.
 EXACT = 3e10
 
 
@@ -26,7 +25,7 @@ def damped(moment, damping=DAMPING):
     return moment + (damping * np.trace(moment) / len(moment) or 1.0) * np.eye(len(moment))
 
 
-def repaired(weights, masks, moments, group_of):
+def repaired(weights, masks, moments, group_of, exact=EXACT):
     """Return the weights that minimize E[((v - w) x)^2] over v with the zeros of a mask, for each output unit.
 
     Args:
@@ -34,6 +33,8 @@ def repaired(weights, masks, moments, group_of):
         masks: Booleans of that shape, `True` for weights that stay.
         moments: Damped second moments, an array [groups, inputs, inputs].
         group_of: The group of each unit.
+        exact: The sum of (weights that stay)^3 over the units up to which each gets a system of equations of its own.
+            Beyond it, `column_updates` come near the minimum.
 
     Returns:
         Float64 array, with exact zeros where the mask is `False`. Units from which nothing is taken stay as they are.
@@ -47,7 +48,7 @@ def repaired(weights, masks, moments, group_of):
     >>> repaired(np.array([[2.0, 1.0]]), np.array([[True, False]]), moments, np.array([0])).tolist()
     [[2.5, 0.0]]
     """
-    solve = least_squares if cost(masks) <= EXACT else column_updates
+    solve = least_squares if cost(masks) <= exact else column_updates
     new = np.array(weights, np.float64)
     for group in np.unique(group_of):
         units = np.flatnonzero((group_of == group) & ~masks.all(axis=1))
@@ -143,6 +144,8 @@ def input_statistic(criterion, masks, moments, group_of):
         masks: Booleans [units, inputs].
         moments: Damped second moments, an array [groups, inputs, inputs].
         group_of: The group of each unit.
+        exact: The sum of (weights that stay)^3 over the units up to which each gets a system of equations of its own.
+            Beyond it, `column_updates` come near the minimum.
 
     Returns:
         Float64 array [units, inputs]; 1 where the mask is `False`.

@@ -296,11 +296,14 @@ def _start_gpu(accelerators):
     return start
 
 
-def gpu_driver():
+def gpu_driver(chromium=_CHROMIUM):
     """How LiteRT's GPU accelerator finds a driver here.
 
     On Linux it computes by Vulkan: on a GPU if there is one with a driver, else on SwiftShader, a software driver that
     Chromium brings along. `VK_DRIVER_FILES` in the environment is heeded, as by all programs that use Vulkan.
+
+    Args:
+        chromium: Folders in which a package may have put Chromium.
 
     Returns:
         `(environment, is_software)`: what must be set, and whether no GPU computes.
@@ -329,7 +332,7 @@ def gpu_driver():
     ]
     if devices and manifests:
         return {}, False
-    for folder in (cache_folder() / "swiftshader", *map(pathlib.Path, _CHROMIUM)):
+    for folder in (cache_folder() / "swiftshader", *map(pathlib.Path, chromium)):
         manifest = str(folder / "vk_swiftshader_icd.json")
         if os.path.exists(manifest) and (folder / "libvk_swiftshader.so").exists():
             libraries = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))

@@ -81,6 +81,7 @@ class Verification:
         runtimes: Names of runtimes with sparse kernels, as `sparse_runtimes` returns them.
         strict: Whether these are asked about every file, not only those that sparse kernels could touch.
         targets: The `Target` objects that it is meant for: their runtimes are asked about every file.
+        rules: Functions that say of a `FlatModel` why it must not be handed out, or `None`.
 
     Attributes:
         verified_on: Where the last one that was looked at was right, in words.
@@ -103,9 +104,12 @@ class Verification:
     (True, 1)
     """
 
-    def __init__(self, dense, reference, tolerance, integers=False, runtimes=(), strict=False, targets=()):
+    def __init__(
+        self, dense, reference, tolerance, integers=False, runtimes=(), strict=False, targets=(), rules=(hazard,)
+    ):
         self._dense, self._reference, self._tolerance = dense, reference, tolerance
         self._integers, self._runtimes, self._strict, self._targets = integers, runtimes, strict, targets
+        self._rules = rules
         self.verified_on, self.not_verified, self.notes = [], [], []
 
     @classmethod
@@ -170,8 +174,7 @@ class Verification:
         """Why a sparse-encoded file must not be handed out, or `None`; and its parity on this machine."""
         self.verified_on, self.not_verified = [_NATIVE.title], []
         model = read(content)
-        fault = hazard(model)
-        if fault is not None:
+        for fault in filter(None, (rule(model) for rule in self._rules)):
             return fault, None
         if not _same_weights(model, read(self._dense)):
             return "a decoded weight is not the dense file's", None

@@ -4,6 +4,7 @@ A network is a recipe, a list of words, so that one that fails can be made small
 """
 
 import contextlib
+import os
 import pathlib
 import random
 import tempfile
@@ -15,6 +16,7 @@ from keras import layers
 
 import keras_sparse as ks
 from keras_sparse.tflite import verification
+from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.parity import Reference, random_batches
 from keras_sparse.tflite.runtimes import Worker, available, run
 from keras_sparse.tflite.signatures import signature
@@ -160,13 +162,13 @@ def _head(word, inputs, x):
     return inputs, found[word]()
 
 
-def outcome(words, quantize=None, runtimes=("native", "x86-no-avx", "wasm"), tolerance=None):
+def outcome(words, quantize=None, runtimes=("native", "x86-no-avx", "wasm"), rules=True):
     """What becomes of a network: `{"encoding", "says", "engages", "faults"}`.
 
     Export has no runtime with sparse kernels to verify on, as on most users' machines: what is tested are the rules.
     `says` and `engages`: whether weights run sparse by the report, and by the bits of the outputs on a CPU without AVX,
     or where these are the dense file's by the instructions of ARM64 (`None` where it was not looked at). `faults`:
-    `{runtime: what is wrong}`, which the dense file is not.
+    `{runtime: what is wrong}`, which the dense file is not. Without `rules` zeros are stored sparsely in any case.
     """
     model = build(words)
     called = signature(model)
@@ -174,11 +176,12 @@ def outcome(words, quantize=None, runtimes=("native", "x86-no-avx", "wasm"), tol
     inputs = dict(zip([leaf.name for leaf in called.inputs], data, strict=True))
     calibration = {"representative_data": inputs} if quantize == "int8" else {}
     missing_arm64 = available()["arm64"]
-    missing = {name: None if name == "native" else "not for this test" for name in available()}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(verification, "available", lambda: missing):
+    keep_to_this_machine = mock.patch.dict(os.environ, KERAS_SPARSE_VERIFY="native")
+    with tempfile.TemporaryDirectory() as folder, keep_to_this_machine:
         report = ks.tflite.export(model, f"{folder}/m.tflite", target="xnnpack", quantize=quantize, **calibration)
         dense = ks.tflite.export(model, f"{folder}/d.tflite", sparse=False, quantize=quantize, **calibration)
         sparse_file, dense_file = (pathlib.Path(one.path).read_bytes() for one in (report, dense))
+    sparse_file = sparse_file if rules else encode(dense_file).content
     step = called.inputs[0].shape[0] or 1
     batch = [array[:step] for array in data]
     reference = Reference(model, called, [batch])
@@ -213,13 +216,13 @@ def _problem(reference, runtime, content, allowed):
     return "" if parity.relative <= allowed else f"differs by {parity.relative:.2g}"
 
 
-def shrink(words, quantize, runtimes):
+def shrink(words, quantize, runtimes, rules=True):
     """The recipe without each block that its file is wrong without, too."""
     place = 2
     while place < len(words) - 2:
         shorter = [*words[:place], *words[place + 1 :]]
         with contextlib.suppress(Exception):  # a network that cannot be built any more
-            if outcome(shorter, quantize, runtimes)["faults"]:
+            if outcome(shorter, quantize, runtimes, rules)["faults"]:
                 words = shorter
                 continue
         place += 1

@@ -1,6 +1,6 @@
 """Random graphs of all operations that channels pass, random biases and statistics, and channels killed at random.
 
-Run as a program it tries many: `python tests/channel_graphs.py 0 1000`.
+Run as a program it tries many: `python tests/support/channel_graphs.py 0 1000`.
 """
 
 import sys
