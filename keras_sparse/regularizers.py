@@ -251,14 +251,11 @@ def _attribute(weight):
 
 
 @serializable
-class _Marker(keras.regularizers.Regularizer):
+class _Marker(Configurable, keras.regularizers.Regularizer):
     """A regularizer to be looked for in a config."""
 
     def __init__(self, mark):
         self.mark = mark
-
-    def get_config(self):
-        return {"mark": self.mark}
 
 
 def _why_not_saved(model, chosen):

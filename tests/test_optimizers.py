@@ -1,10 +1,13 @@
 """SparseOptimizer: as an optimizer, in custom loops, wrapped and unwrapped."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
 
 import keras_sparse as ks
+from keras_sparse.optimizers.assignment import mask_in_step
 
 X = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(32, 4)).astype("float32")
@@ -113,6 +116,14 @@ def test_update_masks_after_prune_keeps_the_zeros():
     np.testing.assert_array_equal(model.layers[0].kernel.numpy() == 0, before)
 
 
+def no_gradients():
+    if BACKEND != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
 def gradient_step(model, optimizer):
     """One step of a hand-written loop, in the backend's own way."""
     if BACKEND == "tensorflow":
@@ -155,6 +166,39 @@ def test_hand_written_loop():
         gradient_step(model, optimizer)
     assert zeros(model) == [36, 18]
     assert int(optimizer.iterations) == 8
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", *(["float64"] if BACKEND != "jax" else [])])
+def test_zeros_in_a_step_are_plus_zero_whatever_was_there(dtype):
+    """Pruned: 1, NaN, inf, -2; beside them NaN and -0.0 that live."""
+    weight = keras.Variable(np.array([1, np.nan, np.inf, -2, np.nan, -0.0, 3]), dtype=dtype)
+    mask = keras.Variable(np.array([0, 0, 0, 0, 1, 1, 1], bool), dtype="bool", trainable=False)
+    mask_in_step([(weight, mask)])
+    found = keras.ops.convert_to_numpy(keras.ops.cast(weight, "float32"))
+    np.testing.assert_array_equal(found, [0, 0, 0, 0, np.nan, 0, 3])
+    assert np.signbit(found[:6]).tolist()[:4] == [False] * 4 and np.signbit(found[5])
+
+
+def test_gradients_that_are_handed_in_stay_as_they_are():
+    model = make()
+    optimizer = ks.optimizers.SparseOptimizer(keras.optimizers.SGD(0.1))
+    ks.update_masks(model, 0.5, optimizer=optimizer)
+    grads = [keras.ops.ones(v.shape) for v in model.trainable_variables]
+    with no_gradients():
+        optimizer.apply(grads, model.trainable_variables)
+    assert all(keras.ops.convert_to_numpy(gradient).all() for gradient in grads)
+    assert zeros(model) == [24, 12]
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="`.grad`")
+def test_gradients_of_torch_are_masked_in_place():
+    model = make()
+    optimizer = ks.optimizers.SparseOptimizer(keras.optimizers.SGD(0.1))
+    ks.update_masks(model, 0.5, optimizer=optimizer)
+    gradient_step(model, optimizer)
+    for variable, mask in optimizer.masks:
+        gradient = keras.ops.convert_to_numpy(variable.value.grad)
+        assert not gradient[~keras.ops.convert_to_numpy(mask)].any() and gradient.any()
 
 
 def test_hand_written_loop_in_mixed_precision():

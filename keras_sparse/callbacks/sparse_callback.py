@@ -102,7 +102,6 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
             run.fit.end()
             raise
         run.attached = True
-        run.parts.masks.apply()
         optimizers.refresh(self._model, run.parts, in_fit=True)
 
     def on_train_begin(self, logs=None):

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_sparse.compat import graphs, hdf5, keras2, wrappers
+from keras_sparse.registry import Configurable
 
 __all__ = ["load"]
 
@@ -57,19 +58,16 @@ def load(path, safe_mode=True):
 
 
 @keras.saving.register_keras_serializable("keras_sparse", "keras2_zeros")
-class _Zeros(keras.initializers.Initializer):
+class _Zeros(Configurable, keras.initializers.Initializer):
     """Zeros, but no more than the file has to put in their place: a size in a configuration may be anything."""
 
     def __init__(self, most=0):
-        self._most = most
+        self.most = most
 
     def __call__(self, shape, dtype=None):
-        if math.prod(shape) > max(self._most, 1):
+        if math.prod(shape) > max(self.most, 1):
             raise ValueError(f"A weight of shape {tuple(shape)} is larger than all that the file holds.")
         return keras.ops.zeros(shape, dtype)
-
-    def get_config(self):
-        return {"most": self._most}
 
 
 def _build(config, safe_mode, initializer):

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_sparse.optimizers.assignment import assign_in_step, mask_off, masked_value
+from keras_sparse.optimizers.assignment import mask_gradient, mask_in_step, mask_off, masked_value
 from keras_sparse.optimizers.parts import Part, variable_like
 from keras_sparse.optimizers.slots import slots
 
@@ -66,12 +66,19 @@ class Masks(Part):
 
     def before(self, gradients):
         return {
-            index: _mask_gradient(gradient, self.variables[index]) if index in self.claimed else gradient
+            index: self._masked(gradient, index) if index in self.claimed else gradient
             for index, gradient in gradients.items()
         }
 
     def after(self):
-        assign_in_step([(variable, mask_off, [mask]) for variable, mask in self._masked_state()])
+        mask_in_step(self._masked_state())
+
+    def _masked(self, gradient, index):
+        mask = self.variables[index]
+        if hasattr(gradient, "dense_shape"):  # `tf.IndexedSlices`: the rows that a batch has looked up.
+            rows = ops.take(ops.convert_to_tensor(mask), gradient.indices, axis=0)
+            return type(gradient)(mask_off(gradient.values, rows), gradient.indices, gradient.dense_shape)
+        return mask_gradient(gradient, self.parts.trainable[index], mask)
 
     def _masked_state(self):
         pairs = self.pairs
@@ -83,11 +90,3 @@ class Masks(Part):
 
     def restore(self, config):
         self.add([self.parts.trainable[index] for index in config])
-
-
-def _mask_gradient(gradient, mask):
-    mask = ops.convert_to_tensor(mask)
-    if hasattr(gradient, "dense_shape"):  # `tf.IndexedSlices`: the rows that a batch has looked up.
-        rows = ops.take(mask, gradient.indices, axis=0)
-        return type(gradient)(mask_off(gradient.values, rows), gradient.indices, gradient.dense_shape)
-    return mask_off(gradient, mask)

@@ -10,7 +10,7 @@ import keras
 
 from keras_sparse.optimizers.parts import Parts, SparseState
 from keras_sparse.optimizers.sparse import SparseOptimizer
-from keras_sparse.registry import serializable
+from keras_sparse.registry import Configurable, serializable
 
 __all__ = ["MidFitOptimizer"]
 
@@ -75,7 +75,7 @@ def _with_room(optimizer):
 
 
 @serializable
-class MidFitOptimizer:
+class MidFitOptimizer(Configurable):
     """Stands in a file for an optimizer of the user's own class that was in the middle of a fit.
 
     Example:
@@ -91,9 +91,6 @@ class MidFitOptimizer:
         """Return the optimizer itself."""
         return _with_room(keras.saving.deserialize_keras_object(config["optimizer"], custom_objects=custom_objects))
 
-    def get_config(self):
-        return {}
-
 
 def _register(kind):
     """Register what stands in a file for one of Keras's own optimizers."""
@@ -101,8 +98,8 @@ def _register(kind):
     def from_config(cls, config, custom_objects=None):
         return _with_room(kind.from_config(config))
 
-    members = {"from_config": classmethod(from_config), "get_config": lambda self: {}, "__module__": __name__}
-    serializable(type(f"MidFit{kind.__name__}", (), members))
+    members = {"from_config": classmethod(from_config), "__module__": __name__}
+    serializable(type(f"MidFit{kind.__name__}", (Configurable,), members))
 
 
 for _name in sorted(vars(keras.optimizers)):
