@@ -77,14 +77,14 @@ if keras.backend.backend() == "jax":
 _BACKEND_DOES_NOT_MATTER = [
     "test_architecture.py",
     "test_behaviour.py",
-    "test_cli.py",
+    "test_cli*.py",
     "test_docs.py",
     "test_files.py",
     "test_notebooks.py",
     "test_search_searchers.py",
 ]
 # Models run forwards and NumPy. JAX compiles anew for each shape there is: another backend than TensorFlow's is enough.
-_NOT_ON_JAX = ["test_comparison.py", "test_neurons.py", "test_patterns.py", "test_reports.py", "test_schedules.py"]
+_NOT_ON_JAX = ["test_comparison*.py", "test_neurons*.py", "test_patterns.py", "test_reports.py", "test_schedules.py"]
 # Here models run forwards, too, but for a few fits, and cases differ in what NumPy does with layers: on JAX one case of
 # each test shows that arrays of JAX will do. TensorFlow and torch run them all.
 _ONE_CASE_ON_JAX = [
@@ -99,10 +99,14 @@ _ONE_CASE_ON_JAX = [
     "test_pruning_sensitivities.py",
     "test_search.py",
     "test_search_evaluation.py",
+    "test_search_journals.py",
     "test_search_space.py",
     "test_zeros.py",
 ]
 _TENSORFLOW_ONLY = ["test_tflite_*.py", "test_quickstart.py", "test_end_to_end.py"]
+
+# What these define are fixtures, too.
+pytest_plugins = ["command_line", "compared_models"]
 
 collect_ignore_glob = {
     "tensorflow": [],

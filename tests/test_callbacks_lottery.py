@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from test_callbacks import dense_model, fit, interrupt_at, kernels, zeros
+from callback_models import dense_model, fit, interrupt_at, kernels, zeros
 
 import keras_sparse as ks
 
