@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from test_tflite_xnnpack import BROKEN, DOUBTFUL, UNTOUCHED, WHOLE
 from tflite_models import attention, cnn, conv1d, image_model, lstm, mlp, nested, several, stem, subclassed
+from xnnpack_graphs import BROKEN, DOUBTFUL, UNTOUCHED, WHOLE
 
 import keras_sparse as ks
 from keras_sparse.tflite.convert import convert

@@ -2,8 +2,8 @@
 
 import keras
 import pytest
-from test_tflite_xnnpack import BROKEN
 from tflite_models import image_model, mlp, sparsify
+from xnnpack_graphs import BROKEN
 
 from keras_sparse.tflite.choice import smallest_right
 from keras_sparse.tflite.convert import convert

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from test_tflite_xnnpack import BROKEN, DOUBTFUL, WHOLE
 from tflite_models import image_model
+from xnnpack_graphs import BROKEN, DOUBTFUL, WHOLE
 
 import keras_sparse as ks
 from keras_sparse.tflite.runtimes import available

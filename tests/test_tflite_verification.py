@@ -3,8 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from test_tflite_xnnpack import BROKEN, WHOLE
 from tflite_models import image_model, mlp, sparsify
+from xnnpack_graphs import BROKEN, WHOLE
 
 import keras_sparse as ks
 from keras_sparse.tflite import verification
