@@ -46,7 +46,7 @@ def test_what_a_check_says(build, target, runtime, verdict, reason, request):
 
 
 @pytest.mark.parametrize(
-    ("name", "install"), [("gpu", "setup-gpu"), ("micro", "tflite-micro"), ("ethos-u55", "ethos-u-vela")]
+    ("name", "install"), [("gpu", "setup-gpu"), ("micro", "tflite-micro"), ("ethos-u55", "tflite-micro")]
 )
 def test_a_missing_runtime_says_nothing(name, install, monkeypatch, tmp_path):
     content = exported(mlp, sparse=False)
