@@ -6,6 +6,9 @@ import numpy as np
 from keras_sparse import graph, optimizers
 from keras_sparse.channels.listing import listing
 from keras_sparse.channels.tracing import functional
+from keras_sparse.graph.composites import repacked
+from keras_sparse.graph.kinds import of_keras
+from keras_sparse.graph.rebuilding import is_loadable
 from keras_sparse.identity import IdentityDict
 from keras_sparse.registry import check_whole
 
@@ -67,6 +70,12 @@ def shrink(model, round_to=1, verbose=1, return_report=False):
     rebuilding = _Shrunk(channels)
     small = rebuilding.model
     report = listing(channels, f"Shrunk {model.name}: dead channels")
+    closed = [new for new, _, _ in rebuilding.copies if not (of_keras(new) or is_loadable(new))]
+    if closed:
+        report.notes.append(
+            f"{closed[0].name} ({type(closed[0]).__name__}) has a config of which Keras makes no layer: a `.keras` file of "
+            "the model cannot be read. Save its weights, and shrink again."
+        )
     report.notes += _copy_compilation(model, small, rebuilding.variables, channels.kept)
     if verbose:
         print(report)
@@ -78,18 +87,20 @@ class _Shrunk:
 
     Attributes:
         model: The new model.
+        copies: List of `(new layer, what it was made from, its weights)`.
         variables: Pairs of an old variable and its `(new variable, part or None)`.
     """
 
     def __init__(self, channels):
         self._channels = channels
-        self._nested = IdentityDict()
+        self._nested, self._opened = IdentityDict(), IdentityDict()
         source = channels.labelled.model
         rules = channels.labelled.rules
         self._first = graph.Rebuilding(source)
         self.model = self._rebuilt(source, self._first)
         parts = IdentityDict((part.variable, part) for rule in rules.values() for part in rule.parts)
         self.variables = IdentityDict()
+        self.copies = list(self._first.copies.values())
         for layer, (new, _, _) in self._first.copies.items():
             for old, variable in zip(layer.weights, new.weights, strict=True):
                 self.variables[old] = variable, parts.get(old)
@@ -104,6 +115,13 @@ class _Shrunk:
 
         def call(operation, args, kwargs):
             made, form = next(steps)
+            if self._is_opened(made):
+                if operation not in self._nested:
+                    shapes = made.shapes_left(made.inputs, self._channels.kept)
+                    inner = self._channels.labelled.rules[operation].graph
+                    self._nested[operation] = self._rebuilt(inner, graph.Rebuilding(inner, shapes, rebuilding))
+                outputs = self._nested[operation](_of_tensors(made, args, kwargs))
+                return repacked(made.structure, keras.tree.flatten(outputs))
             if self._is_nested(made):
                 if operation not in self._nested:
                     shapes = made.shapes_left(made.inputs, self._channels.kept)
@@ -120,9 +138,19 @@ class _Shrunk:
     def _is_nested(self, made):
         return made.operation in self._channels.labelled.graphs
 
+    def _is_opened(self, made):
+        """Whether a functional model of the layers inside stands for a layer of layers."""
+        first = self._channels.labelled.rules.get(made.operation, made)
+        if getattr(first, "graph", None) is None:
+            return False
+        if first.operation not in self._opened:
+            alone = None in keras.tree.flatten(first.structure) or not is_loadable(first.operation)
+            self._opened[first.operation] = alone or first.reconfigured(self._channels.kept) is None
+        return self._opened[first.operation]
+
     def _is_layer(self, made, form):
         """Whether a layer of the same class stands for the layer."""
-        return not self._is_nested(made) and (form == "same" or isinstance(made.operation, keras.layers.Reshape))
+        return not (self._is_nested(made) or self._is_opened(made)) and (form == "same" or isinstance(made.operation, keras.layers.Reshape))
 
     def _form(self, made):
         return made.form(self._channels.kept) if hasattr(made, "form") and not made.fixed else "same"
@@ -136,6 +164,13 @@ class _Shrunk:
             changes = {"target_shape": _target(form[0][1], made.outputs[0])}
         weights = first.weights(self._channels.kept) if getattr(layer, "weights", None) else None
         return rebuilding.copy(layer, changes or None, weights)
+
+
+def _of_tensors(made, args, kwargs):
+    """The symbolic tensors among the arguments of a call, in the order of the call's own inputs."""
+    values = keras.tree.flatten([list(args), kwargs])
+    places = {id(x): i for i, x in reversed(list(enumerate(keras.tree.flatten([list(made.args), made.kwargs]))))}
+    return [values[places[id(x)]] for x in made.inputs]
 
 
 def _target(shape, tensor):

@@ -20,7 +20,8 @@ from keras_sparse.graph.kinds import (
 from keras_sparse.graph.labels import OUTPUT, Labelled
 from keras_sparse.graph.macs import uses
 from keras_sparse.graph.paths import Paths
-from keras_sparse.graph.rebuilding import Rebuilding, replay, substituted
+from keras_sparse.graph.rebuilding import Rebuilding, replay
+from keras_sparse.graph.substitution import substituted
 from keras_sparse.graph.weights import Weight, along, as_array, check_model, layers, weights
 from keras_sparse.graph.wiring import consumers, filled, histories, references, wiring
 

@@ -121,13 +121,15 @@ class Call:
         args: Its arguments, with a `Tensor` for each tensor.
         kwargs: Likewise.
         inputs: Flat list of these tensors.
-        structure: Its outputs.
+        structure: Its outputs, in which `None` may be.
         classes: The `Classes` of all labels.
 
     Attributes:
         outputs: Flat list of the output tensors.
         parts: The `Part` of each of its weights that has channels.
         conditions: List of `Condition`.
+        inside: Whether it is one in a layer of layers, of which the model itself knows nothing.
+        closed: Why nobody can look into the layer, where somebody tried.
 
     Example:
 
@@ -140,9 +142,10 @@ class Call:
     def __init__(self, operation, args, kwargs, inputs, structure, classes):
         self.operation, self.args, self.kwargs = operation, args, kwargs
         self.inputs, self.structure, self.classes = inputs, structure, classes
-        self.outputs = keras.tree.flatten(structure)
+        self.outputs = [x for x in keras.tree.flatten(structure) if x is not None]
         self.parts, self.conditions = [], []
-        self.fixed = self.shared = False
+        self.fixed = self.shared = self.inside = False
+        self.closed = None
 
     def stay(self, reason):
         """Fix all channels that it takes and returns."""
@@ -188,7 +191,7 @@ class Call:
             return keras.KerasTensor(argument.shape, argument.dtype) if mask else symbols.get(id(argument), argument)
 
         args, kwargs = keras.tree.map_structure(symbol, [list(self.args), self.kwargs])
-        found = keras.tree.flatten(self.operation.compute_output_spec(*args, **kwargs))
+        found = keras.tree.flatten(spec_of(self.operation, args, kwargs))
         return [tuple(x.shape) for x in found] == [tuple(shape) for shape in kept_shapes]
 
     def shapes_left(self, tensors, kept):
@@ -296,6 +299,17 @@ def uniform(value, labels, where):
     return None if np.isnan(found).all() else found
 
 
+def spec_of(operation, args, kwargs):
+    """The symbolic outputs of an operation.
+
+    A subclass may take other arguments than what its base class tells the shapes of: then its `call` is asked.
+    """
+    try:
+        return operation.compute_output_spec(*args, **kwargs)
+    except Exception:
+        return keras.Operation.compute_output_spec(operation, *args, **kwargs)
+
+
 def filled_with(tensor, values):
     """An array of a tensor's shape for one sample from values in the shape of its labels."""
     kind = keras.backend.standardize_dtype(tensor.dtype)
@@ -313,11 +327,11 @@ def run(call, values):
         return keras.ops.convert_to_tensor(value)
 
     args, kwargs = keras.tree.map_structure(value_of, [list(call.args), call.kwargs])
-    if isinstance(call.operation, keras.layers.Layer) and call.operation.built and _takes_training(call.operation):
+    if isinstance(call.operation, keras.layers.Layer) and call.operation.built and takes_training(call.operation):
         kwargs = {**kwargs, "training": False}
     outputs = call.operation(*args, **kwargs)
     return [np.asarray(keras.ops.convert_to_numpy(x)) for x in keras.tree.flatten(outputs)]
 
 
-def _takes_training(layer):
+def takes_training(layer):
     return "training" in inspect.signature(layer.call).parameters

@@ -267,6 +267,8 @@ def kernel_of(layer, name, shape, trainable=True):
     owner, no = _class_with_row(layer), (None, "not a kernel")
     kernels = kind_of(layer).kernels
     if name in kernels:
+        if kind_of(layer).grouped and layer.groups > 1 and shape[-2] == 1 and kernels[name].role == KERNEL:
+            return dataclasses.replace(kernels[name], role=DEPTHWISE), None  # as depthwise layers have it
         return kernels[name], None
     if owner is not None and (of_keras(layer) or owner.__module__.split(".")[0] != "keras"):
         return no
@@ -275,14 +277,14 @@ def kernel_of(layer, name, shape, trainable=True):
         return guessed, None
     if name == "depthwise_kernel":
         return _DEPTHWISE_KERNEL, None
-    if of_keras(layer) or len(shape) < 2 or name in NO_KERNELS:
+    if of_keras(layer) or len(shape) < 2 or name.split("_")[-1] in NO_KERNELS:
         return no
     if sum(int(n) > 1 for n in shape) <= 1:  # Scales, class tokens and the like, which broadcast.
         return None, f"a vector of shape {tuple(shape)}, not a kernel"
     if not trainable:
         return None, "not trainable"
     named = _EMBEDDED.search(name) or _POSITIONS.search(type(layer).__name__)
-    return (_TABLE if named and not name.endswith(("_kernel", "_bias")) else guessed), None
+    return (_TABLE if named and not name.endswith("_kernel") else guessed), None
 
 
 def kinds():
@@ -394,7 +396,7 @@ OVER_CHANNELS = ("softmax", "log_softmax", "sparsemax", "glu")
 _KERNELS = ("kernel", "recurrent_kernel", "pointwise_kernel")
 NO_KERNELS = ("bias", "gamma", "beta", "alpha")
 # Embedding tables in such layers, by the weight's name (pos_embed, abs_position) or the class's (PositionalEncoding).
-_EMBEDDED = re.compile(r"embed|(^|_)pos")
+_EMBEDDED = re.compile(r"embed|encoding|(^|_)pos")
 _POSITIONS = re.compile(r"Pos(ition(al)?)?_?(Emb|Enc)")
 
 _L = keras.layers

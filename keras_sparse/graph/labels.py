@@ -8,12 +8,14 @@ others are probed: some channels are perturbed, and where the output changes is 
 import keras
 import numpy as np
 
-from keras_sparse.graph.calls import Call, Elementwise, Tensor
+from keras_sparse.graph.calls import Call, Elementwise, Tensor, spec_of, takes_training
 from keras_sparse.graph.classes import Classes
+from keras_sparse.graph.composites import Composite, check_opened, is_composite, may_open, repacked, runnable, traced
 from keras_sparse.graph.kinds import JOINS, KEEPS, kind_of
 from keras_sparse.graph.mixing import rule_of
 from keras_sparse.graph.probing import Moves, Probed, is_elementwise
 from keras_sparse.graph.rebuilding import packed, replay
+from keras_sparse.graph.weights import layers as layers_of
 from keras_sparse.identity import IdentityDict
 
 __all__ = ["OUTPUT", "Labelled"]
@@ -32,7 +34,8 @@ class Labelled:
         classes: The `Classes` that the labels are in.
         calls: The calls of all layers and operations, in order; those of nested models are in the place of these.
         graphs: The calls of each model, `{model: [call]}`: of a model that is called several times, the first ones.
-        rules: The rule of each layer with weights, `{layer: rule}`, of its first call.
+        closed: Why nobody can look into some layers of layers, `{layer: reason}`.
+        rules: The rule of each layer with weights, `{layer: rule}`, of its first call; those inside of others, too.
 
     Example:
 
@@ -50,12 +53,18 @@ class Labelled:
         self.model = model
         self.classes = Classes()
         self.calls, self.graphs, self.rules = [], IdentityDict(), IdentityDict()
+        # Layers of layers that a graph cannot stand for; those that nobody can look into; how deep we are in such.
+        self._composites, self.closed, self._depth = [], IdentityDict(), 0
+        self._may_open = not any(isinstance(x, keras.layers.Masking) or getattr(x, "mask_zero", False) for x in layers_of(model))
         self.inputs = [self._outside(x, f"the input {x.name!r} of the model") for x in model.inputs]
         self.outputs = self._replay(model, self.inputs)
         for output, name in zip(self.outputs, _output_names(model), strict=True):
             self.classes.fix(output.labels, f"{OUTPUT} ({name})")
         self._make_rectangular()
         self._check_forms()
+        known = {}
+        for composite in self._composites:
+            composite.settle(known)
 
     def _outside(self, tensor, reason):
         axes = [1] * len(tensor.shape)
@@ -75,19 +84,57 @@ class Labelled:
                 made = packed(operation, outputs)
                 own.append(Nested(operation, args, kwargs, keras.tree.flatten(args), made, self.classes))
                 return made
-            made = self._call(operation, args, kwargs)
+            operation, kwargs = runnable(operation), _taken(operation, kwargs)
+            made = self._composite(operation, args, kwargs) if is_composite(operation) else None
+            if made is None:
+                made = self._call(operation, args, kwargs)
+                self.calls.append(made)
             own.append(made)
-            self.calls.append(made)
             return made.structure
 
         outputs = list(replay(model, tensors, call))
         self.graphs.setdefault(model, own)
         return outputs
 
+    def _composite(self, layer, args, kwargs):
+        """The call of a layer of layers, whose own calls are in `calls`; `None` if it cannot be looked into."""
+        structure = outputs_of(layer, args, kwargs, bool(self._depth))
+        ways = (False, True) if not self._depth and self._may_open and may_open(layer, args, kwargs) else (True,)
+        for full in ways:
+            start, rules = len(self.calls), IdentityDict(self.rules.items())
+            self._depth += full
+            try:
+                graph, tensors = traced(layer, args, kwargs, full)
+                if not full:
+                    check_opened(layer, graph, args, kwargs)
+                outputs = self._replay(graph, tensors)
+                _check_shapes(outputs, [x for x in keras.tree.flatten(structure) if x is not None])
+                self.closed.pop(layer, None)
+                break
+            except Exception as error:  # a `call` that is not for symbolic inputs, or arguments that have no config
+                self.closed[layer] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                self.calls, self.rules = self.calls[:start], rules
+            finally:
+                self._depth -= full
+        else:
+            return None
+        inside = self.calls[start:]
+        for call in inside:
+            call.inside |= full
+        if full and not self._depth and None in keras.tree.flatten(structure):
+            raise ValueError(f"{layer.name} returns `None` beside tensors, so that it is no layer of a graph")
+        structure = repacked(structure, outputs)
+        made = Composite(layer, args, kwargs, tensors, structure, self.classes, inside, None if full else graph)
+        first = self.rules.setdefault(layer, made)
+        first.shared = made.shared = first is not made
+        if full and not self._depth:
+            self._composites.append(made)
+        return made
+
     def _call(self, operation, args, kwargs):
         mask = _mask_of_steps(args, kwargs)
         inputs = [x for x in keras.tree.flatten([args, kwargs]) if isinstance(x, Tensor) and x is not mask]
-        structure = outputs_of(operation, args, kwargs)
+        structure = outputs_of(operation, args, kwargs, bool(self._depth))
         arguments = operation, args, kwargs, inputs, structure, self.classes
         if getattr(operation, "weights", None):
             return self._with_weights(operation, arguments)
@@ -107,6 +154,7 @@ class Labelled:
 
     def _with_weights(self, operation, arguments):
         made = rule_of(operation)(*arguments)
+        made.closed = self.closed.get(operation)
         made.label()
         first = self.rules.setdefault(operation, made)
         if first is not made:
@@ -139,7 +187,7 @@ class Labelled:
     def _check_forms(self):
         """Fix the channels of operations that nothing can stand for when some of their channels are gone."""
         for call in self.calls:
-            if isinstance(call, (Moves, Probed)) and not call.fixed:
+            if isinstance(call, (Moves, Probed)) and not (call.fixed or call.inside):
                 fixed = self.classes.reasons()
                 roots = np.unique(np.concatenate([self.classes.find(x.labels).reshape(-1) for x in call.outputs]))
                 free = [root for root in roots.tolist() if root and root not in fixed]
@@ -147,6 +195,13 @@ class Labelled:
                     if gone and not call.can_lose(np.isin(np.arange(len(self.classes)), gone)):
                         call.stay(f"{call.operation.name} computes something else with fewer channels")
                         break
+
+
+def _taken(operation, kwargs):
+    """The keyword arguments that a layer's `call` takes: `training` is passed to all layers, and kept from some."""
+    if "training" in kwargs and isinstance(operation, keras.layers.Layer) and not takes_training(operation):
+        return {key: value for key, value in kwargs.items() if key != "training"}
+    return kwargs
 
 
 def _mask_of_steps(args, kwargs):
@@ -164,15 +219,27 @@ class Nested(Call):
     """The call of a model in a model; its own calls are in `Labelled.graphs`."""
 
 
-def outputs_of(operation, args, kwargs):
-    """The outputs of a call as `Tensor` without labels, in their structure."""
+def _check_shapes(inner, outer):
+    """Raise unless tensors are of the shapes that the layer around them tells, and give them what is open of these."""
+    for one, other in zip(inner, outer, strict=True):
+        known = len(one.shape) == len(other.shape)
+        if not (known and all(n in (None, m) for n, m in zip(other.shape[1:], one.full[1:], strict=True))):
+            raise ValueError(f"it returns the shape {one.shape}, not {other.shape}")
+        if one.full == other.full:
+            one.shape = other.shape
+
+
+def outputs_of(operation, args, kwargs, full=False):
+    """The outputs of a call, for one sample if `full`, as `Tensor` without labels, in their structure."""
 
     def symbolic(value):
-        return keras.KerasTensor(value.shape, value.dtype) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        return keras.KerasTensor(value.full if full else value.shape, value.dtype)
 
     args, kwargs = keras.tree.map_structure(symbolic, [list(args), kwargs])
-    spec = operation.compute_output_spec(*args, **kwargs)
-    return keras.tree.map_structure(lambda x: Tensor(tuple(x.shape), x.dtype), spec)
+    spec = spec_of(operation, args, kwargs)
+    return keras.tree.map_structure(lambda x: None if x is None else Tensor(tuple(x.shape), x.dtype), spec)
 
 
 def _output_names(model):

@@ -5,7 +5,7 @@ import math
 import keras
 
 from keras_sparse.graph.kinds import EMBEDDING, kind_of
-from keras_sparse.graph.rebuilding import substituted
+from keras_sparse.graph.substitution import substituted
 from keras_sparse.graph.weights import layers, weights
 from keras_sparse.identity import IdentityDict
 

@@ -67,6 +67,8 @@ class Refused(Call):
             reason = f"{self.operation.name} has gates: `ks.bake` the model first"
         elif "Normalization" in name:
             reason = f"{self.operation.name} ({name}) computes its statistics over the channels of a sample"
+        elif self.closed:
+            reason = f"{self.operation.name} ({name}) cannot be run on symbolic inputs ({self.closed})"
         else:
             reason = f"{self.operation.name} ({name}) has weights, and no row in the table of kinds says how they lie"
         self.stay(reason)

@@ -1,8 +1,8 @@
-"""A rebuilding is a model once again, with other layers or weights, or with other methods of its layers."""
+"""A rebuilding is a model once again, with other layers or weights."""
 
 import collections
-import contextlib
 import functools
+import inspect
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from keras_sparse.graph.wiring import filled, histories, wiring
 from keras_sparse.identity import IdentityDict
 
-__all__ = ["Rebuilding", "replay", "substituted"]
+__all__ = ["Rebuilding", "config_of", "is_loadable", "remade", "replay"]
 
 
 def replay(model, tensors, call):
@@ -134,10 +134,9 @@ class Rebuilding:
         weights = operation.get_weights() if weights is None else weights
         wanted = layer_class or type(operation), changes
         if operation not in self._copies:
-            config = _unbuilt(operation.get_config() if layer_class is None else {}) | (changes or {})
-            config["name"] = self.unique_name(operation.name)
+            config = (changes or {}) | {"name": self.unique_name(operation.name)}
             try:
-                new = wanted[0].from_config(config)
+                new = remade(operation, config) if layer_class is None else layer_class.from_config(config)
             except Exception:
                 if weights or changes or layer_class:
                     raise
@@ -195,6 +194,81 @@ class Rebuilding:
                 new.finalize_state()
 
 
+def config_of(layer):
+    """The config of a layer; of one whose `get_config` fails, the arguments of its constructor, as its attributes are.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.graph.rebuilding import config_of
+    >>> class Scaled(keras.layers.Layer):
+    ...     def __init__(self, factor, **kwargs):
+    ...         super().__init__(**kwargs)
+    ...         self.factor = factor
+    >>> config_of(Scaled(3, name="scaled"))["factor"]
+    3
+    """
+    try:
+        return layer.get_config()
+    except Exception:  # Keras's own, if the constructor has arguments and no `get_config` was written; or a fault in it
+        return _arguments(layer)
+
+
+def _arguments(layer):
+    """What the constructor of a layer takes, from attributes of the same names."""
+    taken = inspect.signature(type(layer).__init__).parameters
+    found = {name: getattr(layer, name) for name in taken if name in vars(layer)}
+    own = {"name": layer.name, "dtype": layer.dtype_policy, "trainable": layer.trainable}
+    several = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    return {key: value for key, value in own.items() if several or key in taken} | found
+
+
+def remade(layer, changes):
+    """A new layer of the same config but for some changes.
+
+    Args:
+        layer: The layer. If none can be made from its own config, its attributes are taken for the arguments of its
+            constructor.
+        changes: Dict of what is to be different.
+
+    Raises:
+        Exception: What the constructor raises.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.graph.rebuilding import remade
+    >>> remade(keras.layers.Dense(3), {"units": 4}).units
+    4
+    """
+    try:
+        return type(layer).from_config(_unbuilt(config_of(layer)) | changes)
+    except Exception as error:
+        try:
+            arguments = _arguments(layer)
+            own = {key: value for key, value in changes.items() if key in arguments or key != "name"}
+            return type(layer)(**arguments | own)
+        except Exception:
+            raise error from None
+
+
+def is_loadable(layer):
+    """Whether Keras makes such a layer from its config, as it does when a file is read.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.graph.rebuilding import is_loadable
+    >>> is_loadable(keras.layers.Dense(3)), is_loadable(type("Plain", (keras.layers.Layer,), {"__init__": None}))
+    (True, False)
+    """
+    try:
+        type(layer).from_config(_unbuilt(layer.get_config()))
+    except Exception:  # a fault in its `get_config`, or a constructor that takes no name
+        return False
+    return True
+
+
 def _unbuilt(config):
     """A config in which layers inside do not know the shapes that they were built for."""
     if isinstance(config, dict):
@@ -205,34 +279,3 @@ def _unbuilt(config):
 def packed(model, outputs):
     """A flat list of outputs in the structure of the model's own."""
     return outputs[0] if isinstance(model, keras.Sequential) else keras.tree.pack_sequence_as(model.output, outputs)
-
-
-@contextlib.contextmanager
-def substituted(functions):
-    """Put functions in the place of methods of layers, for as long as the block lasts.
-
-    Args:
-        functions: List of `(layer, name of the method, function)`.
-
-    Example:
-
-    >>> import keras
-    >>> from keras_sparse.graph.rebuilding import substituted
-    >>> layer, x = keras.layers.ReLU(), keras.ops.ones((1, 2))
-    >>> with substituted([(layer, "call", lambda inputs: 2 * inputs)]):
-    ...     float(layer(x)[0, 0])
-    2.0
-    >>> float(layer(x)[0, 0])
-    1.0
-    """
-    before = [vars(layer).get(name) for layer, name, _ in functions]
-    try:
-        for layer, name, function in functions:
-            vars(layer)[name] = function
-        yield
-    finally:
-        for (layer, name, _), own in zip(functions, before, strict=True):
-            if own is None:
-                vars(layer).pop(name, None)
-            else:
-                vars(layer)[name] = own

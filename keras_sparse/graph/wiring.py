@@ -1,8 +1,8 @@
 """The wiring of a model says which layers and operations each layer's output goes to, as its config tells it."""
 
-import warnings
-
 import keras
+
+from keras_sparse.graph.substitution import substituted
 
 __all__ = ["consumers", "filled", "histories", "references", "wiring"]
 
@@ -46,9 +46,10 @@ def wiring(model):
     >>> [layer["name"] for layer in ks.graph.wiring(model)["layers"]]
     ['x', 'a']
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lambdas in it are not safe to load; nobody will.
-        # Of the same graph as a plain model: a class of the user's may have no config, or one without layers.
+    # Of the same graph as a plain model: a class of the user's may have no config, or one without layers. What the
+    # layers are is not asked: some have a `get_config` that fails, and those of nested models are long.
+    silent = [(operation, "get_config", dict) for operation in model.operations]
+    with substituted(silent):
         return keras.Model(model.inputs, model.outputs).get_config()
 
 

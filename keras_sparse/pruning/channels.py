@@ -75,7 +75,7 @@ class ChannelChoice:
         for goal in goals:
             part = parts.get(goal.weight.variable)
             axes = {} if part is None else self._axes_of(part)
-            why = "no graph that could be seen makes its channels" if part is None else self._why(part, reasons)
+            why = self._unseen(goal.weight) if part is None else self._why(part, reasons)
             self.kernels.append(axes or f"channels: {why}")
             labels = [] if part is None else [part.axes[axis].reshape(-1) for axis in part.made]
             roots = self._roots[np.concatenate([*labels, np.zeros(0, int)]).astype(int)].tolist()
@@ -111,6 +111,13 @@ class ChannelChoice:
             if part.variable is variable
             for axis in part.made
         )
+
+    def _unseen(self, weight):
+        closed = self._channels.labelled.closed
+        for layer in weight.holders:
+            if layer in closed:
+                return f"{layer.name} ({type(layer).__name__}) cannot be run on symbolic inputs ({closed[layer]})"
+        return "no graph that could be seen makes its channels"
 
     def _why(self, part, reasons):
         found = [reasons.get(c) for axis in part.made for c in np.unique(self._roots[part.axes[axis]]).tolist()]
