@@ -94,7 +94,12 @@ FAMILIES = {
         "CSPNetBackbone",
         _IMAGE
         | {"stem_filters": 16, "stem_kernel_size": 3, "stem_strides": 1, "stackwise_depth": [1, 2]}
-        | {"stackwise_strides": [1, 2], "stackwise_num_filters": [16, 32], "block_type": "dark_block", "stage_type": "dark"},
+        | {
+            "stackwise_strides": [1, 2],
+            "stackwise_num_filters": [16, 32],
+            "block_type": "dark_block",
+            "stage_type": "dark",
+        },
     ),
     "EfficientNet": (
         "EfficientNetBackbone",
@@ -177,3 +182,40 @@ def inputs(model, samples=2, seed=0):
     if isinstance(model.input, dict):
         return {name: drawn(name, tensor) for name, tensor in model.input.items()}
     return drawn("", model.inputs[0])
+
+
+def with_head(model):
+    """A model with one number for each sample behind the backbone."""
+    first = keras.tree.flatten(model.output)[0]
+    axes = tuple(range(1, len(first.shape) - 1))
+    pooled = keras.ops.mean(first, axis=axes) if axes else first
+    return keras.Model(model.input, keras.layers.Dense(1, name="head")(pooled))
+
+
+def outputs(model, x):
+    """The outputs of a model in inference, a flat list of arrays."""
+    return [keras.ops.convert_to_numpy(y) for y in keras.tree.flatten(model(x, training=False))]
+
+
+def difference(expected, found):
+    """The largest difference of outputs, relative to the largest of each."""
+    pairs = list(zip(expected, found, strict=True))
+    return max(float(np.abs(one - other).max() / max(np.abs(one).max(), 1e-9)) for one, other in pairs)
+
+
+def miscounted(model, sparsity):
+    """The paths of what is pruned wrongly, and how many kernels have their zeros: all that multiply inputs, no others.
+
+    Kernels without a zero do not count: what they multiply may not be known.
+    """
+    wrong, right = [], 0
+    for variable in model.weights:
+        value = keras.ops.convert_to_numpy(variable.value)
+        zeros, name = int(np.sum(value == 0)), variable.path.split("/")[-1]
+        if not (name.endswith("kernel") or "dense" in name) or value.ndim < 2:
+            wrong += [variable.path] if "float" in variable.dtype and zeros and value.ndim > 1 else []
+        elif zeros == round(sparsity * value.size):
+            right += 1
+        elif zeros:
+            wrong.append(variable.path)
+    return wrong, right

@@ -73,8 +73,8 @@ def shrink(model, round_to=1, verbose=1, return_report=False):
     closed = [new for new, _, _ in rebuilding.copies if not (of_keras(new) or is_loadable(new))]
     if closed:
         report.notes.append(
-            f"{closed[0].name} ({type(closed[0]).__name__}) has a config of which Keras makes no layer: a `.keras` file of "
-            "the model cannot be read. Save its weights, and shrink again."
+            f"{closed[0].name} ({type(closed[0]).__name__}) has a config of which Keras makes no layer: a `.keras` "
+            "file of the model cannot be read. Save its weights, and shrink again."
         )
     report.notes += _copy_compilation(model, small, rebuilding.variables, channels.kept)
     if verbose:
@@ -150,7 +150,9 @@ class _Shrunk:
 
     def _is_layer(self, made, form):
         """Whether a layer of the same class stands for the layer."""
-        return not (self._is_nested(made) or self._is_opened(made)) and (form == "same" or isinstance(made.operation, keras.layers.Reshape))
+        return not (self._is_nested(made) or self._is_opened(made)) and (
+            form == "same" or isinstance(made.operation, keras.layers.Reshape)
+        )
 
     def _form(self, made):
         return made.form(self._channels.kept) if hasattr(made, "form") and not made.fixed else "same"

@@ -205,6 +205,10 @@ class Call:
             found.append(tuple(shape))
         return found
 
+    def own_weights(self):
+        """The weights that it uses and no other call."""
+        return getattr(self.operation, "weights", ())
+
     def changes(self, kept):
         """What is different in the layer's config when only what `kept` says stays; an empty dict if nothing is."""
         return {}

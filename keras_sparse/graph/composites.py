@@ -22,6 +22,7 @@ from keras_sparse.identity import IdentityDict
 __all__ = ["Composite", "check_opened", "is_composite", "may_open", "repacked", "runnable", "traced"]
 
 _MOST, _TOGETHER = 16, 2  # combinations of numbers in a config that are tried, and how many numbers are in one
+_OWN = ("keras", "keras_sparse")  # Of these, layers of layers are known, or have gates.
 _SAMPLES, _LENGTH = 3, 5  # with which a graph that is to stand for a layer is tried
 _NO_NUMBER = (
     "has no number in its config for how many of these channels there are, and its `call` does not work on symbolic "
@@ -48,7 +49,7 @@ def is_composite(operation):
     >>> is_composite(block), is_composite(block.inner)
     (True, False)
     """
-    if not isinstance(operation, keras.layers.Layer) or of_keras(operation):
+    if not isinstance(operation, keras.layers.Layer) or type(operation).__module__.split(".")[0] in _OWN:
         return False
     kind = kind_of(operation)
     known = kind.channels != UNKNOWN or kind.kernels or kind.holder
@@ -119,7 +120,9 @@ def runnable(operation):
 
 
 def check_opened(layer, graph, args, kwargs):
-    """Raise unless a functional model computes what a layer does, on samples of another number and length.
+    """Raise unless a functional model computes what a layer does, with other weights, on other numbers of samples.
+
+    A weight that `call` uses by itself, and not by a layer that it calls, is a constant in the model.
 
     Args:
         layer: The layer.
@@ -150,8 +153,10 @@ def check_opened(layer, graph, args, kwargs):
         return values[id(tensor)]
 
     args, kwargs = keras.tree.map_structure(value, [list(args), kwargs])
-    expected = [x for x in keras.tree.flatten(layer(*args, **kwargs)) if x is not None]
-    found = replay(graph, list(values.values()), lambda operation, a, k: runnable(operation)(*a, **k))
+    others = [(v, as_array(v) * 0.9 + 0.1) for v in layer.weights if "float" in v.dtype]
+    with keras.StatelessScope([(v, keras.ops.convert_to_tensor(x, v.dtype)) for v, x in others]):
+        expected = [x for x in keras.tree.flatten(layer(*args, **kwargs)) if x is not None]
+        found = replay(graph, list(values.values()), lambda operation, a, k: runnable(operation)(*a, **k))
     for one, other in zip(expected, found, strict=True):
         one, other = (keras.ops.convert_to_numpy(x) for x in (one, other))
         if one.shape != other.shape or not np.allclose(one, other, 1e-4, 1e-5):
@@ -222,24 +227,40 @@ class Composite(Call):
     Attributes:
         inner: The calls of the layers and operations inside, deeper ones too.
         graph: The functional model of them that can stand for it, or `None`.
+        outermost: Whether it is in no other one for which no model can stand.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> class Block(keras.layers.Layer):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.wide, self.narrow = keras.layers.Dense(8), keras.layers.Dense(4)
+    ...
+    ...     def build(self, shape):
+    ...         self.wide.build(shape)
+    ...         self.narrow.build((None, 8))
+    ...
+    ...     def call(self, x):
+    ...         return x + self.narrow(keras.ops.relu(self.wide(x)))
+    >>> model = keras.Sequential([keras.Input((4,)), Block()])
+    >>> report = ks.prune(model, 0.5, pattern="channel")
+    >>> ks.shrink(model, verbose=0).count_params(), model.count_params()
+    (40, 76)
     """
 
     def __init__(self, operation, args, kwargs, inputs, structure, classes, inner, graph):
         super().__init__(operation, args, kwargs, inputs, structure, classes)
-        self.inner, self.graph = inner, graph
+        self.inner, self.graph, self.outermost = inner, graph, True
 
     def reconfigured(self, kept):
-        """What is different in the config of a layer that does the same without what is removed; `None` if none does.
+        """What is different in the config of a layer that does the same with fewer channels; `None` if none does."""
+        found = self._found(kept)
+        return None if found is None or not self._is_same(found[1], kept) else found[0]
 
-        Example:
-
-        >>> import keras, keras_sparse as ks
-        >>> from keras_sparse.graph.composites import Composite
-        >>> issubclass(Composite, ks.graph.Call)
-        True
-        """
-        changes = self.changes(kept)
-        return changes if not changes or self._is_same(changes, kept) else None
+    def own_weights(self):
+        inside = IdentityDict.fromkeys(v for call in self.inner for v in call.own_weights())
+        return [v for v in self.operation.weights if v not in inside]
 
     def settle(self, known):
         """Fix the channels inside that no config of the layer is without.
@@ -289,11 +310,11 @@ class Composite(Call):
         config = {key: value for key, value in config_of(self.operation).items() if key != "name"}
         key = type(self.operation), json.dumps(config, sort_keys=True, default=repr), tuple(wanted)
         if key not in known:
-            changes = self.changes(kept)
-            if changes is None:
+            found = self._found(kept)
+            if found is None:
                 known[key] = _NO_NUMBER
             else:
-                known[key] = None if self._is_same(changes, kept) else "computes something else with fewer channels"
+                known[key] = None if self._is_same(found[1], kept) else "computes something else with fewer channels"
         return known[key]
 
     def _shapes(self, kept):
@@ -308,9 +329,14 @@ class Composite(Call):
 
     def changes(self, kept):
         """What is different in the config of a layer that has the weights that are left; `None` if none has."""
+        found = self._found(kept)
+        return None if found is None else found[0]
+
+    def _found(self, kept):
+        """These changes, and a layer of such a config."""
         wanted, present = self._shapes(kept), [tuple(int(n) for n in v.shape) for v in self.operation.weights]
         if wanted == present:
-            return {}
+            return {}, self.operation
         inner = [value for rule in self._rules().values() for value in rule.changes(kept).values()]
         if any(isinstance(value, float) for value in inner):
             return None  # the epsilon of a normalization, which is inside
@@ -331,7 +357,7 @@ class Composite(Call):
         for changes in itertools.islice(choices, _MOST):
             made = self._made(changes, kept)
             if made is not None and [tuple(v.shape) for v in made.weights] == wanted:
-                return changes
+                return changes, made
         return None
 
     def _made(self, changes, kept):
@@ -362,8 +388,10 @@ class Composite(Call):
             found.update(IdentityDict(zip(layer.weights, rule.weights(kept), strict=True)))
         return [found[v] if v in found else as_array(v) for v in self.operation.weights]
 
-    def _is_same(self, changes, kept):
-        """Whether a layer of such a config computes the same, if all is zero that is about to leave."""
+    def _is_same(self, made, kept):
+        """Whether a smaller layer computes the same, if all is zero that is about to leave."""
+        if made is self.operation:
+            return True
         silent = IdentityDict()
         for variable, part in self._parts().items():
             value = as_array(variable)
@@ -375,7 +403,6 @@ class Composite(Call):
         less = {
             id(x): full[id(x)][np.ix_(*(_alive(x, kept, axis) for axis in range(len(x.full))))] for x in self.inputs
         }
-        made = self._made(changes, kept)
         try:
             with keras.StatelessScope(list(silent.items())):
                 before = self._run(self.operation, full)

@@ -134,13 +134,13 @@ class Channels:
 
     def _reject_tied(self):
         owners, self.tied = {}, []
-        for call in self.calls:
-            for variable in getattr(call.operation, "weights", ()):
+        for call in [*self.calls, *self.labelled.composites]:
+            for variable in call.own_weights():
                 owner = owners.setdefault(id(variable), call.operation)
                 if owner is not call.operation:
                     reason = f"{owner.name} and {call.operation.name} share the weight {variable.path}"
                     self.tied.append(reason)
-                    for other in self.calls:
+                    for other in [*self.calls, *self.labelled.composites]:
                         if other.operation in (owner, call.operation):
                             other.stay(reason)
 

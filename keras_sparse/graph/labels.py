@@ -34,6 +34,7 @@ class Labelled:
         classes: The `Classes` that the labels are in.
         calls: The calls of all layers and operations, in order; those of nested models are in the place of these.
         graphs: The calls of each model, `{model: [call]}`: of a model that is called several times, the first ones.
+        composites: The calls of layers of layers; their own calls are in `calls`, too.
         closed: Why nobody can look into some layers of layers, `{layer: reason}`.
         rules: The rule of each layer with weights, `{layer: rule}`, of its first call; those inside of others, too.
 
@@ -53,9 +54,10 @@ class Labelled:
         self.model = model
         self.classes = Classes()
         self.calls, self.graphs, self.rules = [], IdentityDict(), IdentityDict()
-        # Layers of layers that a graph cannot stand for; those that nobody can look into; how deep we are in such.
-        self._composites, self.closed, self._depth = [], IdentityDict(), 0
-        self._may_open = not any(isinstance(x, keras.layers.Masking) or getattr(x, "mask_zero", False) for x in layers_of(model))
+        self.composites, self.closed = [], IdentityDict()
+        self._depth = 0  # how deep we are in layers of layers that a graph cannot stand for
+        every = layers_of(model)
+        self._may_open = not any(isinstance(x, keras.layers.Masking) or getattr(x, "mask_zero", False) for x in every)
         self.inputs = [self._outside(x, f"the input {x.name!r} of the model") for x in model.inputs]
         self.outputs = self._replay(model, self.inputs)
         for output, name in zip(self.outputs, _output_names(model), strict=True):
@@ -63,8 +65,9 @@ class Labelled:
         self._make_rectangular()
         self._check_forms()
         known = {}
-        for composite in self._composites:
-            composite.settle(known)
+        for composite in self.composites:
+            if composite.outermost and composite.graph is None:
+                composite.settle(known)
 
     def _outside(self, tensor, reason):
         axes = [1] * len(tensor.shape)
@@ -101,7 +104,7 @@ class Labelled:
         structure = outputs_of(layer, args, kwargs, bool(self._depth))
         ways = (False, True) if not self._depth and self._may_open and may_open(layer, args, kwargs) else (True,)
         for full in ways:
-            start, rules = len(self.calls), IdentityDict(self.rules.items())
+            start, rules, known = len(self.calls), IdentityDict(self.rules.items()), len(self.composites)
             self._depth += full
             try:
                 graph, tensors = traced(layer, args, kwargs, full)
@@ -113,7 +116,7 @@ class Labelled:
                 break
             except Exception as error:  # a `call` that is not for symbolic inputs, or arguments that have no config
                 self.closed[layer] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                self.calls, self.rules = self.calls[:start], rules
+                self.calls, self.rules, self.composites = self.calls[:start], rules, self.composites[:known]
             finally:
                 self._depth -= full
         else:
@@ -127,8 +130,8 @@ class Labelled:
         made = Composite(layer, args, kwargs, tensors, structure, self.classes, inside, None if full else graph)
         first = self.rules.setdefault(layer, made)
         first.shared = made.shared = first is not made
-        if full and not self._depth:
-            self._composites.append(made)
+        made.outermost = not self._depth
+        self.composites.append(made)
         return made
 
     def _call(self, operation, args, kwargs):
