@@ -160,8 +160,8 @@ def backbone(family, seed=0):
             spread = rng.uniform(0.5, 1.5, variable.shape)
             centred = variable.name in ("bias", "beta", "moving_mean")
             variable.assign(spread - 1.0 if centred else spread)
-        elif variable.name == "bias":  # of attention
-            variable.assign(rng.normal(0, 0.5, variable.shape))
+        elif "float" in variable.dtype and not np.any(keras.ops.convert_to_numpy(variable.value)):
+            variable.assign(rng.normal(0, 0.5, variable.shape))  # biases of attention, tokens of classes and masks
     return model
 
 

@@ -95,7 +95,10 @@ def traced(layer, args, kwargs, full=True):
 
     args, kwargs = keras.tree.map_structure(symbol, [list(args), kwargs])
     mine, nothing = [one for one in layers_of(layer) if not of_keras(one)], [None]
-    with substituted([(one, "compute_output_spec", _spec(one, nothing)) for one in mine]):
+    specs = [(one, "compute_output_spec", _spec(one, nothing)) for one in mine]
+    # Weights that it uses by itself: a tensor can stand in the config of a graph, a variable cannot.
+    own = [(layer, name, value) for name, value in vars(layer).items() if isinstance(value, keras.Variable)]
+    with substituted([*specs, *((one, name, keras.ops.convert_to_tensor(value)) for one, name, value in own)]):
         outputs = keras.tree.flatten(layer.call(*args, **kwargs))
     outputs = [x for x in outputs if all(x is not one for one in nothing)]
     return keras.Model([symbols[id(tensor)] for tensor in tensors], outputs, name=layer.name), tensors

@@ -3,6 +3,7 @@
 import collections
 import functools
 import inspect
+import json
 
 import keras
 import numpy as np
@@ -253,7 +254,7 @@ def remade(layer, changes):
 
 
 def is_loadable(layer):
-    """Whether Keras makes such a layer from its config, as it does when a file is read.
+    """Whether Keras makes such a layer from its config, as it does when a file is read, if it knows the class.
 
     Example:
 
@@ -263,7 +264,9 @@ def is_loadable(layer):
     (True, False)
     """
     try:
-        type(layer).from_config(_unbuilt(layer.get_config()))
+        config = json.loads(json.dumps(keras.saving.serialize_keras_object(layer)))
+        config.pop("build_config", None)
+        keras.saving.deserialize_keras_object(config, custom_objects={type(layer).__name__: type(layer)})
     except Exception:  # a fault in its `get_config`, or a constructor that takes no name
         return False
     return True

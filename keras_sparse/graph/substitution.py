@@ -7,7 +7,7 @@ __all__ = ["substituted"]
 
 @contextlib.contextmanager
 def substituted(functions):
-    """Put functions in the place of methods of layers, for as long as the block lasts.
+    """Put functions in the place of methods of layers, or values of attributes, for as long as the block lasts.
 
     Args:
         functions: List of `(layer, name of the method, function)`.

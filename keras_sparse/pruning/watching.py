@@ -46,7 +46,7 @@ class Watch:
     def _used(self, layer, call):
         def run(*args, **kwargs):
             if not self._muted:
-                inputs = args or (kwargs["inputs"],)
+                inputs = args or tuple(kwargs[name] for name in kwargs if name not in ("training", "mask"))
                 if self._rows is not None:
                     inputs = keras.tree.map_structure(lambda x: graph.as_array(x)[self._rows], inputs)
                 self._record(layer, inputs)
