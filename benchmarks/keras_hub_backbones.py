@@ -11,7 +11,7 @@ Each backbone is at test size (two layers, 16 channels), with random weights, bi
 * `parameters`, `left`: of the backbone before and after `ks.prune(model, 0.5, pattern="channel")` and `ks.shrink`.
 * `goes`: layers of which channels went. `error`: the largest difference of outputs, relative to the largest output.
 * `.keras`: whether the shrunk model is read again with the same outputs. `tflite`: likewise, with `--export`.
-* `stays`: the reason of the first group with dead channels, or else of all channels, that stay.
+* `stays`: the first group of channels of which none could go, of those with dead channels if there are any, and why.
 """
 
 import argparse
@@ -115,7 +115,8 @@ def shrunk(family, export):
     row["left"] = f"{small.count_params():,}"
     row["error"] = f"{keras_hub_models.difference(expected, keras_hub_models.outputs(small, x)):.0e}"
     gone = [row["group"] for row in report.rows if row["removable"]]
-    stays = [row["reason"] for row in report.rows if row["dead"] > row["removable"]]
+    left = [row for row in report.rows if row["channels"] > 1 and row["removable"] == 0]
+    stays = [f"{row['group']}: {row['reason']}" for row in sorted(left, key=lambda row: -row["dead"])]
     row["goes"] = ", ".join(dict.fromkeys(gone))
     row["stays"] = stays[0] if stays else ""
     with tempfile.TemporaryDirectory() as folder:

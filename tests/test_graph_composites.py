@@ -1,4 +1,4 @@
-"""Layers of layers with a `call` of their own, as KerasHub's blocks are: their channels are seen, chosen and removed."""
+"""Layers of layers with a `call` of their own, as KerasHub's blocks are: their channels are seen and removed."""
 
 import keras
 import numpy as np
@@ -131,8 +131,7 @@ class WithCache(Encoder):
         self.attention.build(shape, shape)
 
     def attend(self, y):
-        y, cache = self.attention(y, y, cache=None)
-        return y
+        return self.attention(y, y, cache=None)[0]
 
     def call(self, x, training=None):
         return super().call(x) * ops.ones((ops.shape(x)[1], 1))
@@ -240,7 +239,7 @@ def test_layers_of_layers_of_layers():
                 x = block(x)
             return x
 
-    small, report = shrunk(text(Stage(name="stage")))
+    small, _ = shrunk(text(Stage(name="stage")))
     one, two = (small.get_layer("stage").get_layer(name) for name in ("one", "two"))
     assert isinstance(one, keras.Model)
     assert (one.get_layer("attention").num_heads, one.get_layer("wide").units) == (HEADS // 2, INNER // 2)

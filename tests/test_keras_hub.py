@@ -1,4 +1,4 @@
-"""Backbones of KerasHub, at test size: a handful of families for each feature; `benchmarks/keras_hub_backbones.py` has all.
+"""Backbones of KerasHub, at test size: some families for each feature; `benchmarks/keras_hub_backbones.py` has all.
 
 KerasHub brings tensorflow-text, tokenizers and kagglehub with it, so that it is in no extra: `pip install keras-hub`.
 """
