@@ -185,11 +185,16 @@ def inputs(model, samples=2, seed=0):
 
 
 def with_head(model):
-    """A model with one number for each sample behind the backbone."""
-    first = keras.tree.flatten(model.output)[0]
-    axes = tuple(range(1, len(first.shape) - 1))
-    pooled = keras.ops.mean(first, axis=axes) if axes else first
-    return keras.Model(model.input, keras.layers.Dense(1, name="head")(pooled))
+    """A model with one number for each sample behind all outputs of the backbone."""
+
+    def pooled(output):
+        last = len(output.shape) - 1
+        axes = [axis for axis in range(1, last + 1) if axis < last or output.shape[axis] is None]
+        return keras.layers.Flatten()(keras.ops.mean(output, axis=axes, keepdims=True)) if axes else output
+
+    found = [pooled(output) for output in keras.tree.flatten(model.output)]
+    joined = found[0] if len(found) == 1 else keras.layers.Concatenate()(found)
+    return keras.Model(model.input, keras.layers.Dense(1, name="head")(joined))
 
 
 def outputs(model, x):

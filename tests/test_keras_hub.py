@@ -49,7 +49,7 @@ def test_zeros_after_training(family):
 @pytest.mark.parametrize(
     ("family", "goes"),
     [
-        ("BERT", {"self_attention_layer": 10, "feedforward_intermediate_dense": 24}),
+        ("BERT", {"self_attention_layer": 18, "feedforward_intermediate_dense": 24}),
         ("GPT-2", {"feedforward_intermediate_dense": 24}),
         ("Llama", {"feedforward_gate_dense": 24}),
         ("GPT-NeoX", {"feedforward_intermediate_dense": 24}),

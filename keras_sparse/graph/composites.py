@@ -22,7 +22,6 @@ from keras_sparse.identity import IdentityDict
 __all__ = ["Composite", "check_opened", "is_composite", "may_open", "repacked", "runnable", "traced"]
 
 _MOST, _TOGETHER = 16, 2  # combinations of numbers in a config that are tried, and how many numbers are in one
-_OWN = ("keras", "keras_sparse")  # Of these, layers of layers are known, or have gates.
 _SAMPLES, _LENGTH = 3, 5  # with which a graph that is to stand for a layer is tried
 _NO_NUMBER = (
     "has no number in its config for how many of these channels there are, and its `call` does not work on symbolic "
@@ -49,8 +48,8 @@ def is_composite(operation):
     >>> is_composite(block), is_composite(block.inner)
     (True, False)
     """
-    if not isinstance(operation, keras.layers.Layer) or type(operation).__module__.split(".")[0] in _OWN:
-        return False
+    if not isinstance(operation, keras.layers.Layer) or of_keras(operation) or type(operation).__name__ == "L0":
+        return False  # of Keras, layers of layers are known; gates are to be baked first
     kind = kind_of(operation)
     known = kind.channels != UNKNOWN or kind.kernels or kind.holder
     return not known and any(one is not operation and one.weights for one in layers_of(operation))
