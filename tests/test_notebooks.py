@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # The tutorials: what each reads below the folder that KERAS_SPARSE_DATA names.
 DATA = {
+    "08_language": "sms-spam/SMSSpamCollection",
     "09_speech": "fsdd/fsdd.npz",
     "10_recommendation": "movielens/movielens.pkl.compress",
     "11_medicine": "pneumoniamnist/*.npz",
@@ -45,6 +46,15 @@ def test_committed_without_outputs_or_with_all_of_a_tutorial(path):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert path.stat().st_size < 300_000
     assert check(cells) == (True, True)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_tutorial_can_be_repeated_with_other_seeds(name):
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+    lines = [line for cell in cells if cell.cell_type == "code" for line in cell.source.splitlines()]
+    assert lines.count("SEED = 0") == 1
+    assert any(line.startswith("results = ") for line in lines)
+    assert "set_random_seed(SEED)" in "".join(lines)
 
 
 def missing(path):
