@@ -177,8 +177,18 @@ def test_operations_are_known_or_named(tmp_path):
 
 
 def test_wrong_files(tmp_path):
-    with pytest.raises(ValueError, match="This is a folder.*save it"):
+    with pytest.raises(ValueError, match=r"SavedModel folder of Keras 2.*without saved_model\.pb"):
         tfmot.load(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "saved_model.pb").write_bytes(b"no protobuf")
+    with pytest.raises(ValueError, match="The folder is damaged"):
+        tfmot.load(tmp_path / "folder")
+    if TF:
+        import tensorflow as tf
+
+        tf.saved_model.save(tf.Module(), tmp_path / "other")
+        with pytest.raises(ValueError, match="describes no Keras model"):
+            tfmot.load(tmp_path / "other")
     (tmp_path / "a.h5").write_text("no")
     with pytest.raises(ValueError, match="no HDF5 file"):
         tfmot.load(tmp_path / "a.h5")
@@ -288,14 +298,51 @@ def test_files_of_the_real_tf_keras_and_tfmot(tmp_path):
     paths = sorted(tmp_path.glob("*.h5"))
     assert len(paths) >= 30
     for path in paths:
-        model, arrays = tfmot.load(path), np.load(path.with_suffix(".npz"))
-        x, y = ([arrays[key] for key in arrays.files if key.startswith(kind)] for kind in ("in", "out"))
-        outputs = keras.tree.flatten(model(x if len(x) > 1 else x[0], training=False))
-        for output, expected in zip(outputs, y, strict=True):
-            np.testing.assert_allclose(array(output), expected, atol=1e-5, rtol=1e-5, err_msg=path.stem)
-        zeros = [float((array(v) == 0).mean()) for v in model.weights if len(v.shape) > 1]
-        assert all(min(abs(share - zero) for zero in zeros) < 1e-6 for share in arrays["masks"] if share), path.stem
-        assert not any("prune_low" in layer.name or "quant_" in layer.name for layer in ks.selection.layers(model))
+        check_loaded(path, np.load(path.with_suffix(".npz")))
+
+
+def check_loaded(path, arrays):
+    model = tfmot.load(path)
+    x, y = ([arrays[key] for key in arrays.files if key.startswith(kind)] for kind in ("in", "out"))
+    outputs = keras.tree.flatten(model(x if len(x) > 1 else x[0], training=False))
+    for output, expected in zip(outputs, y, strict=True):
+        np.testing.assert_allclose(array(output), expected, atol=1e-5, rtol=1e-5, err_msg=path.stem)
+    zeros = [float((array(v) == 0).mean()) for v in model.weights if len(v.shape) > 1]
+    assert all(min(abs(share - zero) for zero in zeros) < 1e-6 for share in arrays["masks"] if share), path.stem
+    assert not any("prune_low" in layer.name or "quant_" in layer.name for layer in ks.selection.layers(model))
+
+
+FOLDERS = """
+    plain_sequential plain_functional pruned_sequential pruned_functional pruned_some_layers stripped
+    nested pruned_nested nested_functional_shared pruned_shared pruned_two_outputs frozen old_gru bidirectional
+    pruned_embedding normalization clustered
+""".split()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_folders_of_the_real_tf_keras_and_tfmot(tmp_path):
+    in_their_environment(tmp_path, "tfmot_files.py", "folders", *FOLDERS)
+    for name in FOLDERS:
+        check_loaded(tmp_path / name, np.load(tmp_path / f"{name}.npz"))
+    folder, outcomes = tmp_path / "pruned_functional", set()
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "fingerprint.pb"]
+    rng = np.random.default_rng(0)
+    for path in files:
+        whole = path.read_bytes()
+        for damage in range(20):
+            content = bytearray(whole[: rng.integers(len(whole))] if damage % 2 else whole)
+            for place in rng.integers(max(1, len(content)), size=5 * (damage % 2 == 0)):
+                content[place] ^= 1 << rng.integers(8)
+            path.write_bytes(content)
+            try:
+                tfmot.load(folder)
+                outcomes.add("loads")
+            except ValueError as error:
+                assert len(str(error)) < 1500
+                outcomes.add("ValueError")
+        path.write_bytes(whole)
+    assert outcomes == {"loads", "ValueError"}
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def read(path):
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is a folder, no HDF5 file, damaged, or holds no model of Keras 2.
+        ValueError: If it is no HDF5 file, damaged, or holds no model of Keras 2.
 
     Example:
 
@@ -36,12 +36,6 @@ def read(path):
     import h5py
 
     path = os.fspath(path)
-    if os.path.isdir(path):
-        raise ValueError(
-            "This is a folder, such as the SavedModel format; `ks.compat.tfmot.load` reads `.h5` files. Load it once "
-            "with tf_keras (`TF_USE_LEGACY_KERAS=1`, `tf_keras.models.load_model(folder)`), inside of "
-            f"`tfmot.sparsity.keras.prune_scope()`, and save it: `model.save('model.h5')`. Received: {path!r}"
-        )
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no such file. Received: {path!r}")
     if not h5py.is_hdf5(path):

@@ -6,14 +6,14 @@ import os
 import keras
 import numpy as np
 
-from keras_sparse.compat import graphs, hdf5, keras2, wrappers
+from keras_sparse.compat import graphs, hdf5, keras2, savedmodel, wrappers
 from keras_sparse.registry import Configurable
 
 __all__ = ["load"]
 
 
 def load(path, safe_mode=True):
-    """Load a model that Keras 2 (`tf_keras`, `tf.keras` before TensorFlow 2.16) saved as `.h5`, with tfmot or without.
+    """Load a model that Keras 2 (`tf_keras`, `tf.keras` before TensorFlow 2.16) saved, with tfmot or without.
 
     The wrappers of tensorflow-model-optimization are taken off: what is left is a plain Keras 3 model whose layers have
     the names that they had before `prune_low_magnitude`. Masked weights are zero, weights in clusters have the value
@@ -21,7 +21,8 @@ def load(path, safe_mode=True):
     `tf_keras` nor tfmot is needed. The model is not compiled.
 
     Args:
-        path: Path of the `.h5` file.
+        path: Path of an `.h5` file, or of the folder of a SavedModel: of that, only what Keras wrote about its layers
+            is read, and no function in it is run.
         safe_mode: Whether to refuse `Lambda` layers, which are Python code that loading would run.
 
     Returns:
@@ -29,7 +30,8 @@ def load(path, safe_mode=True):
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, holds no model, or one with layers that Keras 3 does not have.
+        ValueError: If the file is damaged, describes no model (that of a subclassed one does not), or one with layers
+            that Keras 3 does not have.
 
     Example:
 
@@ -39,7 +41,7 @@ def load(path, safe_mode=True):
     ...
     FileNotFoundError: There is no such file. Received: 'pruned.h5'
     """
-    config, weights = hdf5.read(path)
+    config, weights = (savedmodel if os.path.isdir(path) else hdf5).read(path)
     try:
         largest = max((array.size for arrays in weights.values() for _, array in arrays), default=0)
         _plan(_build(config, safe_mode, _Zeros(largest)), weights)

@@ -1,6 +1,7 @@
 """Files as tf_keras and tfmot write them, of many kinds. Run as a program: `python tfmot_files.py FOLDER`.
 
-Beside each `.h5` file comes an `.npz` of inputs and of the outputs that its source computes.
+Beside each `.h5` file comes an `.npz` of inputs and of the outputs that its source computes. With `folders` and names
+after FOLDER, these come as SavedModel folders.
 """
 
 import json
@@ -27,14 +28,15 @@ def main(folder, names):
     rng = np.random.default_rng(0)
     if names == ["trained"]:
         return train(pathlib.Path(folder), rng)
-    for name in names or KINDS:
+    folders = names[:1] == ["folders"]
+    for name in names[folders:] or KINDS:
         try:
-            write(pathlib.Path(folder), name, rng)
+            write(pathlib.Path(folder), name, rng, folders)
         except Exception as error:  # What tf_keras cannot save is none of our business, but is to be seen.
             print("failed:", name, repr(error)[:300])
 
 
-def write(folder, name, rng):
+def write(folder, name, rng, as_folder):
     tk.utils.set_random_seed(len(name))
     tk.backend.clear_session()
     made = KINDS[name]()
@@ -53,7 +55,10 @@ def write(folder, name, rng):
     arrays = {f"in{i}": x for i, x in enumerate(inputs)} | {f"out{i}": y for i, y in enumerate(outputs)}
     masks = [np.mean(w.numpy() == 0) for w in model.weights if "mask" in w.name]
     np.savez(folder / f"{name}.npz", masks=masks, **arrays)
-    model.save(folder / f"{name}.h5")
+    if as_folder:
+        model.save(folder / name, save_format="tf")
+    else:
+        model.save(folder / f"{name}.h5")
 
 
 def train(folder, rng):
