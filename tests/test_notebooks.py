@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # The tutorials: what each reads below the folder that KERAS_SPARSE_DATA names.
 DATA = {
+    "07_vision": "cifar10/*.npz",
     "08_language": "sms-spam/SMSSpamCollection",
     "09_speech": "fsdd/fsdd.npz",
     "10_recommendation": "movielens/movielens.pkl.compress",
