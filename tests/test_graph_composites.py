@@ -246,6 +246,23 @@ def test_layers_of_layers_of_layers():
     assert (type(two), two.inner, two.attention.num_heads) == (Decoder, INNER // 2, HEADS)
 
 
+def test_a_weight_of_a_layer_inside_is_not_shared():
+    @keras.saving.register_keras_serializable("composites")
+    class Around(Base):
+        """Its feed-forward network lies in a layer with a weight of its own."""
+
+        def build(self, shape):
+            self.scaled = Scaled(self.inner, name="scaled")
+            self.scaled.build(shape)
+            self.built = True
+
+        def call(self, x):
+            return self.scaled(x)
+
+    small, _ = shrunk(text(Around(name="block")))
+    assert small.get_layer("block").scaled.inner == INNER // 2
+
+
 def test_a_mask_of_steps_keeps_the_layer_whole():
     small, _ = shrunk(text(Encoder(name="block"), mask_zero=True))
     assert type(small.get_layer("block")) is Encoder

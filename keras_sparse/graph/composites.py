@@ -228,6 +228,7 @@ class Composite(Call):
 
     Attributes:
         inner: The calls of the layers and operations inside, deeper ones too.
+        nested: The calls of layers of layers inside.
         graph: The functional model of them that can stand for it, or `None`.
         outermost: Whether it is in no other one for which no model can stand.
 
@@ -251,9 +252,9 @@ class Composite(Call):
     (40, 76)
     """
 
-    def __init__(self, operation, args, kwargs, inputs, structure, classes, inner, graph):
+    def __init__(self, operation, args, kwargs, inputs, structure, classes, inner, nested, graph):
         super().__init__(operation, args, kwargs, inputs, structure, classes)
-        self.inner, self.graph, self.outermost = inner, graph, True
+        self.inner, self.nested, self.graph, self.outermost = inner, nested, graph, True
 
     def reconfigured(self, kept):
         """What is different in the config of a layer that does the same with fewer channels; `None` if none does."""
@@ -261,7 +262,7 @@ class Composite(Call):
         return None if found is None or not self._is_same(found[1], kept) else found[0]
 
     def own_weights(self):
-        inside = IdentityDict.fromkeys(v for call in self.inner for v in call.own_weights())
+        inside = IdentityDict.fromkeys(v for call in [*self.inner, *self.nested] for v in call.own_weights())
         return [v for v in self.operation.weights if v not in inside]
 
     def settle(self, known):

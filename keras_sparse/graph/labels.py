@@ -121,13 +121,14 @@ class Labelled:
                 self._depth -= full
         else:
             return None
-        inside = self.calls[start:]
+        inside, nested = self.calls[start:], self.composites[known:]
         for call in inside:
             call.inside |= full
         if full and not self._depth and None in keras.tree.flatten(structure):
             raise ValueError(f"{layer.name} returns `None` beside tensors, so that it is no layer of a graph")
         structure = repacked(structure, outputs)
-        made = Composite(layer, args, kwargs, tensors, structure, self.classes, inside, None if full else graph)
+        arguments = layer, args, kwargs, tensors, structure, self.classes
+        made = Composite(*arguments, inside, nested, None if full else graph)
         first = self.rules.setdefault(layer, made)
         first.shared = made.shared = first is not made
         made.outermost = not self._depth

@@ -219,7 +219,7 @@ def _arguments(layer):
     """What the constructor of a layer takes, from attributes of the same names."""
     taken = inspect.signature(type(layer).__init__).parameters
     found = {name: getattr(layer, name) for name in taken if name in vars(layer)}
-    own = {"name": layer.name, "dtype": layer.dtype_policy, "trainable": layer.trainable}
+    own = {"name": layer.name, "dtype": layer.dtype_policy.name, "trainable": layer.trainable}
     several = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
     return {key: value for key, value in own.items() if several or key in taken} | found
 
