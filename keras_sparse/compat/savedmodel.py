@@ -124,6 +124,9 @@ def _saved_metadata():
 def _variables(nodes, layer):
     """The nodes of a layer's variables, the trained ones first."""
     lists = {child.local_name: nodes[child.node_id].children for child in layer.children}
+    if "variables" not in lists:  # Layers that Keras restores from their config, such as Normalization.
+        own = [child.node_id for child in layer.children if nodes[child.node_id].WhichOneof("kind") == "variable"]
+        return list(dict.fromkeys(own))
     trained, every = (
         [child.node_id for child in lists.get(name, ()) if child.local_name.isdigit()]
         for name in ("trainable_variables", "variables")
