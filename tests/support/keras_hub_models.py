@@ -62,10 +62,6 @@ FAMILIES = {
         | {"patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 24}
         | {"position_embedding_shape": (32, 32)},
     ),
-    "Swin": (
-        "SwinTransformerBackbone",
-        _IMAGE | {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2},
-    ),
     "MiT (SegFormer)": (
         "MiTBackbone",
         _IMAGE
