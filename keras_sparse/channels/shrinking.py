@@ -162,6 +162,12 @@ class _Shrunk:
         layer = made.operation
         first = self._channels.labelled.rules.get(layer, made)
         changes = first.changes(self._channels.kept)
+        if changes is None:
+            raise ValueError(
+                "Dead channels of several widths inside of one layer can leave, each alone, but no config is without all "
+                f"of them. Register its kind, or build it of functional models. Received: {layer.name!r} "
+                f"({type(layer).__name__})"
+            )
         if form != "same":
             changes = {"target_shape": _target(form[0][1], made.outputs[0])}
         weights = first.weights(self._channels.kept) if getattr(layer, "weights", None) else None
