@@ -164,7 +164,7 @@ class _Shrunk:
         changes = first.changes(self._channels.kept)
         if changes is None:
             raise ValueError(
-                "Dead channels of several widths inside of one layer can leave, each alone, but no config is without all "
+                "Dead channels of several widths inside of a layer can leave, each alone, but no config is without all "
                 f"of them. Register its kind, or build it of functional models. Received: {layer.name!r} "
                 f"({type(layer).__name__})"
             )
