@@ -144,8 +144,6 @@ def input_statistic(criterion, masks, moments, group_of):
         masks: Booleans [units, inputs].
         moments: Damped second moments, an array [groups, inputs, inputs].
         group_of: The group of each unit.
-        exact: The sum of (weights that stay)^3 over the units up to which each gets a system of equations of its own.
-            Beyond it, `column_updates` come near the minimum.
 
     Returns:
         Float64 array [units, inputs]; 1 where the mask is `False`.
