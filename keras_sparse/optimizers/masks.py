@@ -35,13 +35,19 @@ class Masks(Part):
     name = "masks"
     permanent = True
 
-    def add(self, variables):
-        """Give each of `variables` a mask that keeps everything, unless it has one in this fit."""
-        for index in self.parts.indices(variables):
+    def add(self, variables, kept=None):
+        """Give each of `variables` a mask, unless it has one in this fit.
+
+        Args:
+            variables: Trainable variables of the model.
+            kept: For each of them an array of booleans that its mask begins with; `None` keeps everything.
+        """
+        indices = self.parts.indices(variables)
+        for index, own in zip(indices, [None] * len(indices) if kept is None else kept, strict=True):
             weight = self.parts.trainable[index]
             mask, first = self.claim(index, lambda w=weight: variable_like(w, "mask", "bool", "ones"))
             if first:
-                mask.assign(ops.ones(mask.shape, "bool"))
+                mask.assign(ops.ones(mask.shape, "bool") if own is None else own)
 
     def remove(self, variables):
         """Take the masks of `variables` away; the weights stay as they are."""

@@ -291,19 +291,16 @@ class Plan:
             )
         masks = parts.masks
         new = [goal.weight for goal in self.goals if masks.of(goal.weight.variable) is None]
-        units = [(goal, v) for goal in self.goals for v in goal.units if v.trainable and masks.of(v) is None]
-        masks.add([*(weight.variable for weight in new), *(variable for _, variable in units)])
-        for weight in new:
-            masks.of(weight.variable).assign(_nonzero(weight))
-        others = [
-            (v, kept) for v, kept in self._others(self.attached_masks(parts)) if v.trainable and masks.of(v) is None
+        masks.add([weight.variable for weight in new], [_nonzero(weight) for weight in new])
+        attached = self.attached_masks(parts)
+        rest = [
+            (variable, goal.unit_mask(mask).reshape(variable.shape))
+            for goal, mask in zip(self.goals, attached, strict=True)
+            for variable in goal.units
         ]
-        masks.add([variable for variable, _ in others])
-        for variable, kept in others:
-            masks.of(variable).assign(kept | (selection.as_array(variable) != 0))
-        for goal, variable in units:
-            alive = goal.unit_mask(selection.as_array(masks.of(goal.weight.variable)))
-            masks.of(variable).assign(alive.reshape(variable.shape) | (selection.as_array(variable) != 0))
+        rest += self._others(attached)
+        rest = [(variable, kept) for variable, kept in rest if variable.trainable and masks.of(variable) is None]
+        masks.add([v for v, _ in rest], [kept | (selection.as_array(v) != 0) for v, kept in rest])
         if self.criterion.statistic is not None:
             parts.statistics.add(self.criterion.statistic, [goal.weight.variable for goal in self.goals])
 
