@@ -2,6 +2,7 @@
 
 import atexit
 import collections
+import gc
 import os
 import shutil
 import tempfile
@@ -119,11 +120,17 @@ collect_ignore_glob = {
 def pytest_collection_modifyitems(items):
     """Leave the cases of a test after the first n, by `@pytest.mark.thorough(n)`, to `pytest -m exhaustive`.
 
-    Torch is quick: it takes twice as many by default. On JAX one case is enough in some files.
+    Torch is quick: it takes twice as many by default. On JAX one case is enough in some files. Cases after the first n by
+    `@pytest.mark.lengthy(n)` are slow with TensorFlow, and run as ever with the others.
     """
     backend = keras.backend.backend()
-    seen = collections.Counter()
+    seen, lengthy = collections.Counter(), collections.Counter()
     for item in items:
+        quick = item.get_closest_marker("lengthy")
+        if quick and backend == "tensorflow":
+            lengthy[item.function] += 1
+            if lengthy[item.function] > quick.args[0]:
+                item.add_marker(pytest.mark.slow)
         thorough = item.get_closest_marker("thorough")
         cases = thorough.args[0] * (2 if backend == "torch" else 1) if thorough else float("inf")
         if backend == "jax" and item.path.name in _ONE_CASE_ON_JAX:
@@ -131,6 +138,12 @@ def pytest_collection_modifyitems(items):
         seen[item.function] += backend != "jax" or item.get_closest_marker("slow") is None
         if seen[item.function] > cases:
             item.add_marker(pytest.mark.exhaustive)
+
+
+def pytest_collection_finish():
+    """Leave TensorFlow and all that was imported with it out of garbage collections: a fifth of a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_logreport(report):
