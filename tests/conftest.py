@@ -120,8 +120,8 @@ collect_ignore_glob = {
 def pytest_collection_modifyitems(items):
     """Leave the cases of a test after the first n, by `@pytest.mark.thorough(n)`, to `pytest -m exhaustive`.
 
-    Torch is quick: it takes twice as many by default. On JAX one case is enough in some files. Cases after the first n by
-    `@pytest.mark.lengthy(n)` are slow with TensorFlow, and run as ever with the others.
+    Torch is quick: it takes twice as many by default. On JAX one case is enough in some files. Cases after the first n
+    by `@pytest.mark.lengthy(n)` are slow with TensorFlow, and run as ever with the others.
     """
     backend = keras.backend.backend()
     seen, lengthy = collections.Counter(), collections.Counter()
