@@ -70,6 +70,7 @@ def close(model, share=0.6, seed=0):
 @pytest.mark.parametrize("granularity", ["weight", "unit"])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.thorough(2)
+@pytest.mark.lengthy(1)
 def test_add_and_bake(name, granularity, tmp_path):
     model = MODELS[name]()
     x = data(model)
@@ -108,6 +109,7 @@ for a, b in zip(keras.tree.flatten(model.predict(x, verbose=0)), expected, stric
         subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.lengthy(0)
 def test_compiled_models_stay_compiled():
     model = keras.Sequential([keras.Input((6,)), layers.Dense(8, "relu"), layers.Dense(2, name="head")])
     model.compile(keras.optimizers.Adam(0.02), "mse", metrics=["mae"])

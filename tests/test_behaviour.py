@@ -70,6 +70,7 @@ def loss_after(criterion, pattern, allocation):
 
 @pytest.mark.thorough(3)
 @pytest.mark.parametrize(("pattern", "allocation"), COMBINATIONS)
+@pytest.mark.lengthy(0)
 def test_counts_are_exact_and_better_than_chance(pattern, allocation):
     chance = np.mean([loss_after(ks.criteria.Random(seed), pattern, allocation) for seed in range(3)])
     losses = {criterion: loss_after(criterion, pattern, allocation) for criterion in CRITERIA}

@@ -170,6 +170,7 @@ def test_global_allocation():
     assert sum(zeros(model)) == 120
 
 
+@pytest.mark.lengthy(0)
 def test_dict_of_sparsities_and_filters():
     model = dense_model()
     fit(model, ks.callbacks.Pruning({"b/": 0.2, ".*": (0.5, "unstructured")}))

@@ -105,6 +105,7 @@ def test_patterns(pattern):
     assert ks.report(model).rows[0]["pattern"] == pattern or pattern == "2:4"
 
 
+@pytest.mark.lengthy(0)
 def test_resumed_is_uninterrupted(tmp_path):
     def quality(share, epoch):
         return 1.0 if share < 0.8 else 0.0

@@ -41,6 +41,7 @@ def check_removable(model, widths):
     assert channel_graphs.difference(model, small, X) < 1e-5
 
 
+@pytest.mark.lengthy(0)
 def test_channels_live_and_die_together_in_dynamic_sparse_training():
     model = residual()
     callback = ks.callbacks.DynamicSparseTraining(0.5, frequency=3, drop_fraction=0.5, pattern="channel")
@@ -49,6 +50,7 @@ def test_channels_live_and_die_together_in_dynamic_sparse_training():
     check_removable(model, {"stem": 4, "body": 6, "project": 4})
 
 
+@pytest.mark.lengthy(0)
 def test_a_channel_that_grows_changes_nothing_at_first_and_its_slots_start_anew():
     model, seen = residual(), []
     callback = ks.callbacks.DynamicSparseTraining(0.5, "uniform", "random", 0.5, frequency=3, pattern="channel")
@@ -73,6 +75,7 @@ def test_a_channel_that_grows_changes_nothing_at_first_and_its_slots_start_anew(
     assert max(difference for _, difference in seen[1:]) < 1e-5
 
 
+@pytest.mark.lengthy(0)
 def test_channels_that_are_dead_already_stay_as_many():
     model = residual()
     ks.prune(model, {"body": 0.25}, pattern="channel")
@@ -113,6 +116,7 @@ def test_one_threshold_for_all_weights_of_a_channel(optimizer):
     assert (factor > 0).all() == (optimizer == "sgd")
 
 
+@pytest.mark.lengthy(0)
 def test_group_lasso_ends_in_channels_that_can_be_removed():
     model = residual()
     model.compile(keras.optimizers.SGD(0.05), "mse")
@@ -123,6 +127,7 @@ def test_group_lasso_ends_in_channels_that_can_be_removed():
     check_removable(model, kept)
 
 
+@pytest.mark.lengthy(0)
 def test_a_share_of_channels_is_met_by_proximal_steps():
     model = residual()
     callback = ks.callbacks.ProximalL1(target_sparsity=0.5, group="channel", filters=NAMES)

@@ -134,6 +134,7 @@ def deferred():
     "make", [deferred, pytest.param(Subclassed, marks=pytest.mark.slow), pytest.param(OwnStep, marks=pytest.mark.slow)]
 )
 @pytest.mark.thorough(2)
+@pytest.mark.lengthy(1)
 def test_a_model_that_fit_builds_trains_as_one_that_was_built(name, make):
     if make is OwnStep and not TENSORFLOW:
         pytest.skip("The training step has other arguments")

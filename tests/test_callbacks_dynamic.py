@@ -246,6 +246,7 @@ def test_mirrored_strategy(grow, two_replicas):
         assert all((x == y).all() for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.lengthy(0)
 def test_unbuilt_model_and_second_fit():
     model = keras.Sequential([keras.layers.Dense(10, activation="relu"), keras.layers.Dense(3)])
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))

@@ -17,6 +17,7 @@ import keras_sparse as ks
 # Saving
 
 
+@pytest.mark.lengthy(0)
 def test_saved_model_is_plain(tmp_path):
     model = dense_model()
     fit(model, ks.callbacks.Pruning(0.9))
@@ -35,6 +36,7 @@ def test_saved_model_is_plain(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.lengthy(1)
 def test_checkpoint_from_the_middle_of_fit_goes_on(tmp_path, policy):
     def run(*callbacks, model=None, **arguments):
         model = model or dense_model(optimizer=keras.optimizers.Adam(0.01))
@@ -116,6 +118,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, order, callback):
 
 @pytest.mark.parametrize("arguments", [{}, {"use_ema": True}, {"policy": "mixed_float16"}], ids=str)
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_mirrored_strategy(arguments, two_replicas):
     arguments, strategy = dict(arguments), two_replicas
     keras.config.set_dtype_policy(arguments.pop("policy", "float32"))

@@ -73,6 +73,7 @@ def test_sparsity_has_one_meaning_beside_masks(order):
 
 
 @pytest.mark.parametrize("accumulate", [None, 2])
+@pytest.mark.lengthy(1)
 def test_penalty_follows_the_schedule(accumulate):
     model = make(optimizer=keras.optimizers.Adam(0.01, gradient_accumulation_steps=accumulate))
     callback = ks.callbacks.L0Penalty("cosine", begin=4, end=0.75, frequency=1)
@@ -101,6 +102,7 @@ def test_frequency_and_steps_per_execution():
 
 @pytest.mark.parametrize("arguments", [{"schedule": "linear"}, {"target_sparsity": 0.5}], ids=str)
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_resume(tmp_path, arguments):
     def fit(folder, break_at=None):
         model = make()
@@ -139,6 +141,7 @@ def test_dataset_of_unknown_length():
 
 @pytest.mark.parametrize("granularity, price", [("weight", 1e-4), ("weight", 1e-2), ("unit", 1e-4)])
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_target_is_met_on_digits(granularity, price):
     datasets = pytest.importorskip("sklearn.datasets")
     x, y = datasets.load_digits(return_X_y=True)
@@ -177,6 +180,7 @@ def test_bad_arguments():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
+@pytest.mark.lengthy(0)
 def test_in_a_distribution_strategy(two_replicas):
     with two_replicas.scope():
         model = make()

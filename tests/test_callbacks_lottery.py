@@ -38,6 +38,7 @@ def by_hand(rounds, rate, rewind_to, epochs):
 
 
 @pytest.mark.parametrize("rewind_to", [0, 4])
+@pytest.mark.lengthy(0)
 def test_equals_rounds_by_hand(rewind_to):
     model = make()
     optimizer = model.optimizer
@@ -151,6 +152,7 @@ def test_mirrored_strategy(two_replicas):
 
 
 @pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.lengthy(1)
 def test_checkpoint_from_the_middle_of_fit_goes_on(tmp_path, beside):
     def run(*callbacks, model=None, **arguments):
         model = model or make()

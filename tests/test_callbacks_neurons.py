@@ -50,6 +50,7 @@ class Oracle(keras.callbacks.Callback):
     ids=lambda arguments: next(iter(arguments), "plain"),
 )
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_logs_are_those_of_the_epoch_and_training_is_the_same(arguments, tmp_path):
     if BACKEND == "torch" and ("jit_compile" in arguments or "steps_per_execution" in arguments):
         pytest.skip("Keras compiles torch models for minutes, and has no steps_per_execution there")
@@ -126,6 +127,7 @@ def test_bad_arguments():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute")
+@pytest.mark.lengthy(0)
 def test_in_a_distribution_strategy(two_replicas):
     with two_replicas.scope():
         model = make(jit_compile=False)

@@ -42,6 +42,7 @@ def test_a_target_is_met_exactly(target, group):
     assert isinstance(model.optimizer, keras.optimizers.Adam)
 
 
+@pytest.mark.lengthy(0)
 def test_zeros_stay_after_the_end():
     model, seen = dense_model(keras.optimizers.Adam(0.01)), []
 
@@ -54,6 +55,7 @@ def test_zeros_stay_after_the_end():
     assert seen[-1].sum() == 120
 
 
+@pytest.mark.lengthy(0)
 def test_a_strength_shrinks_to_the_end_and_can_be_told_to_stop():
     model = dense_model(keras.optimizers.SGD(0.1))
     history = fit(model, ks.callbacks.ProximalL1(0.02), epochs=30).history["sparsity"]
@@ -67,6 +69,7 @@ def test_a_strength_shrinks_to_the_end_and_can_be_told_to_stop():
     "how", ["jit", "steps_per_execution", "accumulation", "mixed_float16", "mixed_bfloat16", "ema"]
 )
 @pytest.mark.thorough(2)
+@pytest.mark.lengthy(0)
 def test_ways_of_training(how):
     if keras.backend.backend() == "torch" and how in ("jit", "steps_per_execution"):
         pytest.skip("Keras compiles torch models for minutes, and takes one step per execution")
@@ -81,6 +84,7 @@ def test_ways_of_training(how):
     assert sum(int((k == 0).sum()) for k in kernels(model)) == 120
 
 
+@pytest.mark.lengthy(0)
 def test_unbuilt_model():
     model = keras.Sequential([keras.layers.Dense(16, activation="relu"), keras.layers.Dense(3)])
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
@@ -90,6 +94,7 @@ def test_unbuilt_model():
 
 @pytest.mark.parametrize("stop", [2, 10])
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_resumed_equals_uninterrupted(tmp_path, stop):
     class Stop(Exception):
         pass
@@ -113,6 +118,7 @@ def test_resumed_equals_uninterrupted(tmp_path, stop):
         np.testing.assert_array_equal(expected, got)
 
 
+@pytest.mark.lengthy(0)
 def test_a_second_fit_starts_anew_and_files_are_plain(tmp_path):
     model = dense_model(keras.optimizers.SGD(0.1))
     callback = ks.callbacks.ProximalL1(0.02)
@@ -125,6 +131,7 @@ def test_a_second_fit_starts_anew_and_files_are_plain(tmp_path):
         np.testing.assert_array_equal(expected, got)
 
 
+@pytest.mark.lengthy(0)
 def test_a_file_from_the_middle_of_fit_holds_the_proximal_state(tmp_path):
     model = dense_model(keras.optimizers.Adam(0.01))
 

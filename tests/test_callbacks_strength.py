@@ -39,6 +39,7 @@ def test_resumed_and_ended_early():
     assert float(keras.ops.convert_to_numpy(model.losses[0])) == pytest.approx(0.5 * 3 * 2 * 2)
 
 
+@pytest.mark.lengthy(0)
 def test_replicas(two_replicas):
     with two_replicas.scope():
         model = make(ks.regularizers.L1(0.5))

@@ -165,6 +165,7 @@ def test_report(saved, tmp_path, capsys):
         (["--target", "xnnpack", "--quantize", "dynamic", "--representative-data", "data.npz"], "sparse", "int8"),
     ],
 )
+@pytest.mark.lengthy(1)
 def test_export_and_inspect(saved, tmp_path, capsys, options, encoding, dtype):
     model = keras.saving.load_model(saved, compile=False)
     ks.prune(model, 0.9)
@@ -190,6 +191,7 @@ def test_inspect_prints_the_table_of_the_library(sparse_file, capsys):
     assert run_ok(["inspect", sparse_file, "--full"], capsys) == f"{report.full()}\n"
 
 
+@pytest.mark.lengthy(0)
 def test_benchmark(sparse_file, capsys):
     report = run_json(["benchmark", sparse_file, "--baseline", sparse_file, "--threads", 2], capsys)
     assert report["totals"]["threads"] == 2

@@ -273,6 +273,7 @@ def test_public_names_and_registered_classes_are_there_on_the_command_line():
     assert done.stdout.splitlines()[-1] == str([name for name in ks.__all__ if callable(getattr(ks, name))])
 
 
+@pytest.mark.lengthy(0)
 def test_nothing_but_the_report_reaches_the_terminal(saved, tmp_path):
     run = process(["export", saved, tmp_path / "model.tflite", "--json"])
     assert run.stderr == ""

@@ -128,6 +128,7 @@ def test_names_of_metrics():
 # Keras models, on each backend.
 
 
+@pytest.mark.lengthy(0)
 def test_every_number_of_keras_models(folder):
     dense = classifier()
     sparse = pruned(dense)
@@ -230,6 +231,7 @@ def test_keras_metrics_have_a_state_for_each_model_and_are_reset():
 
 @pytest.mark.parametrize("structure", ["dict", "list"])
 @pytest.mark.parametrize("file", [False, pytest.param(True, marks=files_only)])
+@pytest.mark.lengthy(1)
 def test_several_inputs_and_outputs(structure, file, tmp_path):
     model = two_headed(structure)
     left, right, amounts = X, X[:, :2] * 2, X.sum(axis=1)

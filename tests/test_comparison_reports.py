@@ -263,6 +263,7 @@ def test_file_next_to_its_model_on_each_backend(tmp_path):
     assert report.rows[0]["accuracy"] == report.rows[1]["accuracy"]
 
 
+@pytest.mark.lengthy(0)
 def test_progress_bar_appears_if_it_takes_long():
     asked = []
 

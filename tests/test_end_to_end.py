@@ -108,6 +108,7 @@ def test_file_is_smaller_and_keeps_the_zeros(trained, exported):
         assert row["encoding"].startswith("sparse")
 
 
+@pytest.mark.lengthy(0)
 def test_saved_model_needs_no_keras_sparse(trained, digits, tmp_path):
     model, _ = trained
     model.save(tmp_path / "model.keras")

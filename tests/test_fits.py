@@ -70,6 +70,7 @@ def test_a_fit_after_an_interrupted_one_begins_anew(algorithm, tmp_path):
 
 @each_algorithm
 @pytest.mark.thorough(3)
+@pytest.mark.lengthy(1)
 def test_a_file_of_the_middle_of_a_fit_is_trained_with_other_arguments(algorithm, tmp_path):
     model = dense_model(gated=algorithm.gated, **EAGER)
     if algorithm.prepare is not None:
@@ -93,6 +94,7 @@ def test_a_second_fit_begins_anew_from_the_zeros_of_the_first(algorithm):
 
 @each_algorithm
 @pytest.mark.thorough(3)
+@pytest.mark.lengthy(1)
 def test_new_weights_know_nothing_of_old_masks(algorithm):
     model = dense_model(gated=algorithm.gated, **EAGER)
     first = model.get_weights()
@@ -175,6 +177,7 @@ def test_an_interrupted_fit_ends_with_its_cell_of_a_notebook(tmp_path):
     assert "broken off at sparsity 0.500" in run.stderr
 
 
+@pytest.mark.lengthy(0)
 def test_a_program_that_keeps_the_last_traceback_keeps_no_fit(tmp_path):
     model = dense_model(**EAGER)
     try:

@@ -228,12 +228,14 @@ class Life:
 @pytest.mark.parametrize(
     "seed", [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 6 else []) for seed in range(SEEDS)]
 )
+@pytest.mark.lengthy(1)
 def test_whatever_is_done_to_a_model_its_zeros_and_its_optimizer_are_in_order(seed, tmp_path):
     life = Life(seed, tmp_path)
     life.live(length=5)
     assert ks.optimizers.find(life.model) is None
 
 
+@pytest.mark.lengthy(0)
 def test_after_all_of_it_a_file_loads_without_us(tmp_path):
     life = Life(3, tmp_path)
     for kind in ("interrupt", "fit", "recompile", "interrupt"):

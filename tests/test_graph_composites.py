@@ -285,6 +285,7 @@ def test_sequential():
     assert small.layers[0].inner == INNER // 2
 
 
+@pytest.mark.lengthy(0)
 def test_training_goes_on():
     model = text(Encoder(name="block"))
     model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=False)

@@ -90,6 +90,7 @@ def test_every_kind_of_layer(kind, granularity, tmp_path):
 
 @pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell", "SimpleRNNCell"])
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_gates_around_a_cell_are_one_sample_for_all_time_steps(cell):
     gated = L0(getattr(layers, cell)(4), 1e-3, seed=1)
     inputs = keras.Input((5, 3))
@@ -107,6 +108,7 @@ def test_gates_around_a_cell_are_one_sample_for_all_time_steps(cell):
 
 
 @pytest.mark.parametrize("granularity", ["weight", "unit"])
+@pytest.mark.lengthy(0)
 def test_attention(granularity, tmp_path):
     gated = L0(layers.MultiHeadAttention(2, 3), 1e-3, granularity, seed=1)
     inputs = keras.Input((5, 6))
@@ -239,6 +241,7 @@ def train(how, seed=1):
 
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_ways_to_train(how, tmp_path):
     model, losses = train(how)
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
@@ -297,6 +300,7 @@ def test_stateful_layer_keeps_its_state():
     np.testing.assert_allclose([baked.predict(x, verbose=0) for _ in range(2)], [first, second], atol=1e-5)
 
 
+@pytest.mark.lengthy(0)
 def test_resume(tmp_path):
     class Break(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):

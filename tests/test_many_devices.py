@@ -62,6 +62,7 @@ def trained(page, callback, scope):
 
 @pytest.mark.parametrize("name", CALLBACKS)
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_two_replicas_equal_one_device(name, two_replicas):
     page = {}
     exec(SETUP, page)

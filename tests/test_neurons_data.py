@@ -143,6 +143,7 @@ def test_state_is_left_as_it_was():
         np.testing.assert_array_equal(ks.selection.as_array(variable), value)
 
 
+@pytest.mark.lengthy(0)
 def test_training_goes_on_as_if_nothing_had_been():
     x, y = normal(16, 4), normal(16, 2)
     results = []

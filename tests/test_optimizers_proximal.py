@@ -125,6 +125,7 @@ def test_each_step_takes_the_learning_rate_of_that_step(jit, schedule):
     np.testing.assert_allclose(weights, expected, atol=1e-5)
 
 
+@pytest.mark.lengthy(0)
 def test_groups_against_numpy():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(100, 8))

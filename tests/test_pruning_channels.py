@@ -62,6 +62,7 @@ READERS = {
 
 @pytest.mark.thorough(5)
 @pytest.mark.parametrize("name", READERS)
+@pytest.mark.lengthy(1)
 def test_readers_are_solved_for_by_least_squares(name):
     inner, make = READERS[name]
     model = model_of((*inner, 5), L.Dense(6, "relu", name="maker"), make())

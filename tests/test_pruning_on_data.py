@@ -78,6 +78,7 @@ def recurrent_with_state():
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_gradients_on_data_leave_everything_else(fails):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((6,)), *recurrent_with_state()])

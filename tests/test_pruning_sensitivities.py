@@ -35,6 +35,7 @@ def zeros(model):
     ("criterion", "repair", "labelled"),
     [("magnitude", None, False), ("obs", None, False), ("magnitude", True, True), ("taylor", None, True)],
 )
+@pytest.mark.lengthy(1)
 def test_losses_are_those_of_pruning_one_weight(criterion, repair, labelled):
     model = network()
     before = model.get_weights()

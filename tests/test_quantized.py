@@ -64,6 +64,7 @@ def kernel_in_use(layer):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.lengthy(0)
 def test_zeros_by_value(mode):
     model, block = pruned_model()
     before = {layer.name: kernel_in_use(layer) for layer in (block.up, block.down)}
@@ -80,6 +81,7 @@ def test_zeros_by_value(mode):
     assert all(kept) or mode not in KEEPS
 
 
+@pytest.mark.lengthy(0)
 def test_a_quantized_model_has_its_zeros_in_totals_and_keep_sparsity_has_nothing_to_say():
     model, block = pruned_model()
     before = ks.report(model).totals

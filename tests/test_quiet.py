@@ -22,6 +22,7 @@ def test_nothing_from_inside_reaches_the_terminal(capfd):
     assert capfd.readouterr() == ("before\nafter\n", "")
 
 
+@pytest.mark.lengthy(0)
 def test_the_yielded_streams_reach_the_terminal():
     code = (
         "import sys\nfrom keras_sparse.quiet import quiet\n"
@@ -58,6 +59,7 @@ def test_everything_is_put_back_after_an_error(capfd):
     assert not descriptors or len(os.listdir("/proc/self/fd")) == len(descriptors)
 
 
+@pytest.mark.lengthy(0)
 def test_importing_the_library_leaves_the_descriptors_alone():
     code = "import os\ndel os.dup2\nimport keras_sparse\nassert callable(keras_sparse.prune)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

@@ -48,6 +48,7 @@ def test_found_allocation_goes_into_pruning_and_beats_uniform():
 @pytest.mark.parametrize("kind", ["functional", "subclassed"])
 @pytest.mark.parametrize("searcher", ["evolution", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_every_searcher_on_every_kind_of_model(kind, searcher):
     first, again = (facts(search(kind=kind, searcher=searcher, budget=9)) for _ in range(2))
     assert first == again
@@ -64,6 +65,7 @@ def test_it_begins_with_known_allocations():
     assert by_size[0] != by_size[1]
 
 
+@pytest.mark.lengthy(0)
 def test_several_objectives_make_a_front():
     results = search(objective={"accuracy": "max", "sparsity": "max"}, constraints=None, budget=24, epochs=0)
     values = [(one.values["accuracy"], one.values["sparsity"]) for one in results.candidates]
@@ -73,6 +75,7 @@ def test_several_objectives_make_a_front():
     assert results.best.values["accuracy"] == max(value for value, _ in values)
 
 
+@pytest.mark.lengthy(0)
 def test_constraints_are_limits():
     results = search(constraints={"macs": 40}, budget=24, epochs=0)
     assert results.best.violation == 0
@@ -184,6 +187,7 @@ def moody(mood):
 
 
 @pytest.mark.parametrize("mood", ["nan", "raise"])
+@pytest.mark.lengthy(1)
 def test_a_candidate_that_fails_is_recorded(mood, tmp_path):
     if mood == "raise" and keras.config.backend() == "jax":
         pytest.skip("JAX does not run eagerly")

@@ -67,6 +67,7 @@ def test_scores_are_those_of_the_pruned_model(scored):
 
 @pytest.mark.parametrize("optimizer", ["adam", keras.optimizers.SGD(0.1, momentum=0.9)])
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_training_keeps_zeros_and_starts_anew_each_time(scored, optimizer):
     model = network(layers.Dense(12, activation="relu"), layers.Dropout(0.3), layers.Dense(3), optimizer=optimizer)
     model.fit(*data(seed=1), epochs=2, verbose=0)  # the optimizer has a history
@@ -79,6 +80,7 @@ def test_training_keeps_zeros_and_starts_anew_each_time(scored, optimizer):
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
+@pytest.mark.lengthy(1)
 def test_scores_do_not_depend_on_what_the_process_has_drawn(scored, epochs):
     model, found = mlp(layers.Dropout(0.5), layers.BatchNormalization()), []
     for seed in (1, 2):

@@ -54,6 +54,7 @@ def test_a_journal_ends_where_an_uninterrupted_search_does(tmp_path):
     ids=lambda changed: next(iter(changed)),
 )
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_the_journal_of_another_search_is_refused(tmp_path, changed):
     search(tmp_path, budget=1)
     with pytest.raises(ValueError, match="journal is of another search"):

@@ -59,6 +59,7 @@ def test_beats_random_search(learner, objective):
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.lengthy(1)
 def test_finds_a_known_optimum(learner):
     found = [best_of(LEARNERS[learner](), space_of(3), separable, seed, budget=250) for seed in range(5)]
     assert sum(cost == 0 for cost in found) >= 4, found

@@ -32,6 +32,7 @@ def test_one_file(kind, folder):
     assert 0 <= row["memory"] < 1 << 30
 
 
+@pytest.mark.lengthy(0)
 def test_baseline(folder):
     report = ks.tflite.benchmark(folder / "mlp.tflite", baseline=folder / "mlp_dense.tflite", threads=2)
     base, row = report.rows
@@ -43,6 +44,7 @@ def test_baseline(folder):
 
 
 @pytest.mark.skipif(MISSING["wasm"] is not None, reason=str(MISSING["wasm"]))
+@pytest.mark.lengthy(0)
 def test_wasm(folder):
     report = ks.tflite.benchmark(folder / "qualifying.tflite", folder / "qualifying_dense.tflite", runtime="wasm")
     base, row = report.rows
@@ -76,6 +78,7 @@ def test_a_target_is_measured_by_interpreter_and_compiled_model(folder):
 
 
 @pytest.mark.skipif(MISSING["ethos-u"] is not None, reason=str(MISSING["ethos-u"]))
+@pytest.mark.lengthy(0)
 def test_an_npu_is_measured_in_cycles(tmp_path):
     rng = np.random.default_rng(0)
     for name, sparsity in ("dense", 0.0), ("sparse", 0.95):

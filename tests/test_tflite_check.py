@@ -29,6 +29,7 @@ def pruned(model, report):
     "build",
     [mlp, cnn, subclassed, *(pytest.param(one, marks=pytest.mark.slow) for one in (conv1d, lstm, attention, nested))],
 )
+@pytest.mark.lengthy(1)
 def test_what_it_predicts_is_what_export_writes(build, tmp_path):
     keras.utils.set_random_seed(0)
     model = build()
@@ -73,6 +74,7 @@ NAMES = {  # of the layer that stands in the way
 
 @pytest.mark.parametrize("name", BROKEN)
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_networks_that_fit_in_part(name):
     report = ks.tflite.check(image_model(BROKEN[name]))
     assert any(one["layer"].startswith(NAMES[name]) and one["mend"] for one in report.violations), report.violations
@@ -94,6 +96,7 @@ def test_networks_that_do_not_fit(name):
 @pytest.mark.parametrize(
     ("target", "sparse"), [("xnnpack-x86", True), ("builtin", True), ("gpu", False), ("micro", False)]
 )
+@pytest.mark.lengthy(1)
 def test_other_targets(target, sparse):
     report = ks.tflite.check(mlp(), target)
     assert bool(report.target_sparsity) == sparse and report.totals["target"] == target

@@ -31,6 +31,7 @@ def test_the_smaller_one(sparsity, sparse, encoding):
     assert any("not smaller" in note for note in choice.notes) == (sparsity < 0.5)
 
 
+@pytest.mark.lengthy(0)
 def test_out_of_the_way_of_wrong_kernels():
     """Stored without zeros, and kept out of the sparse kernels that would compute wrong numbers."""
     dense, choice = chosen(image_model(BROKEN["MAX_POOL_2D"]))

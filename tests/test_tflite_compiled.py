@@ -78,6 +78,7 @@ def encoded(model):
 
 
 @needs_gpu
+@pytest.mark.lengthy(0)
 def test_sparse_files_are_not_for_the_gpu():
     """The reason for which `takes_sparse` is False. When LiteRT mends it, this fails, and the rule may go."""
     model = keras.Sequential([keras.Input((64,), name="x"), keras.layers.Dense(64, bias_initializer="ones")])

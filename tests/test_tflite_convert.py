@@ -16,18 +16,21 @@ from keras_sparse.tflite.signatures import signature
 
 
 @pytest.mark.parametrize("quantize", [None, "float16", "dynamic"])
+@pytest.mark.lengthy(1)
 def test_a_conversion_is_a_model(quantize):
     model = mlp()
     conversion = convert(Job(model, quantize=quantize))
     assert conversion.content[4:8] == b"TFL3" and not conversion.fixed_batch
 
 
+@pytest.mark.lengthy(0)
 def test_a_job_or_what_it_is_made_of():
     model = mlp()
     assert convert(model, signature(model), "float16").content == convert(Job(model, quantize="float16")).content
 
 
 @pytest.mark.parametrize("quantize", [None, "float16"])
+@pytest.mark.lengthy(1)
 def test_inputs_and_outputs_are_in_the_models_order(quantize):
     """As those find them who go by position; one tensor may be an output twice."""
     inputs = [keras.Input((8,), name=name) for name in ("query", "unused", "image", "age")]

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="
 
 
 @pytest.mark.parametrize("batch", [None, 1, 3])
+@pytest.mark.lengthy(1)
 def test_a_saved_model_becomes_a_file(batch, tmp_path):
     job, outputs = save(Job(several()), tmp_path, batch)
     assert outputs == ["label", "score"] and job.is_saved

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="
 
 @pytest.mark.parametrize("kind", ["cnn", "lstm", "several"])
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_a_file_that_is_packed_again(kind):
     model = MODELS[kind]()
     called = signature(model)

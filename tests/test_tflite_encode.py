@@ -16,6 +16,7 @@ def test_a_missing_file(tmp_path):
 
 
 @tensorflow_only
+@pytest.mark.lengthy(0)
 def test_weights_of_8_bits_that_are_multiplied_as_floats(tmp_path):
     """The dense file rounds the inputs of each layer to 8 bits, the encoded one does not: outputs differ a little."""
     keras.utils.set_random_seed(0)

@@ -83,6 +83,7 @@ def wide():
 
 @pytest.mark.everywhere
 @pytest.mark.parametrize("quantize", [None, "float16", "dynamic"])
+@pytest.mark.lengthy(0)
 def test_rows_lie_along_the_shorter_axis(quantize, tmp_path):
     keras.utils.set_random_seed(0)
     model = wide()
@@ -204,6 +205,7 @@ def test_padding_that_is_an_output():
         (lambda: layers.Conv2D(64, 3), "dynamic", None),
     ],
 )
+@pytest.mark.lengthy(1)
 def test_reasons_are_told(layer, quantize, reason):
     """One weight stays dense, the other does not."""
     model = sparsify(image_model(lambda x: layer()(layers.Conv2D(64, 3)(layers.Conv2D(32, 3)(x)))), 0.6)
@@ -214,6 +216,7 @@ def test_reasons_are_told(layer, quantize, reason):
 
 
 @pytest.mark.parametrize("quantize", ["float16", "dynamic"])
+@pytest.mark.lengthy(1)
 def test_transposed_convolutions_read_floats_where_that_is_smaller(quantize):
     body = [layers.Conv2D(32, 3), layers.Conv2D(64, 3), layers.Conv2DTranspose(64, 3, 2)]
     model = sparsify(keras.Sequential([keras.Input((16, 16, 3)), *body]), 0.9)
@@ -255,6 +258,7 @@ def adjacency():
 @pytest.mark.parametrize("quantize", [None, "float16"])
 @pytest.mark.parametrize("build", [embedding, adjacency])
 @pytest.mark.thorough(2)
+@pytest.mark.lengthy(0)
 def test_tables_are_restored(build, quantize):
     """Right on every runtime that is here."""
     model = build()
@@ -269,6 +273,7 @@ def test_tables_are_restored(build, quantize):
 
 @pytest.mark.parametrize("quantize", [None, "float16"])
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_zeros_are_filled_in(quantize):
     """The list of outputs that a loop begins with."""
     clip = keras.Input((20, 4), batch_size=1)

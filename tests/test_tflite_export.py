@@ -25,6 +25,7 @@ from keras_sparse.quiet import quiet
     ],
 )
 @pytest.mark.thorough(5)
+@pytest.mark.lengthy(1)
 def test_every_kind_of_model(kind, quantize, tmp_path):
     keras.utils.set_random_seed(1)
     model = sparsify(MODELS[kind](), 0.9)
@@ -108,6 +109,7 @@ def test_blocks_run_sparse_where_that_is_faster(sparsity, sparse, tmp_path):
 
 @tensorflow_only
 @pytest.mark.parametrize("quantize", ["float16", "dynamic"])
+@pytest.mark.lengthy(1)
 def test_quantized_blocks_are_restored(quantize, tmp_path):
     """TensorFlow's own conversion lets the layers read them as they are: NaN, and garbage."""
     report = ks.tflite.export(
@@ -168,6 +170,7 @@ def test_model_in_training(tmp_path):
 
 
 @tensorflow_only
+@pytest.mark.lengthy(0)
 def test_integer_inputs_of_subclassed_models(tmp_path):
     model = dict_of_inputs()
     report = ks.tflite.export(model, tmp_path / "m.tflite", target="xnnpack")
@@ -200,6 +203,7 @@ def test_report_is_plain_data(tmp_path):
 
 
 @tensorflow_only
+@pytest.mark.lengthy(0)
 def test_float16_transposed_convolutions_read_floats(tmp_path):
     model = sparsify(transposed(), 0.9)
     assert all(

@@ -84,6 +84,7 @@ def filters():
 @pytest.mark.parametrize(("build", "encoding"), [(filters, "sparse"), (mlp, "dense")])
 @pytest.mark.parametrize("inference_type", [None, pytest.param("int16", marks=pytest.mark.slow)])
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_integers_of_16_bits(build, encoding, inference_type, tmp_path):
     """Activations of 16 bits leave the rounding of the weights; Dense layers do not read restored weights there."""
     keras.utils.set_random_seed(1)
@@ -139,6 +140,7 @@ def test_a_crash_of_the_converter_is_an_error(tmp_path):
 @tensorflow_only
 @pytest.mark.parametrize(("size", "quantize"), [(1, None), (5, None), (200, None), (5, "int8")])
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_representative_data_and_a_fixed_batch(size, quantize, tmp_path):
     inputs = keras.Input((4, 4, 2), batch_size=size, name="x")
     # A shape that names the batch size: the file cannot be run with another one.
@@ -193,6 +195,7 @@ def test_double_precision(tmp_path):
 
 
 @tensorflow_only
+@pytest.mark.lengthy(0)
 def test_a_constant_that_is_not_finite(tmp_path):
     inputs = keras.Input((64,))
     scaled = inputs * np.where(np.arange(64) == 3, np.inf, 1.0).astype("float32")  # the converter folds it in

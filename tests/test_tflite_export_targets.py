@@ -49,6 +49,7 @@ def test_where_a_sparse_file_must_not_be_used_is_said(tmp_path):
 @needs("gpu-cpu", "micro")
 @pytest.mark.parametrize("quantize", [None, "float16", "dynamic", "int8"])
 @pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
 def test_several_targets(quantize, tmp_path):
     model, x = pruned_mlp(), np.random.default_rng(0).normal(size=(32, 64)).astype("float32")
     targets = ["xnnpack", "gpu", "micro", "qualcomm"] if quantize in (None, "int8") else ["xnnpack", "gpu"]
@@ -89,6 +90,7 @@ def test_a_target_that_cannot_run_it(tmp_path):
 
 
 @pytest.mark.everywhere
+@pytest.mark.lengthy(0)
 def test_a_runtime_that_is_missing_is_no_proof(tmp_path, monkeypatch):
     monkeypatch.setenv("VK_DRIVER_FILES", str(tmp_path / "none.json"))
     report = ks.tflite.export(pruned_mlp(), tmp_path / "m.tflite", "gpu")
@@ -114,6 +116,7 @@ def test_wrong_targets(target, error, message, tmp_path):
 
 
 @pytest.mark.parametrize("quantize", ["float16", "dynamic", None])
+@pytest.mark.lengthy(0)
 def test_browsers_restore_floats_only(quantize, tmp_path):
     report = ks.tflite.export(pruned_mlp(), tmp_path / "m.tflite", target="xnnpack-wasm", quantize=quantize)
     assert (report.encoding == "sparse") == (quantize != "dynamic")

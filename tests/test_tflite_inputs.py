@@ -136,6 +136,7 @@ def wave():
     return keras.Model(inputs, layers.Dense(4)(layers.GlobalAveragePooling1D()(layers.Conv1D(8, 9)(x))))
 
 
+@pytest.mark.lengthy(0)
 def test_open_sizes_are_as_large_as_the_model_needs(tmp_path):
     model = wave()
     assert [batch[0].shape[1:] for batch in random_batches(model, signature(model))] == [(512, 1)] * 3

@@ -72,6 +72,7 @@ def test_modules_that_another_process_must_import(module, tmp_path, monkeypatch)
 
 
 @tensorflow_only
+@pytest.mark.lengthy(0)
 def test_an_open_batch_is_fixed_only_where_it_must_be():
     inputs = keras.Input((5, 4))
     assert convert(Job(keras.Model(inputs, keras.layers.LSTM(3)(inputs)))).fixed_batch

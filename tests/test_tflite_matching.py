@@ -37,6 +37,7 @@ def tensors_of(content):
 @pytest.mark.parametrize("quantize", [None, "float16", "dynamic"])
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.thorough(5)
+@pytest.mark.lengthy(1)
 def test_each_kernel_is_found_once(build, quantize, sparse):
     keras.utils.set_random_seed(0)
     model = sparsify(build(), 0.9 if sparse else 0.0)

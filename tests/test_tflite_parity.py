@@ -195,6 +195,7 @@ def test_a_model_that_fails_on_random_inputs():
 
 
 @pytest.mark.parametrize("runtime", ["native", "x86-no-avx", "wasm"])
+@pytest.mark.lengthy(1)
 def test_other_runtimes(runtime):
     if available()[runtime] is not None:
         pytest.skip(available()[runtime])

@@ -208,6 +208,7 @@ def check_mutations(files, seeds, tmp_path):
     assert 0 < answers < 2 * len(seeds)
 
 
+@pytest.mark.lengthy(0)
 def test_damaged_files(files, tmp_path):
     check_mutations(files, range(30), tmp_path)
 
@@ -218,6 +219,7 @@ def test_more_damaged_files(files, tmp_path):
 
 
 @pytest.mark.parametrize("runtime", ["native", "x86-no-avx"])
+@pytest.mark.lengthy(1)
 def test_images_of_any_size(runtime):
     if runtimes.available()[runtime] is not None:
         pytest.skip(runtimes.available()[runtime])

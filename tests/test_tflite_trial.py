@@ -31,6 +31,7 @@ def sign():
     ],
 )
 @pytest.mark.thorough(4)
+@pytest.mark.lengthy(0)
 def test_what_a_check_says(build, target, runtime, verdict, reason, request):
     if MISSING[runtime] is not None:
         pytest.skip(MISSING[runtime])

@@ -48,6 +48,7 @@ def test_strict_needs_a_runtime(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.thorough(2)
+@pytest.mark.lengthy(0)
 def test_strict_verification(sparse, runtime, tmp_path):
     report = ks.tflite.export(
         sparsify(mlp(), 0.9), tmp_path / "m.tflite", target="xnnpack", sparse=sparse, verify="strict"
@@ -73,6 +74,7 @@ def test_a_dense_file_that_cannot_be_run_is_an_error():
         check.dense()
 
 
+@pytest.mark.lengthy(0)
 def test_other_weights_are_a_fault():
     dense, reference = reference_of(sparsify(mlp(), 0.9))
     other = convert(Job(sparsify(mlp(), 0.9))).content
@@ -82,6 +84,7 @@ def test_other_weights_are_a_fault():
     )
 
 
+@pytest.mark.lengthy(0)
 def test_a_wrong_file_is_a_fault():
     """The weights are right, and the reference is another model's."""
     first = sparsify(mlp(), 0.9)
@@ -94,6 +97,7 @@ def test_a_wrong_file_is_a_fault():
     assert check.dense()[0] is False
 
 
+@pytest.mark.lengthy(0)
 def test_runtimes_are_asked_about_what_sparse_kernels_could_touch(runtime):
     for body, asked in ((WHOLE["mobilenet"], True), (lambda x: keras.layers.Conv2D(64, 3)(x), False)):
         dense, reference = reference_of(sparsify(image_model(body), 0.9))
@@ -108,6 +112,7 @@ class Refused(Reference):
         raise ValueError("no such operator")
 
 
+@pytest.mark.lengthy(1)
 def test_a_runtime_that_cannot_run_the_dense_file_either(runtime):
     dense, reference = reference_of(image_model(WHOLE["mobilenet"]), Refused)
     check = verification.Verification(dense, reference, 1e-4, runtimes=[runtime])
@@ -119,6 +124,7 @@ def test_a_runtime_that_cannot_run_the_dense_file_either(runtime):
 
 @pytest.mark.skipif(available()["wasm"] is not None, reason=str(available()["wasm"]))
 @pytest.mark.parametrize("batch_size", [None, 1])
+@pytest.mark.lengthy(0)
 def test_what_browsers_do_with_an_open_batch_is_said(batch_size, tmp_path):
     model = image_model(WHOLE["mobilenet"])
     report = ks.tflite.export(model, tmp_path / "m.tflite", target="xnnpack", batch_size=batch_size)

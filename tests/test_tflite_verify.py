@@ -34,6 +34,7 @@ def test_on_any_runtime(accelerator, theirs):
     assert report.right and report.parity_relative < 1e-5 and report.accelerated in (None, True)
 
 
+@pytest.mark.lengthy(0)
 def test_references(theirs, tmp_path):
     model, folder = theirs
     path = folder / "theirs.tflite"
@@ -66,6 +67,7 @@ def test_zeros_are_taken_out_of_their_file(theirs, tmp_path):
         ks.tflite.encode(folder / "theirs.tflite", tmp_path / "other.bin")
 
 
+@pytest.mark.lengthy(0)
 def test_a_file_of_integers(tmp_path):
     model, x = sparsify(mlp(), 0.9), np.random.default_rng(0).normal(size=(32, 64)).astype("float32")
     options = {"quantize": "int8", "representative_data": x, "inference_type": "int8"}

@@ -33,6 +33,7 @@ def verdict(body, batch_size=None):
 
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.thorough(2)
+@pytest.mark.lengthy(1)
 def test_whole_clusters_run_sparse(name):
     _, _, reason, operators = verdict(WHOLE[name], batch_size=1)
     assert reason is None and set(operators) == {"CONV_2D"} and len(operators) >= 2
@@ -62,6 +63,7 @@ def test_squeeze_and_excite_of_an_open_batch(tmp_path):
 
 @pytest.mark.parametrize("name", UNTOUCHED)
 @pytest.mark.thorough(2)
+@pytest.mark.lengthy(1)
 def test_untouched_graphs_are_safe(name):
     _, _, reason, operators = verdict(UNTOUCHED[name])
     assert reason is None and operators == []
@@ -69,6 +71,7 @@ def test_untouched_graphs_are_safe(name):
 
 @pytest.mark.parametrize(("name", "bodies"), [*((n, BROKEN) for n in BROKEN), *((n, DOUBTFUL) for n in DOUBTFUL)])
 @pytest.mark.thorough(2)
+@pytest.mark.lengthy(1)
 def test_partial_clusters_are_found(name, bodies):
     _, _, reason, operators = verdict(bodies[name])
     assert name in reason and "a part of the graph" in reason and operators == []
@@ -86,6 +89,7 @@ def test_what_a_cpu_without_avx_cannot_load_is_no_missing_runtime():
 @pytest.mark.parametrize("name", ["MAX_POOL_2D", "keepdims=True", "SHAPE"])
 @pytest.mark.parametrize("size", [32, None], ids=["even", "open"])
 @pytest.mark.thorough(2)
+@pytest.mark.lengthy(1)
 def test_export_does_not_hand_out_a_partial_cluster(name, size, tmp_path):
     """At even sizes the way into the cluster can be closed; at unknown ones the file is stored dense."""
     model = image_model(BROKEN[name], size)
@@ -97,12 +101,14 @@ def test_export_does_not_hand_out_a_partial_cluster(name, size, tmp_path):
     assert not size or report.bytes_file < 0.85 * report.bytes_dense
 
 
+@pytest.mark.lengthy(0)
 def test_export_of_a_whole_cluster(tmp_path):
     report = ks.tflite.export(image_model(WHOLE["mobilenet"]), tmp_path / "m.tflite", target="xnnpack")
     assert report.encoding == "sparse" and "x86 without AVX" in report.runs_sparse[0]["where"]
 
 
 @pytest.mark.parametrize(("sparsity", "engages"), [(0.66, False), (0.68, True)])
+@pytest.mark.lengthy(0)
 def test_threshold_of_two_thirds(sparsity, engages):
     model = image_model(WHOLE["residual"])
     for weight in model.weights:
