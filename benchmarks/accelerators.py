@@ -69,12 +69,11 @@ NETWORKS = {
 
 def variants(model, adapt):
     """`{name: model}` of a dense network; the one with zeros in the form that sparse kernels take, if there is one."""
-    zeros = keras.models.clone_model(model)
-    zeros.set_weights(model.get_weights())
+    zeros, masked = keras.models.clone_model(model), keras.models.clone_model(model)
+    for copy in (zeros, masked):
+        copy.set_weights(model.get_weights())
     zeros = ks.tflite.adapt(zeros) if adapt else zeros
     ks.prune(zeros, 0.9)
-    masked = keras.models.clone_model(model)
-    masked.set_weights(model.get_weights())
     ks.prune(masked, ks.Budget(macs=0.5, round_to=8), pattern="channel")
     return {"dense": model, "90 % zeros": zeros, "half the MACs": ks.shrink(masked, verbose=0)}
 

@@ -70,9 +70,11 @@ def mask_in_step(pairs):
         import torch
 
         # Other tensors are those of a stateless call: they are not ours to change.
-        own = [(v, mask) for v, mask in pairs if isinstance(v.value, torch.nn.Parameter)]
-        done = {id(v) for v, mask in own if _zero_in_place(v.value, mask.value)}
-        pairs = [(v, mask) for v, mask in pairs if id(v) not in done]
+        pairs = [
+            (v, mask)
+            for v, mask in pairs
+            if not (isinstance(v.value, torch.nn.Parameter) and _zero_in_place(v.value, mask.value))
+        ]
     assign_in_step([(variable, mask_off, [mask]) for variable, mask in pairs])
 
 

@@ -174,7 +174,8 @@ class Verification:
         """Why a sparse-encoded file must not be handed out, or `None`; and its parity on this machine."""
         self.verified_on, self.not_verified = [_NATIVE.title], []
         model = read(content)
-        for fault in filter(None, (rule(model) for rule in self._rules)):
+        fault = next(filter(None, (rule(model) for rule in self._rules)), None)
+        if fault is not None:
             return fault, None
         if not _same_weights(model, read(self._dense)):
             return "a decoded weight is not the dense file's", None
