@@ -278,14 +278,14 @@ class Steps(keras.callbacks.Callback):
             self.masked += np.count_nonzero(~mask)
 
 
-def large_fit(optimizer, **arguments):
+def large_fit(optimizer, criterion="magnitude", **arguments):
     keras.utils.set_random_seed(0)
     hidden = keras.layers.Dense(512, "relu")
     model = keras.Sequential([keras.Input((300,)), hidden, keras.layers.Dense(2)])
     model.compile(optimizer, "mse", **arguments)
     steps = Steps()
-    pruning = ks.callbacks.Pruning(0.5, schedule="one_shot")
-    model.fit(LARGE_X, LARGE_Y, batch_size=8, shuffle=False, verbose=0, callbacks=[pruning, steps])
+    pruning = ks.callbacks.Pruning(0.5, criterion, schedule="one_shot", begin=1)
+    model.fit(LARGE_X, LARGE_Y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[pruning, steps])
     return model, steps
 
 
@@ -329,5 +329,31 @@ def test_an_optimizer_of_ones_own_is_compiled_where_xla_takes_it():
     expected, _ = large_fit(keras.optimizers.SGD(0.1), run_eagerly=True)
     assert steps.compiled and all(steps.compiled)
     for a, b in zip(mine.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(a == 0, b == 0)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+class RefusedMovement(ks.criteria.Statistic):
+    def update(self, value, weight, gradient, count):
+        import tensorflow as tf
+
+        product = tf.py_function(lambda w, g: w * g, [weight, gradient], value.dtype)
+        return value - tf.ensure_shape(product, value.shape)
+
+
+class RefusedCriterion(ks.criteria.Movement):
+    statistic = RefusedMovement()
+
+
+@tensorflow_only
+@pytest.mark.parametrize("accumulate", [None, 2])
+def test_statistics_are_compiled_by_themselves_where_xla_takes_them(accumulate):
+    arguments = {"gradient_accumulation_steps": accumulate}
+    compiled, steps = large_fit(keras.optimizers.SGD(0.1, **arguments), "movement", jit_compile=False)
+    refused, plain_steps = large_fit(keras.optimizers.SGD(0.1, **arguments), RefusedCriterion(), jit_compile=False)
+    assert len(steps.compiled) == 2 and all(steps.compiled)
+    assert len(plain_steps.compiled) == 2 and plain_steps.compiled.count(None) == 1
+    assert steps.masked == plain_steps.masked > 0 and not steps.alive and not plain_steps.alive
+    for a, b in zip(compiled.get_weights(), refused.get_weights(), strict=True):
         np.testing.assert_array_equal(a == 0, b == 0)
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

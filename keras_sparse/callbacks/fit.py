@@ -20,6 +20,9 @@ from keras_sparse.identity import IdentityDict
 
 __all__ = ["Fit", "Run"]
 
+# Callbacks that `fit` adds by itself.
+_HARMLESS = (keras.callbacks.History, keras.callbacks.ProgbarLogger)
+
 
 class Run:
     """What one callback knows of the fit that it takes part in.
@@ -171,9 +174,13 @@ class Fit:
             keras.backend.backend() == "tensorflow"
             and not self._settled
             and not self.parts.touched
-            and type(self.model).train_step is not keras.Model.train_step
+            and not self._steps_are_keras_own
             and not self.model.run_eagerly
         )
+
+    @property
+    def _steps_are_keras_own(self):
+        return type(self.model).train_step is keras.Model.train_step
 
     def settle(self, epochs, epoch):
         """Find out, before the first step, whether this fit resumes another, and go on with its state if so.
@@ -313,6 +320,11 @@ class Fit:
 
     def _mask_revived(self):
         """Apply the masks again if another callback has put back weights that have none of the zeros."""
+        callback_list = self.callback_list()
+        if callback_list is not None and self._steps_are_keras_own:
+            others = [callback for callback in callback_list.callbacks if callback not in self.callbacks]
+            if all(type(callback) in _HARMLESS for callback in others):
+                return  # After the last step, which masks, nobody can have done it.
         pairs = [(selection.as_array(variable), selection.as_array(mask)) for variable, mask in self.parts.masks.pairs]
         revived = sum(int(np.count_nonzero(value[~mask])) for value, mask in pairs)
         if not revived:

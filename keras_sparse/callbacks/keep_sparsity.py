@@ -59,5 +59,6 @@ class KeepSparsity(SparseCallback):
             return
         chosen = {id(w.variable) for w in sparse}
         run.plan = pruning.Plan(model, 0.0, filters=lambda variable: id(variable) in chosen)
-        run.plan.keep_units(model)
-        run.plan.attach(run.parts)
+        kept = run.plan.present_masks()
+        run.plan.keep_units(model, kept)
+        run.plan.attach(run.parts, kept)

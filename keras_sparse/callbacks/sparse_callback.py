@@ -41,6 +41,11 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
     finished = False
     reached = True
 
+    @property
+    def async_safe(self):
+        """Whether Keras need not wait for each batch's logs: without due steps nothing happens when a batch ends."""
+        return self.clock is None
+
     def __init__(self):
         super().__init__()
         self.running = False

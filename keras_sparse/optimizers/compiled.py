@@ -7,78 +7,75 @@ fuses them, and the masks with them, into one or two.
 import keras
 import numpy as np
 
-__all__ = ["run_step"]
+__all__ = ["run_compiled"]
 
 # Compiling takes about a second; with fewer weights than this, a short training does not earn it back.
 _LEAST_WEIGHTS = 2**17
 
 
-def run_step(optimizer, step, gradients, indices, parts):
-    """Run `step(gradients)`, compiled where that is possible and pays.
+def run_compiled(optimizer, key, function, tensors, known=True):
+    """Run `function(tensors)`, which assigns to variables, compiled where that is possible and pays.
 
-    It runs as it is on other backends, eagerly, under `tf.distribute`, with sparse gradients, and for optimizers of
-    one's own that XLA refuses.
+    It runs as it is on other backends, eagerly, under `tf.distribute`, with sparse gradients, and where XLA refuses it.
 
     Args:
         optimizer: The sparse optimizer.
-        step: Function of a list of gradients.
-        gradients: List of tensors and `None`.
-        indices: Tuple: which trainable variables they belong to.
-        parts: Tuple of the names of the parts that act; `None` if the step must not be compiled.
+        key: Tuple that tells `function` from others of this optimizer, and what it reads beside `tensors`; `None` if
+            it must not be compiled.
+        function: Function of a list of tensors and `None`.
+        tensors: That list.
+        known: Whether XLA can compile the function for sure; it is asked otherwise.
 
     Example:
 
     >>> import keras, keras_sparse as ks
     >>> optimizer = ks.optimizers.SparseOptimizer("sgd")
-    >>> ks.optimizers.compiled.run_step(optimizer, print, [None], (0,), ())
+    >>> ks.optimizers.compiled.run_compiled(optimizer, ("show",), print, [None])
     [None]
     """
-    if parts is None or not _can_compile(optimizer, gradients):
-        step(gradients)
+    if key is None or not _can_compile(optimizer, tensors):
+        function(tensors)
         return
     import tensorflow as tf
 
-    present = tuple(position for position, gradient in enumerate(gradients) if gradient is not None)
-    key = indices, present, parts
+    present = tuple(position for position, tensor in enumerate(tensors) if tensor is not None)
+    key = *key, present
     compiled = optimizer.sparse_parts.compiled
     if key not in compiled:
 
         def with_all(*found):
             every = dict(zip(present, found, strict=True))
-            step([every.get(position) for position in range(len(gradients))])
+            function([every.get(position) for position in range(len(tensors))])
 
-        function = tf.function(with_all, jit_compile=True, autograph=False)
-        compiled[key] = function if _accepts(optimizer, function, [gradients[p] for p in present]) else None
+        candidate = tf.function(with_all, jit_compile=True, autograph=False)
+        compiled[key] = candidate if known or _accepts(candidate, [tensors[p] for p in present]) else None
     if compiled[key] is None:
-        step(gradients)
+        function(tensors)
     else:
-        compiled[key](*(gradients[position] for position in present))
+        compiled[key](*(tensors[position] for position in present))
 
 
-def _can_compile(optimizer, gradients):
+def _can_compile(optimizer, tensors):
     if keras.backend.backend() != "tensorflow":
         return False
     import tensorflow as tf
 
     if tf.executing_eagerly() or tf.distribute.has_strategy():
         return False
-    if not optimizer.built or not all(gradient is None or tf.is_tensor(gradient) for gradient in gradients):
+    if not optimizer.built or not all(tensor is None or tf.is_tensor(tensor) for tensor in tensors):
         return False
-    if any(isinstance(gradient, tf.IndexedSlices) for gradient in gradients):
+    if any(isinstance(tensor, tf.IndexedSlices) for tensor in tensors):
         return False
     weights = optimizer.sparse_parts.trainable
     return sum(int(np.prod(variable.shape)) for variable in weights) >= _LEAST_WEIGHTS
 
 
-def _accepts(optimizer, function, gradients):
-    """Whether XLA can compile the step: known of Keras's optimizers (the tests try each), asked for others."""
+def _accepts(function, tensors):
+    """Whether XLA can compile a `tf.function`."""
     import tensorflow as tf
 
-    plain = type(optimizer).plain_class
-    if plain is getattr(keras.optimizers, plain.__name__, None):
-        return True
     with tf.init_scope():
-        specs = [tf.TensorSpec(gradient.shape, gradient.dtype) for gradient in gradients]
+        specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]
         try:
             function.experimental_get_compiler_ir(*specs)(stage="hlo")
         except Exception:  # Whatever stands in the way: the operations run as they are.

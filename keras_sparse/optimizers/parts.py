@@ -33,6 +33,7 @@ class Part:
 
     name = None
     permanent = False  # Whether it stays in an optimizer that was made sparse for good when a fit ends.
+    ahead = False  # Whether it acts ahead of the compiled step: it compiles what it does by itself.
 
     def __init__(self, parts):
         self.parts = parts
@@ -104,6 +105,7 @@ class Parts:
 
     Attributes:
         optimizer: The optimizer that they belong to, or `None`.
+        state: The `SparseState` by which Keras saves them, which outlives a fit as they do, or `None`.
         for_good: Whether the optimizer stays sparse when a `fit` ends.
         of_replica: What belongs to a step of one replica.
         trainable: The variables that it was built with.
@@ -127,6 +129,7 @@ class Parts:
 
     def __init__(self, kinds=()):
         self.optimizer = None
+        self.state = None
         self.for_good = False
         # Replicas of `tf.distribute` are threads that take turns within a step.
         self.of_replica = threading.local()

@@ -7,7 +7,7 @@ every attribute, method, override and `isinstance` is that of the optimizer, bec
 
 import keras
 
-from keras_sparse.optimizers.compiled import run_step
+from keras_sparse.optimizers.compiled import run_compiled
 from keras_sparse.optimizers.masks import Masks
 from keras_sparse.optimizers.parts import Parts, SparseState
 from keras_sparse.optimizers.proximal import Proximal
@@ -146,6 +146,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             inner(grads, variables)
             return
         indices = [self._position(variable) for variable in known]
+        grads = parts.pass_through([part for part in active if part.ahead], grads, indices)
+        active = [part for part in active if not part.ahead]
 
         def step(grads):
             parts.of_replica.stepping = True
@@ -156,7 +158,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             for part in active:
                 part.after()
 
-        run_step(self, step, grads, tuple(indices), tuple(part.name for part in active) if whole else None)
+        plain = type(self).plain_class
+        known = plain is getattr(keras.optimizers, plain.__name__, None) and all(isinstance(p, _PARTS) for p in active)
+        key = (*(part.name for part in active), *indices) if whole else None
+        run_compiled(self, key, step, grads, known)
 
     def _position(self, variable):
         index = self.sparse_parts.index(variable)
@@ -224,7 +229,9 @@ def make_sparse(optimizer, parts=None, for_good=False):
     parts = Parts(_PARTS) if parts is None else parts
     parts.optimizer, parts.for_good = optimizer, for_good
     parts.loaded = None if loaded is None else loaded.parts.loaded
-    optimizer.sparse_state = SparseState(parts)
+    if parts.state is None:
+        parts.state = SparseState(parts)
+    optimizer.sparse_state = parts.state
     if plain not in _CLASSES:
         # What it passes for: its own class, or `SparseOptimizer` if it was made sparse for good.
         passes_for = property(

@@ -5,17 +5,23 @@ accumulated or clipped, and free of the loss scale. Under `tf.distribute` those 
 """
 
 import json
+import math
 
 import keras
 from keras import ops
 
 from keras_sparse import criteria
+from keras_sparse.optimizers.compiled import run_compiled
 from keras_sparse.optimizers.parts import Part, as_numpy, variable_like
 
 __all__ = ["Statistics", "dense_gradients"]
 
 # Means are plain over this many micro-steps, then exponential with this time constant: old gradients are forgotten.
 WINDOW = 100
+
+# So many weights have a compiled function of their own, which runs as soon as their gradients are there, while those of
+# other layers are computed: they are in the processor's cache still, and as one function all would wait for the last.
+_LEAST_WEIGHTS = 2**18
 
 
 class Statistics(Part):
@@ -35,6 +41,7 @@ class Statistics(Part):
     """
 
     name = "statistics"
+    ahead = True
 
     def __init__(self, parts):
         super().__init__(parts)
@@ -108,19 +115,42 @@ class Statistics(Part):
         counter, latest = self.variables[kind, -1], self.variables[kind, -2]
         counter.assign_add(1)
         count = ops.minimum(ops.cast(counter, "float32"), float(WINDOW))
-        restarts = statistic.every_step
         # Without accumulation every call is a step of its own.
-        same_step = ops.equal(latest, step) if self.parts.optimizer.gradient_accumulation_steps else False
-        for key in sorted(key for key in self.claimed if key[0] == kind and key[1] in gradients):
-            variable = self.variables[key]
-            value = ops.convert_to_tensor(variable)
-            if restarts:
-                value = ops.where(same_step, value, ops.zeros_like(value))
-            weight = ops.cast(ops.convert_to_tensor(self.parts.trainable[key[1]]), value.dtype)
-            gradient = ops.cast(gradients[key[1]], value.dtype)
-            variable.assign(statistic.update(value, weight, gradient, ops.cast(count, value.dtype)))
-        if restarts:
+        again = ops.equal(latest, step) if self.parts.optimizer.gradient_accumulation_steps else None
+        keys = sorted(key for key in self.claimed if key[0] == kind and key[1] in gradients)
+        known = type(statistic).__module__ == criteria.__name__
+        for group in self._together(keys):
+
+            def update(tensors, group=group):
+                count, again, *found = tensors
+                for key, gradient in zip(group, found, strict=True):
+                    self._update_one(key, statistic, gradient, count, again)
+
+            tensors = [count, again, *(gradients[index] for _, index in group)]
+            run_compiled(self.parts.optimizer, ("statistic", *group), update, tensors, known)
+        if statistic.every_step:
             latest.assign(ops.cast(step, latest.dtype))
+
+    def _together(self, keys):
+        """Groups of keys whose weights are many together, in their order; the last may have few."""
+        groups, size = [], _LEAST_WEIGHTS
+        for key in keys:
+            if size >= _LEAST_WEIGHTS:
+                groups.append([])
+                size = 0
+            groups[-1].append(key)
+            size += math.prod(self.variables[key].shape)
+        return groups
+
+    def _update_one(self, key, statistic, gradient, count, again):
+        variable = self.variables[key]
+        value = ops.convert_to_tensor(variable)
+        if statistic.every_step:
+            fresh = ops.zeros_like(value)
+            value = fresh if again is None else ops.where(again, value, fresh)
+        weight = ops.cast(ops.convert_to_tensor(self.parts.trainable[key[1]]), value.dtype)
+        gradient = ops.cast(gradient, value.dtype)
+        variable.assign(statistic.update(value, weight, gradient, ops.cast(count, value.dtype)))
 
     def restore(self, config):
         for kind, index in config:

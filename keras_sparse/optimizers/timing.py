@@ -32,10 +32,14 @@ class FitClock(Part):
         Args:
             elapsed: Steps that it has run before.
         """
-        self.claim_all()
         if not self._started:
             self._started = True
-            self.start = self.iterations - elapsed
+            start = self.iterations - elapsed
+            if "start" in self.claimed:
+                self.start = start
+            else:
+                self._counter("start", start)
+        self.claim_all()
 
     def claim_all(self):
         """Make the variables that every fit has."""

@@ -253,20 +253,22 @@ def _sums(matrix, rows, cols):
     return sums.reshape(-1, rows, sums.shape[1]).sum(axis=1)
 
 
-def _ranks(groups):
-    """Each score's place in a stable sort of its group, the last axis: ties go by index, and NaN is the highest."""
-    size = groups.shape[-1]
-    if size > 16:
-        return np.argsort(np.argsort(groups, axis=-1, kind="stable"), axis=-1)
+def _ranks(columns):
+    """Each score's place in a stable sort along the first axis: ties go by index, and NaN is the highest.
+
+    Args:
+        columns: A list of arrays of the same shape, or one array.
+    """
+    if len(columns) > 16:
+        return np.argsort(np.argsort(np.asarray(columns), axis=0, kind="stable"), axis=0)
     # To compare each pair is several times faster than to sort many groups of few.
-    columns = np.ascontiguousarray(np.moveaxis(groups, -1, 0))
-    missing = np.isnan(columns)
-    ranks = np.zeros(columns.shape, "uint8")
-    for i, j in itertools.combinations(range(size), 2):
+    missing = [np.isnan(column) for column in columns]
+    ranks = [np.zeros_like(column, "uint8") for column in columns]
+    for i, j in itertools.combinations(range(len(columns)), 2):
         above = (columns[i] > columns[j]) | (missing[i] & ~missing[j])
         ranks[i] += above
         ranks[j] += ~above
-    return np.moveaxis(ranks, 0, -1)
+    return ranks
 
 
 class WithinOutputs:
@@ -298,7 +300,7 @@ class WithinOutputs:
         if not self.matrix or groups.ndim < 2:
             return groups
         # What cannot leave, and what has left, is not ranked.
-        return np.where(np.isinf(groups), groups, _ranks(groups)).astype(groups.dtype)
+        return np.where(np.isinf(groups), groups, np.transpose(_ranks(groups.T))).astype(groups.dtype)
 
 
 @PATTERNS.register("channel")
@@ -428,13 +430,15 @@ class NM(Pattern):
         # What stays in its group cannot leave: +inf. The others compete with their own scores, NaN and inf below that.
         highest = np.finfo(scores.dtype).max
         pooled = np.full_like(scores, np.inf)
-        rows, inputs = scores.shape
+        inputs = scores.shape[1]
         whole = inputs - inputs % self.m
-        for part, size in ((slice(0, whole), self.m), (slice(whole, inputs), inputs - whole)):
-            if size > self.n and part.start < part.stop:
-                groups = scores[:, part].reshape(rows, -1, size)
-                leaving = np.where(_ranks(groups) < size - self.n, np.fmin(groups, highest), np.inf)
-                pooled[:, part] = leaving.reshape(rows, -1)
+        for first, end, size in ((0, whole, self.m), (whole, inputs, inputs - whole)):
+            if size <= self.n or first == end:
+                continue
+            # The first of every group, the second of every group, and so on: views, and no copy.
+            places = [(slice(None), slice(first + place, end, size)) for place in range(size)]
+            for place, rank in zip(places, _ranks([scores[place] for place in places]), strict=True):
+                pooled[place] = np.where(rank < size - self.n, np.fmin(scores[place], highest), np.inf)
         return pooled
 
     def expand(self, groups, shape):

@@ -1,5 +1,6 @@
 """An allocation says how a budget of zeros is shared among the weights of a model."""
 
+import functools
 import math
 import numbers
 from dataclasses import dataclass, replace
@@ -38,10 +39,19 @@ class Goal:
         """Which output units have a weight that stays, a boolean vector."""
         return patterns.to_matrix(mask, self.weight.output_axes).any(axis=1)
 
+    @functools.cached_property
+    def group_shape(self):
+        """The shape of the scores that `pool` returns."""
+        return self.pool(np.zeros(self.weight.variable.shape, "float32")).shape
+
     @property
     def groups(self):
         """How many groups of weights the pattern makes of the weight."""
-        return self.pool(np.zeros(self.weight.variable.shape, "float32")).size
+        return math.prod(self.group_shape)
+
+    def dropped(self, mask):
+        """How many groups have no weight that stays."""
+        return int(np.sum(self.pool(mask.astype("float32")) == 0))
 
     def pool(self, scores):
         """One score for each group of the pattern, from scores of the weight's shape."""

@@ -154,9 +154,11 @@ class Plan:
             return closer
         return closer if isinstance(closer, str) and "not known" not in closer else why
 
-    def keep_units(self, model):
-        """Let what belongs to dead units stay zero, in kernels whose zeros are whole channels already."""
-        kept = [patterns.to_matrix(goal.weight.numpy() != 0, goal.weight.output_axes) for goal in self.goals]
+    def keep_units(self, model, masks):
+        """Let what belongs to dead units stay zero, in kernels whose masks take whole channels already."""
+        kept = [
+            patterns.to_matrix(mask, goal.weight.output_axes) for goal, mask in zip(self.goals, masks, strict=True)
+        ]
         dead = [i for i, matrix in enumerate(kept) if not matrix.any(axis=1).all()]
         whole = [i for i in dead if patterns.recognize(kept[i]) == "channel"]
         found = graph.unit_variables(model, [self.goals[i].weight for i in whole]) if whole else []
@@ -264,35 +266,43 @@ class Plan:
 
     def reached(self, masks):
         """Whether `masks` are at the goals, by the counts that `masks` promises."""
+        pairs = list(zip(self.goals, masks, strict=True))
         if self.channels is not None:
-            pairs = list(zip(self.goals, masks, strict=True))
-            rest = [(goal, mask) for goal, mask in pairs if not self._in_groups(goal)]
-            counts = [(goal.pool(mask.astype("float32")), goal) for goal, mask in rest]
-            done = all(np.sum(g == 0) >= goal.pattern.count(goal.sparsity, [g.shape]) for g, goal in counts)
-            return bool(done) and self.channels.reached([mask for goal, mask in pairs if self._in_groups(goal)])
-        # A group is dropped if none of its weights is kept.
-        groups = [goal.pool(mask.astype("float32")) for goal, mask in zip(self.goals, masks, strict=True)]
-        dropped = [int(np.sum(group == 0)) for group in groups]
-        if self.allocation.shared:
-            return sum(dropped) >= self.goals[0].pattern.count(self.goals[0].sparsity, [g.shape for g in groups])
-        wanted = [goal.pattern.count(goal.sparsity, [g.shape]) for goal, g in zip(self.goals, groups, strict=True)]
-        return all(have >= want for have, want in zip(dropped, wanted, strict=True))
+            whole = [mask for goal, mask in pairs if self._in_groups(goal)]
+            rest = [pair for pair in pairs if not self._in_groups(pair[0])]
+            return all(_dropped_enough([pair]) for pair in rest) and self.channels.reached(whole)
+        return all(map(_dropped_enough, [pairs] if self.allocation.shared else [[pair] for pair in pairs]))
 
     def present_masks(self):
         """Masks that keep what is not zero now; zeros that an initializer put there are kept, too."""
         return [_nonzero(goal.weight) for goal in self.goals]
 
-    def attach(self, parts):
-        """Give each goal's weight a mask in `parts` that keeps the zeros it has, and the statistic it needs."""
+    def attach(self, parts, present=None):
+        """Give each goal's weight a mask in `parts` that keeps the zeros it has, and the statistic it needs.
+
+        Args:
+            parts: The `Parts` of an optimizer.
+            present: What `present_masks` says, if it has been asked already.
+        """
         if self.criterion.of_inputs:
             raise ValueError(
                 f"`{type(self.criterion).__name__}` ranks weights by the inputs that they multiply, which training "
                 "does not keep: it serves in one shot, `ks.prune(model, sparsity, criterion, data=x)`."
             )
         masks = parts.masks
-        new = [goal.weight for goal in self.goals if masks.of(goal.weight.variable) is None]
-        masks.add([weight.variable for weight in new], [_nonzero(weight) for weight in new])
-        attached = self.attached_masks(parts)
+        new = [i for i, goal in enumerate(self.goals) if masks.of(goal.weight.variable) is None]
+        weights = [self.goals[i].weight for i in new]
+        kept = [_nonzero(weight) for weight in weights] if present is None else [present[i] for i in new]
+        masks.add([weight.variable for weight in weights], kept)
+        self._attach_units(parts)
+        if self.criterion.statistic is not None:
+            parts.statistics.add(self.criterion.statistic, [goal.weight.variable for goal in self.goals])
+
+    def _attach_units(self, parts):
+        """Give masks to what leaves with the units that have no weights any more."""
+        if self.channels is None and not any(goal.units for goal in self.goals):
+            return
+        masks, attached = parts.masks, self.attached_masks(parts)
         rest = [
             (variable, goal.unit_mask(mask).reshape(variable.shape))
             for goal, mask in zip(self.goals, attached, strict=True)
@@ -301,8 +311,6 @@ class Plan:
         rest += self._others(attached)
         rest = [(variable, kept) for variable, kept in rest if variable.trainable and masks.of(variable) is None]
         masks.add([v for v, _ in rest], [kept | (selection.as_array(v) != 0) for v, kept in rest])
-        if self.criterion.statistic is not None:
-            parts.statistics.add(self.criterion.statistic, [goal.weight.variable for goal in self.goals])
 
     def attached_masks(self, parts):
         """The masks of the goals as arrays."""
@@ -351,6 +359,16 @@ class Plan:
         found = np.full(scores.size, -np.inf, scores.dtype)
         found[live] = np.maximum(scores.reshape(-1)[live], np.finfo(scores.dtype).min)
         return found.reshape(scores.shape)
+
+
+def _dropped_enough(pairs):
+    """Whether the masks of goals that have one target drop as many groups as it says."""
+    first = pairs[0][0]
+    wanted = first.pattern.count(first.sparsity, [goal.group_shape for goal, _ in pairs])
+    # No group is dropped without a weight, and to count weights is cheaper than to find groups.
+    if sum(mask.size - int(np.count_nonzero(mask)) for _, mask in pairs) < wanted:
+        return False
+    return sum(goal.dropped(mask) for goal, mask in pairs) >= wanted
 
 
 def _on_paths(goal, places):
