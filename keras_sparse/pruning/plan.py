@@ -156,9 +156,7 @@ class Plan:
 
     def keep_units(self, model, masks):
         """Let what belongs to dead units stay zero, in kernels whose masks take whole channels already."""
-        kept = [
-            patterns.to_matrix(mask, goal.weight.output_axes) for goal, mask in zip(self.goals, masks, strict=True)
-        ]
+        kept = [patterns.to_matrix(mask, goal.weight.output_axes) for goal, mask in zip(self.goals, masks, strict=True)]
         dead = [i for i, matrix in enumerate(kept) if not matrix.any(axis=1).all()]
         whole = [i for i in dead if patterns.recognize(kept[i]) == "channel"]
         found = graph.unit_variables(model, [self.goals[i].weight for i in whole]) if whole else []
