@@ -3,14 +3,16 @@
 Each fit runs in a process of its own, forked from one that has only imported, with one of four sparse callbacks and
 `BackupAndRestore` before or after it, saving each epoch. Half of the kills come after a random step, half after a
 random time, so that they also hit Keras while it writes or the callback while it updates. A fit that is killed is
-resumed by a fit with the same arguments in a new process. `BackupAndRestore` writes its file in place: a kill in the
-midst of that leaves a file that plain Keras cannot read either, which is counted apart.
+resumed by a fit with the same arguments in a new process. `BackupAndRestore` writes its file in place: with
+`double_checkpoint=True` it keeps the one before, and goes back to it after a kill in the midst of that. A kill in the
+first writing leaves a file that plain Keras cannot read either: it is deleted, as a user must, and the fit begins anew.
 """
 
 import argparse
 import collections
 import os
 import random
+import shutil
 import signal
 import tempfile
 import time
@@ -56,7 +58,7 @@ def train(folder, name, first, kill):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     ours = [CALLBACKS[name](ks), Kill()]
-    backup = [keras.callbacks.BackupAndRestore(folder / "backup", save_freq="epoch")]
+    backup = [keras.callbacks.BackupAndRestore(folder / "backup", save_freq="epoch", double_checkpoint=True)]
     callbacks = backup + ours if first else ours + backup
     model.fit(x, y, epochs=EPOCHS, batch_size=16, shuffle=False, verbose=0, callbacks=callbacks)
     np.savez(folder / "end.npz", *model.get_weights(), *(np.asarray(v) for v in model.optimizer.variables))
@@ -80,12 +82,13 @@ def wait(process):
 
 
 def is_damaged(backup):
-    """Whether a file of Keras's backup is not whole."""
-    for path in backup.glob("*.h5"):
-        try:
-            h5py.File(path).close()
-        except OSError:
-            return True
+    """Whether the file of Keras's backup is not whole."""
+    try:
+        h5py.File(backup / "latest.weights.h5").close()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
     return False
 
 
@@ -129,10 +132,13 @@ def main():
             outcomes[name]["over before the kill"] += 1
             continue
         if is_damaged(folder / "backup"):
-            outcomes[name]["backup damaged"] += 1
-            continue
+            if (folder / "backup" / "latest.weights.h5.bkp").exists():
+                outcomes[name]["of them from the backup before"] += 1
+            else:
+                outcomes[name]["of them anew"] += 1
+                shutil.rmtree(folder / "backup")
         outcomes[name]["failed" if wait(fork(folder, name, first, 0)) else compare(whole[name, first], folder)] += 1
-    columns = ["equal", "differs", "failed", "backup damaged", "over before the kill"]
+    columns = ["equal", "differs", "failed", "of them from the backup before", "of them anew", "over before the kill"]
     rows = [[name, *(str(outcomes[name][column]) for column in columns)] for name in CALLBACKS]
     result.show(f"Killed and resumed, {args.backend} backend", ["callback", *columns], rows, [f"Seed {args.seed}."])
 
