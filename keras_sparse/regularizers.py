@@ -28,6 +28,10 @@ class MovableStrength(Configurable, keras.regularizers.Regularizer):
             return self.strength * self.cost(x)
         return ops.cast(ops.convert_to_tensor(self._moved), x.dtype) * self.cost(x)
 
+    def for_weight(self, weight):
+        """The regularizer as it is put on a `Weight`: itself, or one that knows where the weight's units lie."""
+        return self
+
     def move(self, fraction):
         """Make the strength `fraction` of the constructor's. Returns whether functions traced before are outdated."""
         first = self._moved is None
@@ -137,6 +141,11 @@ class GroupLasso(MovableStrength):
         norms = ops.where(positive, ops.sqrt(ops.where(positive, squares, ops.ones_like(squares))), 0.0)
         return size**0.5 * ops.sum(norms)
 
+    def for_weight(self, weight):
+        own = type(self).from_config(self.get_config() | {"output_axes": weight.output_axes})
+        own.layout(tuple(weight.variable.shape))  # Raises now, before anything changes, if groups do not divide it.
+        return own
+
     def layout(self, shape):
         """Return the size of a group, and the flat indices of the weights of `shape` ordered by group."""
         groups = self.group.groups(shape, self.output_axes).reshape(-1)
@@ -188,7 +197,8 @@ def regularize(model, regularizer, filters=None):
         raise TypeError(f"Expected a Keras regularizer, a name or `None`. Received: regularizer={regularizer!r}")
     of_scales = getattr(regularizer, "of_scales", False)
     chosen = _scales(model, filters) if of_scales else selection.select(model, filters).chosen
-    attached = [_for_weight(regularizer, weight) for weight in chosen]
+    ours = isinstance(regularizer, MovableStrength)
+    attached = [regularizer.for_weight(weight) if ours else regularizer for weight in chosen]
     reasons = _why_not_saved(model, chosen)
     for weight, own in zip(chosen, attached, strict=True):
         weight.variable.regularizer = own
@@ -227,14 +237,6 @@ def _scales(model, filters):
     keys = filters if isinstance(filters, (list, tuple)) else [filters]
     named = IdentityDict.fromkeys(w.variable for key in keys for w in selection.matching(key, found))
     return [weight for weight in found if weight.variable in named]
-
-
-def _for_weight(regularizer, weight):
-    if not isinstance(regularizer, GroupLasso):
-        return regularizer
-    own = type(regularizer).from_config(regularizer.get_config() | {"output_axes": weight.output_axes})
-    own.layout(tuple(weight.variable.shape))  # Raises now, before anything changes, if groups do not divide it.
-    return own
 
 
 def _attribute(weight):

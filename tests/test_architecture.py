@@ -14,6 +14,9 @@ import types
 import keras
 import pytest
 
+from keras_sparse.tflite.commands import RUNTIMES
+from keras_sparse.tflite.targets import TARGETS
+
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "keras_sparse"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -37,6 +40,9 @@ PRIVATE = {
     # How the Keras optimizers assign within a replica; no public call does it in every strategy.
     ("optimizers", "__internal__"): "tf.__internal__.distribute.interim.maybe_merge_call",
 }
+
+# Registered classes that others may ask for: an optimizer and a layer are told from those of Keras.
+ASKED_FOR = {"L0", "SparseOptimizer"}
 
 VAGUE = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc", "core"}
 
@@ -161,7 +167,7 @@ def test_nothing_private_of_others(path):
         if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
             continue
         python = any(hasattr(kind, node.attr) for kind in (type, types.FunctionType, list, property))
-        if node.attr in ("__version__", "__signature__") or python:
+        if node.attr in ("__all__", "__version__", "__signature__") or python:
             continue  # `__name__` and its like are Python's, and public.
         owner = node.value
         ours = isinstance(owner, ast.Name) and owner.id in ("self", "cls")
@@ -173,6 +179,45 @@ def test_every_exception_is_needed():
     nodes = [(module_of(path), node) for path in FILES for node in ast.walk(TREES[path])]
     used = {(module, node.attr) for module, node in nodes if isinstance(node, ast.Attribute)}
     assert set(PRIVATE) <= used, "An exception in PRIVATE is no longer needed: remove it."
+
+
+def names_in(node):
+    """The names that an expression mentions, without the modules that they are in."""
+    return {getattr(part, "attr", getattr(part, "id", None)) for part in ast.walk(node)}
+
+
+@functools.cache
+def registered():
+    """Names of our classes that strings or configs stand for: `@serializable`, or `@TABLE.register("name")`."""
+    classes = [node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return {
+        node.name for node in classes if {"register", "serializable"} & set().union(*map(names_in, node.decorator_list))
+    }
+
+
+@each_file
+def test_nobody_asks_which_registered_class_an_object_is_of(path):
+    ours = registered() - ASKED_FOR
+    assert {"Unstructured", "Global", "Pruning", "Budget", "Fisher"} <= ours
+    for node in ast.walk(TREES[path]):
+        kind = (
+            node.args[1]
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass")
+            else None
+        )
+        if isinstance(node, ast.Compare) and "type(" in ast.unparse(node):
+            kind = node
+        asked = ours & names_in(kind) if kind is not None else ()
+        assert not asked, f"{where(path, node)}: {ast.unparse(node)}; ask the object for an attribute"
+
+
+@each_file
+def test_nobody_compares_the_name_of_a_runtime_or_target(path):
+    names = {*RUNTIMES, *(target.name for target in TARGETS)}
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, (ast.Compare, ast.match_case)):
+            texts = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            assert not texts & names, f"{where(path, node)}: {ast.unparse(node)}; ask the `Runtime` or `Target`"
 
 
 @each_file
@@ -214,6 +259,20 @@ def test_examples_run(module, tmp_path, monkeypatch):
         runner.run(example)
     assert runner.tries or not list(public(TREES[MODULES[module]]))
     assert runner.failures == 0
+
+
+@pytest.mark.parametrize(
+    ("table", "package"),
+    [("patterns.shapes:PATTERNS", "patterns"), ("pruning.allocation:ALLOCATIONS", "pruning")],
+)
+def test_what_is_registered_is_a_name_of_its_package(table, package):
+    module, _, name = table.partition(":")
+    classes = getattr(importlib.import_module(f"keras_sparse.{module}"), name).classes.values()
+    own = [one for one in classes if one.__module__ == f"keras_sparse.{module}"]
+    public = importlib.import_module(f"keras_sparse.{package}")
+    assert len(own) >= 3
+    assert {one.__name__ for one in own} <= set(public.__all__)
+    assert [getattr(public, one.__name__) for one in own] == own
 
 
 def test_size_of_tests():

@@ -135,7 +135,7 @@ class DynamicSparseTraining(ScheduledCallback):
         super().__init__(0, end, frequency, filters, verbose)
         self.pattern = patterns.get(pattern)
         by_channels = self.pattern.whole_units
-        if not by_channels and not isinstance(self.pattern, patterns.Unstructured):
+        if not by_channels and not self.pattern.single_weights:
             raise ValueError(
                 "Dynamic sparse training moves single weights, or whole channels: `pattern` is None or 'channel'. "
                 f"Received: pattern={pattern!r}"
@@ -147,10 +147,10 @@ class DynamicSparseTraining(ScheduledCallback):
                 "`allocation` must be 'erk' or 'uniform': which weights are live says the training. "
                 f"Received: allocation={allocation!r}"
             )
-        if sparsity is not None and not isinstance(sparsity, pruning.Budget):
+        target = pruning.as_target(sparsity)
+        if sparsity is not None and target.budget is None:
             pruning.check_target(sparsity, allocation)
-        patterned = isinstance(sparsity, dict) and any(isinstance(value, (tuple, list)) for value in sparsity.values())
-        if patterned or isinstance(sparsity, pruning.Budget):
+        if target.patterned or target.budget is not None:
             raise ValueError(
                 "Dynamic sparse training has one pattern: give sparsities without patterns. To meet a budget in "
                 "training, take `ks.callbacks.Pruning(ks.Budget(macs=0.5), pattern='channel')`. "

@@ -63,6 +63,8 @@ class LotteryTicket(ScheduledCallback):
     [0.0, 0.0, 0.5, 0.5, 0.75, 0.75]
     """
 
+    alone = True
+
     def __init__(
         self, rounds, rate=None, rewind_to=0, allocation="global", filters=None, verbose=0, target_sparsity=None
     ):
@@ -108,8 +110,6 @@ class LotteryTicket(ScheduledCallback):
         return self.target_sparsity if prunings == last else 1.0 - (1.0 - self.target_sparsity) ** (prunings / last)
 
     def make_plan(self, run, untrained=()):
-        if any(isinstance(callback, LotteryTicket) and callback is not self for callback in run.fit.callbacks):
-            raise ValueError("One `fit` takes one `LotteryTicket`: name all weights in its `filters`. Received: two")
         self._round = 0
         run.parts.rewind_point.add()
         target = self._sparsity(self.rounds - 1)

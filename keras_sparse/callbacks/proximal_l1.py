@@ -66,6 +66,8 @@ class ProximalL1(ScheduledCallback):
     0.8
     """
 
+    alone = True
+
     def __init__(
         self,
         strength=None,
@@ -84,7 +86,7 @@ class ProximalL1(ScheduledCallback):
             )
         if strength is not None:
             layers.check_penalty("strength", strength)
-        elif isinstance(target_sparsity, pruning.Budget):
+        elif pruning.as_target(target_sparsity).budget is not None:
             raise ValueError(
                 "`ProximalL1` leads to a share of zeros; a budget counts what a model costs without its channels. "
                 "Take `ks.callbacks.Pruning(budget, pattern='channel')`. "
@@ -129,8 +131,6 @@ class ProximalL1(ScheduledCallback):
                 "times strength. Tune the strength, or use SGD or Adam.",
                 stacklevel=2,
             )
-        if any(isinstance(callback, ProximalL1) and callback is not self for callback in run.fit.callbacks):
-            raise ValueError("One `fit` takes one `ProximalL1`: name all weights in its `filters`. Received: two")
         plan = _FreePlan(
             run.model,
             self.target_sparsity or 0.0,

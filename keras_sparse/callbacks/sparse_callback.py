@@ -29,6 +29,7 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
 
     Attributes:
         clock: A `Clock`, or `None` for an algorithm that has no due steps.
+        alone: Whether a fit takes one callback of the class.
 
     Example:
 
@@ -38,6 +39,7 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
     """
 
     clock = None
+    alone = False
     finished = False
     reached = True
 
@@ -98,6 +100,10 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
     def _attach(self):
         run = self._run
         try:
+            others = [one for one in run.fit.callbacks if isinstance(one, type(self)) and one is not self]
+            if self.alone and others:
+                name = type(self).__name__
+                raise ValueError(f"One `fit` takes one `{name}`: name all weights in its `filters`. Received: two")
             if not run.optimizer.built:
                 run.optimizer.build(self._model.trainable_variables)
             run.parts.clock.begin()

@@ -128,6 +128,7 @@ class Pattern(Configurable):
         matrix: Whether the pattern is defined on the matrix view.
         sparsity: The sparsity that the pattern stands for, or `None` if it goes with any.
         whole_units: Whether a group is all that an output unit has, so that biases and the like go with it.
+        single_weights: Whether each weight is a group, wherever it stands: the same in any layout.
 
     Example:
 
@@ -145,6 +146,7 @@ class Pattern(Configurable):
     matrix = False
     sparsity = None
     whole_units = False
+    single_weights = False
 
     def pool(self, scores):
         """Return one score for each group of weights that must leave together, as an array of any shape."""
@@ -223,6 +225,8 @@ class Unstructured(Pattern):
     array([False, False,  True,  True])
     """
 
+    single_weights = True
+
     def pool(self, scores):
         return scores
 
@@ -291,8 +295,7 @@ class WithinOutputs:
 
     def __init__(self, pattern):
         self._pattern = pattern
-        # Unstructured zeros are the same in any layout.
-        self.matrix = pattern.matrix or isinstance(pattern, Unstructured)
+        self.matrix = pattern.matrix or pattern.single_weights
         self.count, self.expand = pattern.count, pattern.expand
 
     def pool(self, scores):

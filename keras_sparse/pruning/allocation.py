@@ -10,7 +10,8 @@ import numpy as np
 from keras_sparse import patterns, selection
 from keras_sparse.registry import Configurable, Registry, is_real
 
-__all__ = ["ERK", "Allocation", "Global", "Goal", "Isomorphic", "Uniform", "erk_counts", "get"]
+# All but `get` are names of `ks.pruning`.
+__all__ = ["ERK", "Allocation", "Global", "Goal", "Isomorphic", "Uniform", "erk_counts"]
 
 ALLOCATIONS = Registry("allocation")
 

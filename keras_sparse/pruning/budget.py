@@ -1,4 +1,4 @@
-"""A budget is the share of weights to set to zero, as a user gives it."""
+"""A target is how sparse a model is to become, as a user writes it: shares of zeros, or what it may cost."""
 
 import math
 
@@ -7,10 +7,122 @@ import keras
 from keras_sparse import patterns, selection
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning import allocation as allocations
-from keras_sparse.pruning.costs import Budget
-from keras_sparse.registry import is_real
+from keras_sparse.registry import Configurable, is_real
 
-__all__ = ["check_target", "final_target", "per_weight"]
+__all__ = ["Shares", "Target", "as_target", "check_target", "final_target", "per_weight"]
+
+
+class Target(Configurable):
+    """How sparse a model is to become. Subclasses implement `check`, `check_pattern` and `per_weight`.
+
+    Attributes:
+        budget: What the model may cost, a `ks.Budget`; `None` where shares of zeros are the target.
+        patterned: Whether it names patterns for weights.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.pruning.budget.as_target(ks.Budget(macs=0.5)).budget.macs, ks.pruning.budget.as_target(0.5).budget
+    (0.5, None)
+    """
+
+    budget = None
+    patterned = False
+
+    @property
+    def as_written(self):
+        """What a user writes for it."""
+        return self
+
+    def check(self, allocation):
+        """Raise unless it goes with an `Allocation`."""
+        raise TypeError(f"`{type(self).__name__}` must implement `check(self, allocation)`.")
+
+    def check_pattern(self, pattern, allocation, on_the_way=False):
+        """Raise unless it goes with a `Pattern` and an `Allocation`; `on_the_way`, less than it asks for will do."""
+        raise TypeError(f"`{type(self).__name__}` must implement `check_pattern(self, pattern, allocation)`.")
+
+    def per_weight(self, weights):
+        """List `(weight, sparsity or None, own pattern or None)` for the weights that have a target."""
+        raise TypeError(f"`{type(self).__name__}` must implement `per_weight(self, weights)`.")
+
+
+class Shares(Target):
+    """Shares of zeros: one for all weights, or a dict `{regex: sparsity}` or `{regex: (sparsity, pattern)}`.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.pruning.budget.Shares({"dense": (0.5, "2:4")}).patterned
+    True
+    """
+
+    def __init__(self, shares):
+        self.shares = shares
+
+    @property
+    def as_written(self):
+        return self.shares
+
+    @property
+    def patterned(self):
+        return any(isinstance(share, (tuple, list)) for share in self._each())
+
+    def _each(self):
+        return self.shares.values() if isinstance(self.shares, dict) else [self.shares]
+
+    def check(self, allocation):
+        if not isinstance(self.shares, dict):
+            _check_sparsity(self.shares)
+            return
+        if not self.shares:
+            raise ValueError("A dict of target sparsities must have at least one key. Received: {}")
+        if allocation.shared or allocation.redistributes:
+            raise ValueError(
+                "A dict of target sparsities says itself how the budget is shared: it goes with allocation='uniform'. "
+                f"Received: allocation={allocation!r}, target={self.shares!r}"
+            )
+        for value in self.shares.values():
+            sparsity, pattern = _sparsity_and_pattern(value)
+            _check_sparsity(sparsity)
+            patterns.get(pattern)
+
+    def check_pattern(self, pattern, allocation, on_the_way=False):
+        for sparsity, own in map(_sparsity_and_pattern, self._each()):
+            own = pattern if own is None else patterns.get(own)
+            if own.sparsity is None:
+                continue
+            fits = math.isclose(sparsity, own.sparsity, abs_tol=1e-6) or (on_the_way and sparsity < own.sparsity)
+            if allocation.redistributes or not fits:
+                raise ValueError(
+                    f"The pattern {own.get_config()} is a sparsity of {own.sparsity:g} in each weight: leave the "
+                    f"target out, or give this one{' or less' * on_the_way}, with allocation='uniform'. "
+                    f"Received: {sparsity!r}, allocation={allocation!r}"
+                )
+
+    def per_weight(self, weights):
+        if not isinstance(self.shares, dict):
+            return [(weight, float(self.shares), None) for weight in weights]
+        found = IdentityDict()
+        for key, value in self.shares.items():
+            for weight in selection.matching(key, weights):
+                found.setdefault(weight.variable, _sparsity_and_pattern(value))
+        targets = [(weight, *found[weight.variable]) for weight in weights if weight.variable in found]
+        return [(weight, float(sparsity), pattern) for weight, sparsity, pattern in targets]
+
+
+def as_target(value):
+    """The `Target` that a user's value stands for: itself, the config of one, or `Shares`.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> ks.pruning.budget.as_target(0.9).as_written
+    0.9
+    """
+    if isinstance(value, dict) and isinstance(value.get("registered_name"), str):  # of a callback's config
+        value = keras.saving.deserialize_keras_object(value)
+    return value if isinstance(value, Target) else Shares(value)
 
 
 def check_target(target_sparsity, allocation="uniform"):
@@ -31,27 +143,7 @@ def check_target(target_sparsity, allocation="uniform"):
             "pass what comes out as the target: `ks.sensitivity(model, x).allocate(0.9)`. "
             f"Received: allocation={allocation!r}"
         )
-    if isinstance(target_sparsity, Budget):
-        if allocation.redistributes:
-            raise ValueError(
-                "A `Budget` goes with allocation='uniform', 'global' or 'isomorphic'. "
-                f"Received: allocation={allocation!r}, target={target_sparsity!r}"
-            )
-        return
-    if not isinstance(target_sparsity, dict):
-        _check_sparsity(target_sparsity)
-        return
-    if not target_sparsity:
-        raise ValueError("A dict of target sparsities must have at least one key. Received: {}")
-    if allocation.shared or allocation.redistributes:
-        raise ValueError(
-            "A dict of target sparsities says itself how the budget is shared: it goes with allocation='uniform'. "
-            f"Received: allocation={allocation!r}, target={target_sparsity!r}"
-        )
-    for value in target_sparsity.values():
-        sparsity, pattern = _sparsity_and_pattern(value)
-        _check_sparsity(sparsity)
-        patterns.get(pattern)
+    as_target(target_sparsity).check(allocation)
 
 
 def final_target(target_sparsity, allocation, pattern, on_the_way=False):
@@ -66,31 +158,24 @@ def final_target(target_sparsity, allocation, pattern, on_the_way=False):
     0.5
     """
     pattern = patterns.get(pattern)
-    if isinstance(target_sparsity, dict) and target_sparsity.get("registered_name") == "keras_sparse>Budget":
-        target_sparsity = keras.saving.deserialize_keras_object(target_sparsity)  # of a callback's config
-    if target_sparsity is None:
-        target_sparsity = pattern.sparsity
-    check_target(target_sparsity, allocation)
-    if isinstance(target_sparsity, Budget):
-        if not pattern.whole_units:
-            raise ValueError(
-                "A `Budget` counts what is left when channels are removed: it goes with pattern='channel'. "
-                f"Received: pattern={pattern!r}, target={target_sparsity!r}"
-            )
-        return target_sparsity
-    values = target_sparsity.values() if isinstance(target_sparsity, dict) else [target_sparsity]
-    for sparsity, own in map(_sparsity_and_pattern, values):
-        own = pattern if own is None else patterns.get(own)
-        if own.sparsity is None:
-            continue
-        fits = math.isclose(sparsity, own.sparsity, abs_tol=1e-6) or (on_the_way and sparsity < own.sparsity)
-        if allocations.get(allocation).redistributes or not fits:
-            raise ValueError(
-                f"The pattern {own.get_config()} is a sparsity of {own.sparsity:g} in each weight: leave the target "
-                f"out, or give this one{' or less' * on_the_way}, with allocation='uniform'. "
-                f"Received: {sparsity!r}, allocation={allocation!r}"
-            )
-    return target_sparsity
+    target = as_target(pattern.sparsity if target_sparsity is None else target_sparsity)
+    check_target(target, allocation)
+    target.check_pattern(pattern, allocations.get(allocation), on_the_way)
+    return target.as_written
+
+
+def per_weight(target_sparsity, weights):
+    """List `(weight, sparsity, own pattern or None)` for the weights that have a target.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, name="a"), keras.layers.Dense(5, name="b")])
+    >>> weights = ks.selection.select(model).chosen
+    >>> [(w.layer.name, *rest) for w, *rest in ks.pruning.budget.per_weight({"b/": (0.5, "2:4")}, weights)]
+    [('b', 0.5, '2:4')]
+    """
+    return as_target(target_sparsity).per_weight(weights)
 
 
 def _check_sparsity(value):
@@ -113,26 +198,3 @@ def _sparsity_and_pattern(value):
             raise ValueError(f"Expected a sparsity or a pair (sparsity, pattern). Received: {value!r}")
         return value
     return value, None
-
-
-def per_weight(target_sparsity, weights):
-    """List `(weight, sparsity, own pattern or None)` for the weights that have a target.
-
-    Example:
-
-    >>> import keras, keras_sparse as ks
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, name="a"), keras.layers.Dense(5, name="b")])
-    >>> weights = ks.selection.select(model).chosen
-    >>> [(w.layer.name, *rest) for w, *rest in ks.pruning.budget.per_weight({"b/": (0.5, "2:4")}, weights)]
-    [('b', 0.5, '2:4')]
-    """
-    if isinstance(target_sparsity, Budget):
-        return [(weight, None, None) for weight in weights]
-    if not isinstance(target_sparsity, dict):
-        return [(weight, float(target_sparsity), None) for weight in weights]
-    found = IdentityDict()
-    for key, value in target_sparsity.items():
-        for weight in selection.matching(key, weights):
-            found.setdefault(weight.variable, _sparsity_and_pattern(value))
-    targets = [(weight, *found[weight.variable]) for weight in weights if weight.variable in found]
-    return [(weight, float(sparsity), pattern) for weight, sparsity, pattern in targets]

@@ -4,13 +4,14 @@ import importlib
 import math
 import numbers
 
-from keras_sparse.registry import Configurable, check_whole, is_real, serializable
+from keras_sparse.pruning.budget import Target
+from keras_sparse.registry import check_whole, is_real, serializable
 
 __all__ = ["Budget"]
 
 
 @serializable
-class Budget(Configurable):
+class Budget(Target):
     """What a model may cost after `ks.shrink`, in place of a target sparsity; it goes with `pattern="channel"`.
 
     Of several amounts all are kept to. Channels leave until they are: no more than needed, but for the last one.
@@ -68,6 +69,27 @@ class Budget(Configurable):
     def _given(self):
         every = {name: getattr(self, name) for name in ("macs", "parameters", "bytes", "milliseconds")}
         return {name: value for name, value in every.items() if value is not None}
+
+    @property
+    def budget(self):
+        return self
+
+    def check(self, allocation):
+        if allocation.redistributes:
+            raise ValueError(
+                "A `Budget` goes with allocation='uniform', 'global' or 'isomorphic'. "
+                f"Received: allocation={allocation!r}, target={self!r}"
+            )
+
+    def check_pattern(self, pattern, allocation, on_the_way=False):
+        if not pattern.whole_units:
+            raise ValueError(
+                "A `Budget` counts what is left when channels are removed: it goes with pattern='channel'. "
+                f"Received: pattern={pattern!r}, target={self!r}"
+            )
+
+    def per_weight(self, weights):
+        return [(weight, None, None) for weight in weights]
 
     def limits(self, whole):
         """The amounts that may be left, `{name: amount}`, of a model that costs `whole`, `{name: amount}`."""

@@ -8,9 +8,8 @@ from keras_sparse import criteria, graph, optimizers, patterns, selection
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning import allocation as allocations
 from keras_sparse.pruning.allocation import Goal
-from keras_sparse.pruning.budget import check_target, per_weight
+from keras_sparse.pruning.budget import as_target, check_target
 from keras_sparse.pruning.channels import ChannelChoice
-from keras_sparse.pruning.costs import Budget
 
 __all__ = ["UNTRAINED", "Plan"]
 
@@ -79,11 +78,11 @@ class Plan:
                 f"There is nothing to prune by the inputs of {model.name!r}. Rows of `ks.graph.register_kind` tell "
                 f"what layers of your own multiply. The reasons: {reasons}"
             )
-        targets = per_weight(target_sparsity, weights.chosen)
+        targets = as_target(target_sparsity).per_weight(weights.chosen)
         self.goals = [
             Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
         ]
-        self.channels, self._budget = None, target_sparsity if isinstance(target_sparsity, Budget) else None
+        self.channels, self._budget = None, as_target(target_sparsity).budget
         self._removable = removable or self._budget is not None or self.criterion.of_scales
         if self.criterion.of_scales and not (whole_units and all(goal.pattern.whole_units for goal in self.goals)):
             raise ValueError(

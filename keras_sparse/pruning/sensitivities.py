@@ -9,8 +9,8 @@ from keras_sparse import batches, criteria, graph, patterns, selection
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning.allocation import ALLOCATIONS, Allocation
 from keras_sparse.pruning.batch_norm import unchanged_on_failure
+from keras_sparse.pruning.budget import as_target
 from keras_sparse.pruning.calibration import Calibration, blocks
-from keras_sparse.pruning.costs import Budget
 from keras_sparse.pruning.layerwise import alternatives
 from keras_sparse.pruning.one_shot import gradient_statistics
 from keras_sparse.pruning.plan import Plan
@@ -83,14 +83,15 @@ class SensitivityReport(Report):
         45
         """
         sizes = np.array([weight.size for weight in self._weights])
-        if isinstance(target, Budget):
+        budget = as_target(target).budget
+        if budget is not None:
             costs = self._costs(sizes)
-            limits = target.limits({name: float(sum(s * u)) for name, (s, u) in costs.items()})
+            limits = budget.limits({name: float(sum(s * u)) for name, (s, u) in costs.items()})
             [(name, limit), *others] = limits.items()
             if others or name not in costs:
                 raise ValueError(
                     f"A budget is divided in one unit: give one of {', '.join(map(repr, costs))}. "
-                    f"Received: {target.get_config()}"
+                    f"Received: {budget.get_config()}"
                 )
             unit = costs[name][1]
         elif is_real(target):
