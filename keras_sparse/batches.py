@@ -1,40 +1,75 @@
-"""Batches of a model's inputs, from any data that `predict` takes, and of targets, from any that `evaluate` takes."""
+"""Data as all functions take them, and batches of them.
+
+Data are inputs `x` (an array, or a list or dict of them for several inputs), a tuple `(x, y)` or
+`(x, y, sample_weight)`, what yields batches of any of these (a `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch
+`DataLoader`, a generator that ends), or a function that returns one. A function that needs inputs alone leaves targets
+out.
+"""
 
 import keras
 import numpy as np
 
 from keras_sparse.registry import check_whole
 
-__all__ = ["are_arrays", "check", "count", "labelled", "of"]
+__all__ = ["are_arrays", "check", "count", "labelled", "of", "parts", "whole"]
 
 
-def check(data, batch_size=32):
-    """Raise unless `data` are a model's inputs, as for `predict`, and can be read to an end.
+def parts(data, name="`data`"):
+    """Return data as a list: `[batches]`, `[x]`, `[x, y]` or `[x, y, sample_weight]`.
 
     Args:
-        data: An array, a list or dict of them for several inputs, or what yields batches of `x`, `(x, y)` or
-            `(x, y, sample_weight)`: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader`, a generator
-            that ends.
-        batch_size: Samples in a batch if `data` are arrays.
+        data: As all functions take them; a function is called.
+        name: What to call them in an error.
 
     Raises:
-        ValueError: If `data` are a tuple, of different lengths or endless, or if `batch_size` is not at least 1.
-        TypeError: If `data` are none of the above.
+        ValueError: If a tuple has more than three parts, or none.
 
     Example:
 
     >>> from keras_sparse import batches
-    >>> batches.check(([1.0], [2.0]))
-    Traceback (most recent call last):
-    ...
-    ValueError: `data` are inputs only: pass `x`, not `(x, y)`, and several inputs as a list or dict. Received: ...
+    >>> batches.parts(lambda: ([1.0], [2.0]))
+    [[1.0], [2.0]]
     """
-    check_whole("batch_size", batch_size)
-    if isinstance(data, tuple):
+    readable = hasattr(data, "__iter__") or hasattr(data, "shape")
+    if callable(data) and not readable and not isinstance(data, (type, keras.layers.Layer)):
+        data = data()
+    if not isinstance(data, tuple):
+        return [data]
+    if not 1 <= len(data) <= 3:
         raise ValueError(
-            "`data` are inputs only: pass `x`, not `(x, y)`, and several inputs as a list or dict. "
+            f"{name} that are a tuple must be (x, y) or (x, y, sample_weight); several inputs are a list or dict. "
             f"Received: a tuple of {len(data)}"
         )
+    # To `evaluate` lists say the same as tuples.
+    return [list(part) if isinstance(part, tuple) else part for part in data]
+
+
+def check(data, batch_size=32):
+    """Raise unless `data` are as all functions take them, and can be read to an end.
+
+    Args:
+        data: See above.
+        batch_size: Samples in a batch if `data` are arrays.
+
+    Raises:
+        ValueError: If `data` are a tuple of more than three, of different lengths or endless, or if `batch_size` is not
+            at least 1.
+        TypeError: If `data` are none of the above.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_sparse import batches
+    >>> batches.check((np.zeros((3, 4)), [0, 1]))
+    Traceback (most recent call last):
+    ...
+    ValueError: `x` and `y` must have the same number of samples. Received: [2, 3]
+    """
+    labelled(data, batch_size=batch_size)
+
+
+def _check_inputs(data, batch_size):
+    check_whole("batch_size", batch_size)
     if are_arrays(data):
         arrays = keras.tree.flatten(data)
         bare = [array for array in arrays if not getattr(array, "shape", ())]
@@ -79,10 +114,11 @@ def of(data, batch_size=32):
     >>> [batch.shape for batch in batches.of(np.zeros((5, 3)), batch_size=2)]
     [(2, 3), (2, 3), (1, 3)]
     """
-    if are_arrays(data):
-        yield from _slices(data, batch_size)
+    x = parts(data)[0]
+    if are_arrays(x):
+        yield from _slices(x, batch_size)
         return
-    for batch in _parts(data):
+    for batch in _each(x):
         yield keras.tree.map_structure(_as_array, keras.utils.unpack_x_y_sample_weight(batch)[0])
 
 
@@ -90,13 +126,14 @@ def labelled(x, y=None, sample_weight=None, batch_size=32):
     """Yield batches `(x, y, sample_weight)` of NumPy arrays, from what `evaluate` takes; `None` for what is not there.
 
     Args:
-        x: Inputs as for `check`. What yields batches brings targets and sample weights itself.
+        x: Inputs, or data as all functions take them: a tuple, and what yields batches, bring targets and sample
+            weights themselves.
         y: Targets for arrays `x`: an array, or a list or dict of them for several outputs.
         sample_weight: An array of numbers, one for each sample.
         batch_size: Samples in a batch if `x` are arrays.
 
     Raises:
-        ValueError: If arrays have different lengths, or `y` comes on top of batches that have their own; as `check`.
+        ValueError: If arrays have different lengths, or `y` comes on top of data that have their own; as `check`.
         TypeError: As `check`.
 
     Example:
@@ -106,14 +143,21 @@ def labelled(x, y=None, sample_weight=None, batch_size=32):
     >>> [y.tolist() for _, y, _ in batches.labelled(np.zeros((3, 4)), [0, 1, 1], batch_size=2)]
     [[0, 1], [1]]
     """
-    check(x, batch_size)
+    given = parts(x)
+    _check_inputs(given[0], batch_size)
+    own = len(given) > 1 or not are_arrays(given[0])
+    if own and (y is not None or sample_weight is not None):
+        raise ValueError(
+            "`y` and `sample_weight` go with arrays. A tuple, dataset or generator brings `(x, y)` or "
+            f"`(x, y, sample_weight)` itself. Received: x of type {type(x).__name__}, and y or sample_weight"
+        )
+    if len(given) > 1:
+        y, sample_weight = given[1], given[2] if len(given) > 2 else None
+    x = given[0]
     if not are_arrays(x):
-        if y is not None or sample_weight is not None:
-            raise ValueError(
-                "`y` and `sample_weight` go with arrays. A dataset or generator yields batches `(x, y)` or "
-                f"`(x, y, sample_weight)` itself. Received: x of type {type(x).__name__}, and y or sample_weight"
-            )
-        unpacked = (keras.utils.unpack_x_y_sample_weight(batch) for batch in _parts(x))
+        if len(given) > 1:
+            raise ValueError(f"Of a tuple (x, y), x must be arrays. Received: x of type {type(x).__name__}")
+        unpacked = (keras.utils.unpack_x_y_sample_weight(batch) for batch in _each(x))
         return (tuple(keras.tree.map_structure(_as_array, part) for part in batch) for batch in unpacked)
     given = [x]
     for name, part in (("y", y), ("sample_weight", sample_weight)):
@@ -131,6 +175,31 @@ def labelled(x, y=None, sample_weight=None, batch_size=32):
     return (padded(batch) for batch in _slices(present, batch_size))
 
 
+def whole(data, name="`data`"):
+    """Return `[x, y, sample_weight]` as arrays, `None` for what is not there; batches are put together.
+
+    Raises:
+        ValueError: If there are no samples, or arrays of different lengths; as `check`.
+        TypeError: As `check`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_sparse import batches
+    >>> x, y, sample_weight = batches.whole(iter([(np.zeros((4, 2)), np.zeros(4)), (np.zeros((3, 2)), np.zeros(3))]))
+    >>> x.shape, y.shape, sample_weight
+    ((7, 2), (7,), None)
+    """
+    given = parts(data, name)
+    found = list(labelled(tuple(given) if len(given) > 1 else given[0], batch_size=1024))
+    if not found:
+        raise ValueError(f"{name} must have at least one sample. Received: {type(data).__name__} without samples")
+    return [
+        None if column[0] is None else keras.tree.map_structure(lambda *some: np.concatenate(some), *column)
+        for column in zip(*found, strict=True)
+    ]
+
+
 def count(data, batch_size=32):
     """How many batches `of` or `labelled` will yield; `None` where nobody knows.
 
@@ -141,6 +210,7 @@ def count(data, batch_size=32):
     >>> batches.count(np.zeros((5, 3)), batch_size=2)
     3
     """
+    data = parts(data)[0]
     if are_arrays(data):
         arrays = keras.tree.flatten(data)
         return -(-int(arrays[0].shape[0]) // batch_size) if arrays else 0
@@ -162,7 +232,7 @@ def _slices(data, batch_size):
         yield keras.tree.map_structure(lambda array, at=start: _as_array(array[at : at + batch_size]), data)
 
 
-def _parts(data):
+def _each(data):
     if isinstance(data, keras.utils.PyDataset):
         return (data[index] for index in range(data.num_batches))
     return data

@@ -9,7 +9,27 @@ import numpy as np
 __all__ = ["load_arrays", "replacing"]
 
 
-def load_arrays(path, what="`x` and `y`", read=lambda file: (file["x"], file["y"])):
+def inputs(arrays):
+    """The inputs of a model among arrays: what is not `y`, by name, or `x` if it is the only one.
+
+    Args:
+        arrays: An open .npz file, or a dict of arrays.
+
+    Example:
+
+    >>> from keras_sparse import files
+    >>> files.inputs({"x": [1.0], "y": [2.0]}), files.inputs({"words": [1], "age": [2], "y": [0]})
+    ([1.0], {'words': [1], 'age': [2]})
+    """
+    found = {name: arrays[name] for name in arrays if name != "y"}
+    return found["x"] if list(found) == ["x"] else found
+
+
+def _with_targets(arrays):
+    return inputs(arrays), arrays["y"]
+
+
+def load_arrays(path, what="inputs, by name or as `x`, and targets as `y`", read=_with_targets):
     """Return what `read` takes from an .npz file.
 
     Args:

@@ -89,6 +89,7 @@ _NOT_ON_JAX = ["test_comparison*.py", "test_neurons*.py", "test_patterns.py", "t
 # Here models run forwards, too, but for a few fits, and cases differ in what NumPy does with layers: on JAX one case of
 # each test shows that arrays of JAX will do. TensorFlow and torch run them all.
 _ONE_CASE_ON_JAX = [
+    "test_batches.py",
     "test_channels.py",
     "test_graph.py",
     "test_graph_kinds.py",

@@ -115,8 +115,8 @@ def test_model_without_hidden_activations_logs_nothing():
 def test_bad_arguments():
     with pytest.raises(TypeError, match="an iterator is used up after the first.*type generator"):
         ks.callbacks.NeuronSparsity(x for x in [X])
-    with pytest.raises(ValueError, match="`data` are inputs only"):
-        ks.callbacks.NeuronSparsity((X, Y))
+    with pytest.raises(ValueError, match="same number of samples"):
+        ks.callbacks.NeuronSparsity((X, Y[:3]))
     with pytest.raises(ValueError, match="`batch_size` must be a whole number"):
         ks.callbacks.NeuronSparsity(X, batch_size=0)
     model = make()

@@ -100,7 +100,7 @@ def test_half_precision():
         ({"y": X, "metrics": ["mse"]}, ValueError, "'mean_squared_error'.*of the model 'm'"),
         ({"sample_weight": np.ones(3)}, ValueError, "`sample_weight`"),
         ({"x": X[:, :3]}, ValueError, r"'m' cannot be run.*\(32, 3\)"),
-        ({"x": (X, LABELS)}, ValueError, "inputs only"),
+        ({"x": (X, LABELS)}, ValueError, "itself"),
         ({"x": X[:0], "y": LABELS[:0]}, ValueError, "no data"),
         ({"x": iter([(X, LABELS)])}, ValueError, "itself"),
         ({"x": iter([X]), "y": None}, ValueError, "`y` is needed"),

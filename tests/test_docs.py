@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+import keras_sparse as ks
+
 ROOT = pathlib.Path(__file__).parents[1]
 # A block of Python. `<!-- setup` holds what a reader has already (a model, data); `<!-- not run -->` excuses the next.
 BLOCK = re.compile(
@@ -69,3 +71,10 @@ def test_the_figure_shows_the_numbers_of_the_benchmarks_page(monkeypatch):
     _, zeros, channels, _, _ = figure.measured()
     picture = figure.PICTURE.read_text(encoding="utf-8")
     assert [label for label, ratio in zeros + channels if f"<!-- {ratio:.2f} -->" not in picture] == []
+
+
+def test_every_public_name_is_used_by_a_guide():
+    pages = [ROOT / "README.md", ROOT / "docs" / "concepts.md", *(ROOT / "docs" / "guides").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    assert "Budget" in ks.__all__
+    assert [name for name in ks.__all__ if not re.search(rf"\bks\.{name}\b", text)] == []

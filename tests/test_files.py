@@ -42,3 +42,11 @@ def test_arrays(tmp_path):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match="Expected an .npz file"):
         files.load_arrays(path)
+
+
+def test_inputs_by_name_stand_beside_targets(tmp_path):
+    np.savez(tmp_path / "named.npz", words=np.ones((3, 2)), age=np.arange(3), y=np.zeros(3))
+    inputs, targets = files.load_arrays(str(tmp_path / "named.npz"))
+    assert inputs["age"].tolist() == [0, 1, 2] and set(inputs) == {"words", "age"}
+    assert targets.tolist() == [0, 0, 0]
+    assert set(files.load_arrays(str(tmp_path / "named.npz"), "inputs", files.inputs)) == {"words", "age"}

@@ -81,7 +81,9 @@ def never_ending():
 
 
 BAD_DATA = {
-    "tuple": (lambda: (np.ones((3, 4)), np.ones(3)), ValueError, "`data` are inputs only.*tuple of 2"),
+    "tuple": (lambda: (np.ones((3, 4)),) * 4, ValueError, r"\(x, y, sample_weight\).*tuple of 4"),
+    "targets": (lambda: (np.ones((3, 4)), np.ones(2)), ValueError, r"`x` and `y`.*Received: \[2, 3\]"),
+    "layer": (lambda: keras.layers.ReLU(), TypeError, "must be an array.*ReLU"),
     "empty": (lambda: np.ones((0, 4)), ValueError, "no samples in `data`.*ndarray"),
     "empty list": (list, ValueError, "no samples in `data`.*list"),
     "empty generator": (lambda: iter(()), ValueError, "no samples in `data`"),

@@ -267,8 +267,8 @@ def test_criteria_of_gradients_are_repaired_on_the_inputs_of_their_data():
     model.compile("sgd", "mse")
     report = ks.prune(model, 0.5, "snip", data=(X, np.ones((50, 3))), repair=True)
     assert report.totals["zeros"] == 24 + 15 + 8
-    with pytest.raises(ValueError, match="must be arrays `\\(x, y\\)`"):
-        ks.prune(model, 0.5, "snip", data=iter([(X, X)]), repair=True)
+    with pytest.raises(ValueError, match="without targets"):
+        ks.prune(model, 0.5, "snip", data=iter([X]), repair=True)
 
 
 def test_what_is_not_known_or_not_used_stays_dense():
@@ -308,7 +308,7 @@ def with_infinite_activation():
         (small, np.where(X > 2, np.nan, X), "must be finite"),
         (small, X[:, :5], "takes inputs of shape"),
         (small, np.arange(50), "takes inputs of shape"),  # labels
-        (small, (X, X), "inputs only: pass `x`"),
+        (small, (X, X, X, X), "a tuple of 4"),
         (with_infinite_activation, X, "not finite on `data`"),
     ],
     ids=["none", "empty", "one", "nan", "shape", "labels", "tuple", "infinite"],

@@ -149,7 +149,7 @@ def test_the_report_is_shown(tmp_path):
         ({"pattern": "2:4"}, "a sparsity of its own"),
         ({"data": X[:1]}, "at least two samples"),
         ({"data": (X, Y[:5])}, "same number of samples"),
-        ({"data": (X,)}, "a tuple of 1"),
+        ({"data": (X,) * 4}, "a tuple of 4"),
         ({"data": np.full_like(X, np.nan)}, "must be finite"),
         ({"data": X[:, :3]}, "cannot run|takes inputs|incompatible|expected"),
         ({"criterion": "taylor"}, "Received|targets"),

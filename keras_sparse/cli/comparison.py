@@ -9,7 +9,7 @@ __all__ = []
 
 @command(
     lambda parser: saved_model(parser, several=True),
-    argument("--data", metavar="FILE.npz", required=True, help="arrays `x` and `y`"),
+    argument("--data", metavar="FILE.npz", required=True, help="inputs, by name or as `x`, and targets as `y`"),
     argument(
         "--metrics",
         nargs="*",

@@ -105,7 +105,7 @@ def _sensitivity(options, stderr):
     """Measure what sparsity costs a saved model, weight by weight."""
     from keras_sparse import comparison, files, pruning
 
-    data = files.load_arrays(options.data, "inputs, by name or as `x`", _inputs)
+    data = files.load_arrays(options.data, "inputs, by name or as `x`", files.inputs)
     levels = {"levels": options.levels} if options.levels else {}
     how = {"criterion": options.criterion, "pattern": options.pattern}
     return pruning.sensitivity(comparison.load(options.model), data, **levels, **how)
@@ -139,7 +139,7 @@ def _data(options):
     criterion = criteria.get(options.criterion)
     measures = options.repair or pruning.allocation.get(options.allocation).measures
     if criterion.of_inputs or (measures and criterion.statistic is None):
-        return files.load_arrays(options.data, "inputs, by name or as `x`", _inputs)
+        return files.load_arrays(options.data, "inputs, by name or as `x`", files.inputs)
     return files.load_arrays(options.data)
 
 
@@ -262,7 +262,7 @@ def _export(options, stderr):
 
     data = None
     if options.representative_data:
-        data = files.load_arrays(options.representative_data, "inputs, by name or as `x`", _inputs)
+        data = files.load_arrays(options.representative_data, "inputs, by name or as `x`", files.inputs)
     return tflite.export(
         comparison.load(options.model),
         options.output,
@@ -274,11 +274,6 @@ def _export(options, stderr):
         inference_type=options.inference_type,
         batch_size=options.batch_size,
     )
-
-
-def _inputs(file):
-    arrays = {name: file[name] for name in file.files if name != "y"}
-    return arrays["x"] if list(arrays) == ["x"] else arrays
 
 
 @command(

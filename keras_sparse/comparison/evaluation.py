@@ -39,8 +39,9 @@ def compare(
     Args:
         models: Dict from a name to a built Keras model, or to the path of a .keras file, or of a .tflite file that you
             trust.
-        x: An array, a list or dict of them, or a dataset, a `keras.utils.PyDataset` or a generator that yields
-            `(x, y)` or `(x, y, sample_weight)` and ends.
+        x: An array, a list or dict of them; or data with targets as all functions take them (see `keras_sparse.batches`):
+            a tuple `(x, y)` or `(x, y, sample_weight)`, a dataset, a `keras.utils.PyDataset` or a generator of such
+            batches that ends, or a function that returns one.
         y: Targets, if `x` are arrays: an array, or a list or dict of them for several outputs. Outputs of the models
             belong together if they have the same key, or number in a list, or if their layers have the same name.
         metrics: A list of `"accuracy"`, `"precision"`, `"recall"`, `"f1"` (scikit-learn's; the last three

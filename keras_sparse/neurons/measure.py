@@ -36,16 +36,17 @@ def neuron_sparsity(model, data, batch_size=32):
 
     Args:
         model: A built Keras model.
-        data: Inputs, as for `predict`: an array, a list or dict of them for several inputs, or what yields batches of
-            `x`, `(x, y)` or `(x, y, sample_weight)`: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch
-            `DataLoader`, a generator that ends.
+        data: Data as all functions take them, see `keras_sparse.batches`; targets are not looked at. Inputs as for
+            `predict`: an array, a list or dict of them for several inputs; a tuple `(x, y)` or `(x, y, sample_weight)`; what yields
+            batches of these: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader`, a generator that
+            ends; or a function that returns one.
         batch_size: Samples in a batch if `data` are arrays.
 
     Returns:
         A `Report`.
 
     Raises:
-        ValueError: If the model is not built, or the data are empty, endless, a tuple, of different lengths, or of a
+        ValueError: If the model is not built, or the data are empty, endless, of different lengths, or of a
             shape that the model does not take.
         TypeError: If `model` is not a Keras 3 model, or `data` is none of the above.
 

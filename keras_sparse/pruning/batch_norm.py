@@ -21,7 +21,8 @@ def reestimate_batch_norm(model, data, batch_size=128):
 
     Args:
         model: A built Keras model.
-        data: Inputs without targets, as for `predict`; some hundred samples will do.
+        data: Data as all functions take them, see `keras_sparse.batches`: inputs, as for `predict`, of which some
+            hundred samples will do. Targets are not looked at.
         batch_size: Samples in a batch if `data` are arrays.
 
     Returns:

@@ -16,15 +16,15 @@ __all__ = ["Calibration", "blocks"]
 
 
 def blocks(data, batch_size=32):
-    """Return the batches of `data` as a list, checked: inputs without targets, finite, two samples at least.
+    """Return the batches of inputs in `data` as a list, checked: finite, two samples at least.
 
     Args:
-        data: As for `ks.batches.check`.
+        data: As for `keras_sparse.batches.check`; targets are left out.
         batch_size: Samples in a batch if `data` are arrays.
 
     Raises:
-        ValueError: If there are less than two samples, or a number is not finite; as `ks.batches.check`.
-        TypeError: As `ks.batches.check`.
+        ValueError: If there are less than two samples, or a number is not finite; as `keras_sparse.batches.check`.
+        TypeError: As `keras_sparse.batches.check`.
 
     Example:
 
@@ -253,10 +253,11 @@ def _is_plain_graph(layer):
 def _inputs(model, batch):
     """The flat list of a functional model's inputs as tensors, as the model itself takes them from a batch."""
     names = [x.name for x in model.inputs]
-    if isinstance(batch, dict) and not isinstance(model.input, dict) and set(names) <= set(batch):
+    structure = None if isinstance(model, keras.Sequential) else model.input
+    if isinstance(batch, dict) and not isinstance(structure, dict) and set(names) <= set(batch):
         batch = [batch[name] for name in names]
-    elif isinstance(batch, dict) and isinstance(model.input, dict):
-        batch = {name: batch[name] for name in model.input}
+    elif isinstance(batch, dict) and isinstance(structure, dict):
+        batch = {name: batch[name] for name in structure}
     found = []
     for symbolic, value in zip(model.inputs, keras.tree.flatten(batch), strict=True):
         value = keras.ops.convert_to_tensor(value, symbolic.dtype)

@@ -43,10 +43,10 @@ def prune(
             (`ks.sensitivity`); or a `ks.pruning.Allocation`.
         filters: A regex, a layer, a class of layers, a callable on the variable, or a list of them; see
             `ks.selection.select`.
-        data: For criteria that rank by gradients, what to take them on: `(x, y)` or `(x, y, sample_weight)`, or what
-            yields such batches and ends. The loss that the model is compiled with is differentiated once over it, in
-            batches as `fit` makes them, in training mode; the weights and all other state stay as they are. The paper
-            on SNIP takes 100 samples. For `"obs"`, `"wanda"` and `repair`, inputs without targets, as for `predict`:
+        data: Data as all functions take them, see `keras_sparse.batches`. For criteria that rank by gradients, with
+            targets. The loss that the model is compiled with is differentiated once over them, in batches as `fit`
+            makes them, in training mode; the weights and all other state stay as they are. The paper on SNIP takes 100
+            samples. For `"obs"`, `"wanda"` and `repair`, inputs, as for `predict`, whose targets are not looked at:
             some hundred samples of what the model will see.
         repair: Whether to solve for the weights that stay, on the inputs in `data`, so that each layer's outputs are
             as they were as nearly as possible (least squares), and to set the statistics of batch normalizations to
@@ -143,12 +143,13 @@ def _inputs(criterion, data):
         )
     if criterion.statistic is None:
         return None, data
-    if not isinstance(data, tuple) or len(data) not in (2, 3):
+    x, y, sample_weight = batches.whole(data)  # read more than once
+    if y is None:
         raise ValueError(
-            f"With `repair`, the data of `{name}` must be arrays `(x, y)` or `(x, y, sample_weight)`: they are read "
-            f"more than once. Received: {type(data).__name__}"
+            f"The data of `{name}` must be (x, y) or (x, y, sample_weight), or yield such batches. "
+            f"Received: {type(data).__name__} without targets"
         )
-    return data, data[0]
+    return (x, y) if sample_weight is None else (x, y, sample_weight), x
 
 
 def gradient_statistics(model, plan, data):
@@ -180,17 +181,11 @@ def gradient_statistics(model, plan, data):
             f"`{name}` ranks weights by gradients: pass `data=(x, y)`, or prune in training, with "
             "`ks.callbacks.Pruning` or, in a loop of your own, `ks.update_masks`. Received: data=None"
         )
-    if batches.are_arrays(data):
-        raise ValueError(
-            "`data` must be (x, y) or (x, y, sample_weight), a tuple, or yield such batches: the loss is taken against "
-            f"targets. Received: {type(data).__name__}"
-        )
-    if not isinstance(data, tuple):
-        batches.check(data)
-        data = (_started(data) if hasattr(data, "__next__") else data,)
-    elif len(data) not in (2, 3):
-        raise ValueError(f"`data` must be (x, y) or (x, y, sample_weight). Received: a tuple of {len(data)}")
-    elif not len(keras.tree.flatten(data[0])[0]):
+    given = batches.parts(data)
+    if len(given) == 1:
+        batches.check(given[0])
+        given = [_with_targets(given[0])]
+    elif not len(keras.tree.flatten(given[0])[0]):
         raise ValueError("`data` are empty: at least one sample is needed to take a gradient.")
     variables = [goal.weight.variable for goal in plan.goals]
     with optimizers.measuring(model) as sparse, warnings.catch_warnings():
@@ -198,18 +193,24 @@ def gradient_statistics(model, plan, data):
         statistics.add(kind, variables)
         # Keras warns of every generator that ends; this one shall.
         warnings.filterwarnings("ignore", "Your input ran out of data")
-        model.fit(*data[:2], sample_weight=data[2] if len(data) == 3 else None, shuffle=False, verbose=0)
+        model.fit(*given[:2], sample_weight=given[2] if len(given) == 3 else None, shuffle=False, verbose=0)
         if not selection.as_array(statistics.count_of(kind)):
             raise ValueError("`data` gave no finite gradient: it has no batch, or the loss overflows.")
         return [selection.as_array(statistics.of(variable, kind)) for variable in variables]
 
 
-def _started(data):
-    """The batches of an iterator, of which there is one at least, as a generator, which `fit` takes."""
-    first = next(data, None)
+def _with_targets(data):
+    """Batches, of which there is one at least, and it has targets; of an iterator a generator, which `fit` takes."""
+    once = hasattr(data, "__next__")
+    first = next(data if once else batches.labelled(data), None)
     if first is None:
         raise ValueError("`data` are empty: at least one batch is needed to take a gradient.")
-    return (batch for batch in itertools.chain([first], data))
+    if keras.utils.unpack_x_y_sample_weight(first)[1] is None:
+        raise ValueError(
+            "`data` must be (x, y) or (x, y, sample_weight), a tuple, or yield such batches: the loss is taken against "
+            f"targets. Received: {type(data).__name__} without targets"
+        )
+    return (batch for batch in itertools.chain([first], data)) if once else data
 
 
 def _kept_notes(plan, masks):

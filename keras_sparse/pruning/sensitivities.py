@@ -144,9 +144,9 @@ def sensitivity(
 
     Args:
         model: A built Keras model. It is as it was afterwards.
-        data: Inputs without targets, as for `predict`, some hundred samples: the loss is the mean squared change of the
-            outputs, as a share of their variance over the samples. Or a tuple `(x, y)` or `(x, y, sample_weight)`: the
-            loss that the model is compiled with.
+        data: Data as all functions take them, some hundred samples. Inputs without targets: the loss is the mean
+            squared change of the outputs, as a share of their variance over the samples. With targets, `(x, y)`,
+            `(x, y, sample_weight)` or batches of them: the loss that the model is compiled with.
         levels: Sparsities, rising, in (0, 1).
         criterion: A `Criterion` or its name, as in `ks.prune`; one that ranks by gradients needs `(x, y)`.
         pattern: A `Pattern`, its name, or `None`; not `"channel"`, whose zeros concern several weights, nor one that
@@ -180,8 +180,8 @@ def sensitivity(
         )
     criterion = criteria.get(criterion)
     repair = criterion.repairs if repair is None else repair
-    x = data[0] if isinstance(data, tuple) else data
-    samples = blocks(x, batch_size)
+    data = _read_once(data, batch_size)
+    samples = blocks(data, batch_size)
     calibrated = Calibration(model, samples) if criterion.of_inputs or repair else None
     frozen, unknown = criterion.statistic is None, calibrated.unknown if calibrated else ()
     plan = Plan(model, 0.5, criterion, pattern, filters=filters, frozen=frozen, unknown=unknown)
@@ -248,15 +248,24 @@ def _checked(levels):
     return tuple(float(level) for level in levels)
 
 
+def _read_once(data, batch_size):
+    """Data as what can be read again: a tuple of arrays if they have targets, else inputs."""
+    given = batches.parts(data)
+    if len(given) == 1 and not batches.are_arrays(given[0]):
+        found = list(batches.labelled(given[0], batch_size=batch_size))
+        if not found or found[0][1] is None:
+            return iter([x for x, _, _ in found])
+        given = [part for part in batches.whole(iter(found)) if part is not None]
+    batches.check(tuple(given), batch_size)
+    return tuple(given) if len(given) > 1 else given[0]
+
+
 def _loss(model, data, samples):
     """A function that measures the model as it is, and what it measures."""
     if isinstance(data, tuple):
-        if len(data) not in (2, 3):
-            raise ValueError(f"`data` must be x, (x, y) or (x, y, sample_weight). Received: a tuple of {len(data)}")
         if not getattr(model, "compiled", False):
             raise ValueError("With targets the loss is the model's own: compile it, or pass inputs alone as `data`.")
         x, y, *weight = data
-        batches.labelled(x, y, *weight)  # raises where they do not go together
         return functools.partial(_compiled_loss, model, x, y, weight[0] if weight else None), "loss"
     outputs = _outputs(model, samples)
     power = [float(np.sum((out - out.mean(axis=0)) ** 2)) or float(np.sum(out**2)) or 1.0 for out in outputs]

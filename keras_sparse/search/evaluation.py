@@ -52,7 +52,7 @@ class Forked(RuntimeError):
 
 
 def arrays(data, name="data"):
-    """Return `[x, y, sample_weight]` as arrays, from a tuple of the first two or all, or from what yields batches.
+    """Return `[x, y, sample_weight]` as arrays, from data with targets as all functions take them.
 
     Raises:
         ValueError: If there are no targets, no samples, or arrays of different lengths.
@@ -66,22 +66,13 @@ def arrays(data, name="data"):
     >>> x.shape, sample_weight is None
     ((4, 2), True)
     """
-    # To `evaluate` lists say the same as tuples.
-    given = [list(x) if isinstance(x, tuple) else x for x in data] if isinstance(data, tuple) else [data]
-    if len(given) > 3:
+    x, y, sample_weight = batches.whole(data, name)
+    if y is None:
         raise ValueError(
-            f"{name} must be (x, y) or (x, y, sample_weight), or yield such batches. Received: a tuple of {len(given)}"
+            f"{name} must be (x, y) or (x, y, sample_weight), or yield such batches. "
+            f"Received: {type(data).__name__} without targets"
         )
-    parts = list(batches.labelled(*given, batch_size=1024))
-    if not parts or parts[0][1] is None:
-        raise ValueError(
-            f"{name} must be (x, y) or (x, y, sample_weight) with at least one sample, or yield such batches. "
-            f"Received: {type(data).__name__} without {'targets' if parts else 'samples'}"
-        )
-    return [
-        None if column[0] is None else keras.tree.map_structure(lambda *found: np.concatenate(found), *column)
-        for column in zip(*parts, strict=True)
-    ]
+    return [x, y, sample_weight]
 
 
 class Evaluation:

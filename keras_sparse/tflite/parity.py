@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import keras
 import numpy as np
 
+from keras_sparse.batches import parts
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.commands import get
 from keras_sparse.tflite.errors import ExportError, first_line
@@ -260,7 +261,7 @@ def in_batches_of(size, batches):
     >>> [batch[0].shape for batch in in_batches_of(1, [[np.ones((2, 4))], [np.ones((1, 4))]])]
     [(1, 4), (1, 4), (1, 4)]
     """
-    arrays = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+    arrays = [np.concatenate(column) for column in zip(*batches, strict=True)]
     return [[array[start : start + size] for array in arrays] for start in range(0, len(arrays[0]) - size + 1, size)]
 
 
@@ -288,7 +289,7 @@ def representative_batches(data, signature):
     [128]
     """
     batches, left = [], max(_MAX_SAMPLES, signature.inputs[0].shape[0] or 0)
-    for element in _elements(data() if callable(data) and not hasattr(data, "__iter__") else data, signature):
+    for element in _elements(data, signature):
         arrays = [
             _fitting(array, leaf) for array, leaf in zip(_leaves(element, signature), signature.inputs, strict=True)
         ]
@@ -318,8 +319,11 @@ def _filled(leaf, batches):
 
 def _elements(data, signature):
     """The batches in `data`: one, if it is a structure of arrays like the model's inputs."""
+    if not isinstance(data, tuple):  # which may be inputs here, as the converter takes them
+        given = parts(data)
+        data = given[0] if len(given) == 1 else tuple(given)
     if isinstance(data, keras.utils.PyDataset):
-        return (data[i] for i in range(len(data)))
+        return (data[i] for i in range(_MAX_SAMPLES if data.num_batches is None else data.num_batches))
     if isinstance(data, (dict, np.ndarray)) or hasattr(data, "__array__"):
         return [data]
     if isinstance(data, (list, tuple)):
