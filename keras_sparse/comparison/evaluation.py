@@ -39,7 +39,7 @@ def compare(
     Args:
         models: Dict from a name to a built Keras model, or to the path of a .keras file, or of a .tflite file that you
             trust.
-        x: An array, a list or dict of them; or data with targets as all functions take them (see `keras_sparse.batches`):
+        x: An array, a list or dict of them; or data with targets in any form (see `keras_sparse.batches`):
             a tuple `(x, y)` or `(x, y, sample_weight)`, a dataset, a `keras.utils.PyDataset` or a generator of such
             batches that ends, or a function that returns one.
         y: Targets, if `x` are arrays: an array, or a list or dict of them for several outputs. Outputs of the models

@@ -37,9 +37,9 @@ def neuron_sparsity(model, data, batch_size=32):
     Args:
         model: A built Keras model.
         data: Data as all functions take them, see `keras_sparse.batches`; targets are not looked at. Inputs as for
-            `predict`: an array, a list or dict of them for several inputs; a tuple `(x, y)` or `(x, y, sample_weight)`; what yields
-            batches of these: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a torch `DataLoader`, a generator that
-            ends; or a function that returns one.
+            `predict`: an array, a list or dict of them for several inputs; a tuple `(x, y)` or
+            `(x, y, sample_weight)`; what yields batches of these: a `tf.data.Dataset`, a `keras.utils.PyDataset`, a
+            torch `DataLoader`, a generator that ends; or a function that returns one.
         batch_size: Samples in a batch if `data` are arrays.
 
     Returns:
