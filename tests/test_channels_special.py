@@ -105,8 +105,22 @@ def masked_numbers():
     return keras.Model(x, layers.Dense(3)(layers.GRU(4)(y))), 4, None
 
 
-KINDS = [unknown_scale, known_scale, convnext, lambdas, counting_lambda, mixing_lambda, reversible]
+def scaled_along_another_axis():
+    x = keras.Input((8, 6))
+    y = layers.Permute((2, 1))(layers.Dense(8, name="a")(x))
+    return keras.Model(x, layers.Dense(3)(layers.Flatten()(layers.RMSNormalization(axis=1)(y)))), 0, "last axis"
+
+
+def scaled_along_two_axes():
+    x = keras.Input((8, 6))
+    y = layers.RMSNormalization(axis=(1, 2))(layers.Dense(8, name="a")(x))
+    return keras.Model(x, layers.Dense(3)(layers.Flatten()(y))), 0, "several axes"
+
+
+KINDS = [scaled_along_two_axes, unknown_scale, known_scale, convnext, lambdas, counting_lambda, mixing_lambda, reversible]
 KINDS += [masked_average, masked_recurrent, masked_steps, masked_attention, masked_numbers]
+if keras.backend.backend() != "torch":  # where Keras 3.15 runs it, see `ks.graph.keeping`
+    KINDS.append(scaled_along_another_axis)
 
 
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)

@@ -281,6 +281,24 @@ def test_macs_and_neuron_sparsity():
     assert (row["dead_units"], row["inactive"]) == (2, pytest.approx(1 / 3))
 
 
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="its CPU kernels want channels last")
+@pytest.mark.parametrize("more", [{}, {"return_sequences": True}])
+@rows(lambda kind: kind.kernels or kind.recurrent)
+def test_macs_do_not_depend_on_where_channels_lie(layer_class, more):
+    name = layer_class.__name__
+    if "Conv" not in name or (more and "LSTM" not in name):
+        pytest.skip("has no format, or returns no sequences")
+    x, found = inputs(layer_class)[:1], []
+    for data_format in ("channels_last", "channels_first"):
+        layer = layer_class(**ARGUMENTS.get(layer_class, {}), data_format=data_format, **more)
+        net = keras.Sequential([keras.Input(x.shape[1:]), layer])
+        used = ks.graph.uses(net, x)
+        found.append([used[v] for v in net.weights if v in used])
+        x = np.moveaxis(x, -1, 2 if "LSTM" in name else 1)
+    assert found[0] == found[1]
+    assert min(found[0]) > 1
+
+
 def test_gates_and_baking():
     net = model(Cube())
     gated = ks.add_l0(net, 1e-3, "unit", filters=["body", "head"], seed=0)

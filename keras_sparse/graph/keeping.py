@@ -193,6 +193,10 @@ class Normalized(Call):
             self.stay(f"{name} computes its statistics over several axes")
             return
         self.axis = axis = axis % rank
+        if isinstance(layer, keras.layers.RMSNormalization) and axis != rank - 1:
+            # Keras 3.15 multiplies it to the last axis all the same, if its size allows that.
+            self.stay(f"{name} scales the last axis and normalizes another one")
+            return
         self.read = np.broadcast_to(self.classes.join_along(x.labels, axis), x.full[axis])
         self.count = len(self.read)
         shape = [1] * rank
@@ -234,6 +238,8 @@ class Normalized(Call):
         return next((array(v) for v in self.operation.weights if v.name == "beta"), np.zeros(self.count))
 
     def changes(self, kept):
+        if self.fixed:
+            return {}
         count = int(kept(self.read).sum())
         if count == self.count:
             return {}

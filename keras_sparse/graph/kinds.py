@@ -382,8 +382,9 @@ def _einsum_positions(layer, inputs, outputs):
 
 
 def _recurrent_positions(layer, inputs, outputs):
-    spatial = outputs[2:-1] if getattr(layer, "return_sequences", False) else outputs[1:-1]
-    return inputs[1] * math.prod(spatial)
+    one = list(outputs[2 if getattr(layer, "return_sequences", False) else 1 :])
+    del one[0 if getattr(layer.cell, "data_format", None) == "channels_first" else -1]
+    return inputs[1] * math.prod(one)
 
 
 def _last_cell(layer):

@@ -74,7 +74,9 @@ class Builder:
             return layers.BatchNormalization(axis=axis, scale=bool(kind < 0.6))(x)
         if kind < 0.8 and self.channels(x) % 2 == 0:
             return layers.GroupNormalization(2, axis=axis)(x)
-        return layers.RMSNormalization(axis=axis)(x) if kind < 0.9 else layers.LayerNormalization(axis=axis)(x)
+        if axis == 1:  # which Keras 3.15 runs on no backend, or not on torch
+            return layers.BatchNormalization(axis=axis, center=False)(x)
+        return layers.RMSNormalization()(x) if kind < 0.9 else layers.LayerNormalization()(x)
 
     def image_block(self, x):
         channels, axis = self.channels(x), self.axis
