@@ -63,14 +63,14 @@ THREE, FOUR, SIX = [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5]
 PAIRS = [0, 0, 1, 1, 2, 2, 3, 3]
 CHAINS = [*PAIRS, 4, 4, 5, 5]
 TOGETHER = {
-    concatenation: {"^a/": (-1, THREE), "^b/": (-1, [3, 4, 5, 6]), "^c/": (-1, [*range(7)])},
     squeeze_and_excite: {"^(a|n|up)/": (-1, SIX)},
-    depthwise_chain: {"^(a|n)/": (-1, SIX), "^d/kernel": (2, SIX), "^(d|m)/": (-1, CHAINS)},
     heads: {"output/kernel": (0, FOUR)},
+    gates: {"^a/": (-1, FOUR * 4)},
+    concatenation: {"^a/": (-1, THREE), "^b/": (-1, [3, 4, 5, 6]), "^c/": (-1, [*range(7)])},
+    depthwise_chain: {"^(a|n)/": (-1, SIX), "^d/kernel": (2, SIX), "^(d|m)/": (-1, CHAINS)},
+    feed_forward: {"^a/": (-1, SIX)},
     shared_heads: {"output/kernel": (0, PAIRS)},
     width_of_heads: {"(query|key)/": (-1, SIX)},
-    feed_forward: {"^a/": (-1, SIX)},
-    gates: {"^a/": (-1, FOUR * 4)},
     gates_of_a_gru: {"^a/": (-1, FOUR * 3)},
     both_ways: {"^a/": (-1, FOUR * 4)},
 }
@@ -121,6 +121,7 @@ def proximal_step(model, filters, price):
     optimizer.apply([keras.ops.zeros(v.shape) for v in model.trainable_variables])
 
 
+@pytest.mark.thorough(5)
 @pytest.mark.parametrize("block", TOGETHER, ids=lambda block: block.__name__)
 def test_partners_go_to_zero_together_and_are_removed(block):
     model = model_of(block)

@@ -117,8 +117,8 @@ def scaled_along_two_axes():
     return keras.Model(x, layers.Dense(3)(layers.Flatten()(y))), 0, "several axes"
 
 
-KINDS = [scaled_along_two_axes, unknown_scale, known_scale, convnext, lambdas, counting_lambda, mixing_lambda, reversible]
-KINDS += [masked_average, masked_recurrent, masked_steps, masked_attention, masked_numbers]
+KINDS = [unknown_scale, known_scale, convnext, lambdas, counting_lambda, mixing_lambda, reversible]
+KINDS += [scaled_along_two_axes, masked_average, masked_recurrent, masked_steps, masked_attention, masked_numbers]
 if keras.backend.backend() != "torch":  # where Keras 3.15 runs it, see `ks.graph.keeping`
     KINDS.append(scaled_along_another_axis)
 
