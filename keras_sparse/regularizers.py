@@ -28,9 +28,16 @@ class MovableStrength(Configurable, keras.regularizers.Regularizer):
             return self.strength * self.cost(x)
         return ops.cast(ops.convert_to_tensor(self._moved), x.dtype) * self.cost(x)
 
-    def for_weight(self, weight):
-        """The regularizer as it is put on a `Weight`: itself, or one that knows where the weight's units lie."""
-        return self
+    of_others = False  # Whether it prices other weights too, of which a config cannot tell.
+
+    def for_weights(self, model, weights):
+        """List the regularizers as they are put on weights of a model: itself, or those that know where units lie.
+
+        Args:
+            model: The model.
+            weights: List of `Weight`.
+        """
+        return [self] * len(weights)
 
     def move(self, fraction):
         """Make the strength `fraction` of the constructor's. Returns whether functions traced before are outdated."""
@@ -141,7 +148,14 @@ class GroupLasso(MovableStrength):
         norms = ops.where(positive, ops.sqrt(ops.where(positive, squares, ops.ones_like(squares))), 0.0)
         return size**0.5 * ops.sum(norms)
 
-    def for_weight(self, weight):
+    def for_weights(self, model, weights):
+        joined = _joined(model, weights) if self.group.whole_units and getattr(model, "inputs", None) else {}
+        return [
+            _Together(self.strength, joined[w.variable]) if w.variable in joined else self._for_weight(w)
+            for w in weights
+        ]
+
+    def _for_weight(self, weight):
         own = type(self).from_config(self.get_config() | {"output_axes": weight.output_axes})
         own.layout(tuple(weight.variable.shape))  # Raises now, before anything changes, if groups do not divide it.
         return own
@@ -159,6 +173,51 @@ class GroupLasso(MovableStrength):
         return int(sizes[0]), np.argsort(groups, kind="stable").astype("int32")
 
 
+class _Together(GroupLasso):
+    """The group lasso of one weight on channels that it makes with others, or that lie in it several times.
+
+    Summed over these weights it is `strength * sum over channels c of sqrt(n_c) * ||w_c||_2`, of which each tells the
+    share `||own_c||^2 / ||w_c||` and has the gradient of the whole, so that frozen ones do no harm.
+
+    Args:
+        strength: As in `GroupLasso`.
+        members: Pairs `(variable, {axis: numbers})` of the weights that make a channel, the weight itself first: from 1
+            on the channels are numbered, what is numbered 0 counts in none.
+    """
+
+    of_others = True
+
+    def __init__(self, strength, members):
+        super().__init__(strength)
+        self.members = members
+
+    def cost(self, x):
+        count = 1 + max(int(numbers.max()) for _, axes in self.members for numbers in axes.values())
+        own = _squares(x, self.members[0][1], count)
+        others, sizes = ops.zeros_like(own), np.zeros(count)
+        for index, (variable, axes) in enumerate(self.members):
+            if index:
+                others = others + _squares(ops.cast(ops.convert_to_tensor(variable), x.dtype), axes, count)
+            for numbers in axes.values():
+                sizes += np.bincount(numbers, minlength=count) * (int(np.prod(variable.shape)) // len(numbers))
+        sizes[0] = 0
+        total = own + ops.stop_gradient(others)
+        positive = total > 0  # the root has no derivative at 0
+        norms = ops.sqrt(ops.where(positive, total, ops.ones_like(total)))
+        roots = ops.cast(np.sqrt(sizes), x.dtype) * ops.cast(positive, x.dtype)
+        whole, share = ops.sum(roots * norms), ops.sum(roots * own / norms)
+        return whole + ops.stop_gradient(share - whole)
+
+
+def _squares(value, axes, count):
+    """The sum of the squares of each channel's weights, by its number."""
+    squares, found = ops.square(value), 0.0
+    for axis, numbers in axes.items():
+        sums = ops.sum(squares, [i for i in range(len(value.shape)) if i != axis])
+        found = found + ops.segment_sum(sums, ops.convert_to_tensor(numbers.astype("int32")), count)
+    return found
+
+
 def regularize(model, regularizer, filters=None):
     """Put a regularizer on weights of a model that exists, trained or not.
 
@@ -168,7 +227,9 @@ def regularize(model, regularizer, filters=None):
     Args:
         model: A built Keras model.
         regularizer: A Keras regularizer, a name such as `"l1"`, or `None` to remove what is there. Each weight gets a
-            `GroupLasso` of its own, with the weight's `output_axes`. A `Slimming` is put on the scales of batch
+            `GroupLasso` of its own, with the weight's `output_axes`; with `group="channel"`, channels that must leave
+            together (a residual sum, gates, heads, `ks.channel_groups` lists them) have one norm over all chosen
+            weights that make them, in a functional or Sequential model. A `Slimming` is put on the scales of batch
             normalizations, of which `filters` name some; all others on kernels.
         filters: Which weights: a regex, a list of them, or a callable on the variable; see `ks.selection.select`.
 
@@ -198,13 +259,16 @@ def regularize(model, regularizer, filters=None):
     of_scales = getattr(regularizer, "of_scales", False)
     chosen = _scales(model, filters) if of_scales else selection.select(model, filters).chosen
     ours = isinstance(regularizer, MovableStrength)
-    attached = [regularizer.for_weight(weight) if ours else regularizer for weight in chosen]
+    attached = regularizer.for_weights(model, chosen) if ours else [regularizer] * len(chosen)
     reasons = _why_not_saved(model, chosen)
-    for weight, own in zip(chosen, attached, strict=True):
+    for index, (weight, own) in enumerate(zip(chosen, attached, strict=True)):
         weight.variable.regularizer = own
         attribute = _attribute(weight)
+        of_others = getattr(own, "of_others", False)
+        if of_others:
+            reasons[index] = "a config cannot say which other weights make its channels"
         if attribute:
-            setattr(weight.layer, attribute, own)
+            setattr(weight.layer, attribute, None if of_others else own)
     if isinstance(model, keras.Model):
         model.train_function = model.test_function = None  # They were traced with other penalties.
     name = "none" if regularizer is None else getattr(regularizer, "__name__", type(regularizer).__name__)
@@ -237,6 +301,44 @@ def _scales(model, filters):
     keys = filters if isinstance(filters, (list, tuple)) else [filters]
     named = IdentityDict.fromkeys(w.variable for key in keys for w in selection.matching(key, found))
     return [weight for weight in found if weight.variable in named]
+
+
+def _joined(model, chosen):
+    """`{variable: members}` as `_Together` takes them, of weights whose channels are not theirs alone."""
+    channels, weights = graph.Channels(model), IdentityDict((weight.variable, weight) for weight in chosen)
+    made = [part for _, part in channels.parts() if part.made]
+    dense = IdentityDict.fromkeys(
+        w.variable
+        for w in selection.weights(model)
+        if w.kernel and w.role != graph.DEPTHWISE and w.variable not in weights
+    )
+    free = np.ones(len(channels.roots), bool)
+    free[[0, *channels.reasons]] = False
+    for part in made:
+        if part.variable in dense:
+            free[np.concatenate([channels.roots[part.axes[axis]] for axis in part.made])] = False
+    roots = IdentityDict()
+    for part in made:
+        axes = {axis: channels.roots[part.axes[axis]] for axis in part.made}
+        axes = {axis: np.where(free[own], own, 0) for axis, own in axes.items() if free[own].any()}
+        if part.variable in weights and axes:
+            roots[part.variable] = axes
+    places = np.zeros(len(free), int)
+    for axes in roots.values():
+        for own in axes.values():
+            np.add.at(places, own, 1)
+    found = IdentityDict()
+    for variable, axes in roots.items():
+        units = {axis % len(variable.shape) for axis in weights[variable].output_axes}
+        own = np.unique(np.concatenate(list(axes.values())))
+        own = own[own > 0]
+        if (places[own] > 1).any() or units != set(axes):
+            numbers = np.zeros(len(free), int)
+            numbers[own] = 1 + np.arange(len(own))
+            members = [(variable, axes), *((v, a) for v, a in roots.items() if v is not variable)]
+            members = [(v, {axis: numbers[labels] for axis, labels in a.items()}) for v, a in members]
+            found[variable] = [(v, a) for v, a in members if any(labels.any() for labels in a.values())]
+    return found
 
 
 def _attribute(weight):

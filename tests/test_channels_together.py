@@ -1,4 +1,4 @@
-"""What leaves together is shrunk together: proximal steps on groups of all kinds, against a slow step by hand."""
+"""What leaves together is shrunk together: proximal steps and group lasso on groups of all kinds, against slow sums."""
 
 import re
 
@@ -142,3 +142,81 @@ def test_partners_go_to_zero_together_and_are_removed(block):
     assert small.count_params() < model.count_params()
     x = np.random.default_rng(2).normal(size=(3, *model.input_shape[1:])).astype("float32")
     assert channel_graphs.difference(model, small, x) < 1e-5
+
+
+def slow_lasso(values, members):
+    """The sum over channels of the root of their number of weights times their norm."""
+    total = 0.0
+    for number in sorted({n for _, numbers in members.values() for n in numbers}):
+        own = [np.moveaxis(values[p], axis, 0)[np.array(n) == number] for p, (axis, n) in members.items()]
+        every = np.concatenate([value.reshape(-1) for value in own]).astype("float64")
+        total += np.sqrt(len(every)) * np.linalg.norm(every)
+    return total
+
+
+def kernels_of(model):
+    return {v.path: ks.graph.as_array(v) for v in model.trainable_variables if "kernel" in v.path}
+
+
+def penalty(model):
+    return float(keras.ops.convert_to_numpy(sum(model.losses)))
+
+
+@pytest.mark.thorough(5)
+@pytest.mark.parametrize("block", TOGETHER, ids=lambda block: block.__name__)
+def test_group_lasso_has_one_norm_for_partners(block):
+    model = model_of(block)
+    members = {path: place for path, place in members_of(model, block).items() if "kernel" in path}
+    with pytest.warns(UserWarning, match="a config cannot say which other weights make its channels"):
+        ks.regularize(model, ks.regularizers.GroupLasso(0.2), lambda v: v.path in members)
+    assert penalty(model) == pytest.approx(0.2 * slow_lasso(kernels_of(model), members), rel=1e-5)
+    ks.regularize(model, None, lambda v: v.path in members)
+    assert not model.losses
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_step_of_group_lasso_follows_the_gradient_of_the_whole(frozen):
+    model = model_of(concatenation)
+    members = {path: place for path, place in members_of(model, concatenation).items() if "kernel" in path}
+    model.get_layer("a").kernel.assign(np.zeros((1, 1, 3, 3)))
+    for v in (model.get_layer("b").kernel, model.get_layer("c").kernel):
+        v.assign(np.where(np.arange(v.shape[-1]) == v.shape[-1] - 1, 0, ks.graph.as_array(v)))  # a channel of zeros
+    with pytest.warns(UserWarning, match="3 of 3"):
+        ks.regularize(model, ks.regularizers.GroupLasso(0.2), list(members))
+    model.get_layer("b").trainable = not frozen
+    before = kernels_of(model)
+    whole = {**before, "b/kernel": ks.graph.as_array(model.get_layer("b").kernel)}
+    model.compile(keras.optimizers.SGD(1.0), lambda y, p: 0.0 * keras.ops.sum(p))
+    model.fit(np.zeros((2, 6, 6, 3)), np.zeros((2, 2)), verbose=0)
+    after = kernels_of(model)
+    for path, place in ((path, place) for path, place in members.items() if path in before):
+        for index in map(tuple, np.argwhere(before[path])):
+            step = np.zeros(before[path].shape)
+            step[index] = 1e-4
+            near = [slow_lasso({**whole, path: whole[path] + sign * step}, members) for sign in (1, -1)]
+            moved = before[path][index] - after[path][index]
+            assert moved == pytest.approx(0.2 * (near[0] - near[1]) / 2e-4, abs=1e-4), (path, index, place)
+        np.testing.assert_array_equal(after[path][before[path] == 0], 0)
+
+
+def test_group_lasso_of_channels_that_are_one_weights_alone_is_saved():
+    model = keras.Sequential([keras.Input((4,)), L.Dense(5, name="a"), L.ReLU(), L.Dense(3, name="b")])
+    assert ks.regularize(model, ks.regularizers.GroupLasso(0.1)).totals == {"weights": 2, "saved": 2}
+
+
+def test_a_partner_that_stays_dense_leaves_each_weight_its_own_norm():
+    model = model_of(concatenation)
+    assert ks.regularize(model, ks.regularizers.GroupLasso(0.1), ["a/kernel", "b/kernel"]).totals["saved"] == 2
+
+
+def test_the_strength_of_a_joint_norm_moves():
+    model = model_of(gates)
+    with pytest.warns(UserWarning, match="2 of 2"):
+        ks.regularize(model, ks.regularizers.GroupLasso(0.2), "^a/")
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    x, y = np.zeros((4, 5, 4)), np.zeros((4, 2))
+    schedule = ks.callbacks.StrengthSchedule("linear", end=1.0)
+    found = model.fit(x, y, epochs=3, verbose=0, callbacks=[schedule]).history
+    steps = np.diff(found["loss"]) / np.diff(found["strength"])
+    members = {path: place for path, place in members_of(model, gates).items() if "kernel" in path}
+    np.testing.assert_allclose(steps, slow_lasso(kernels_of(model), members), rtol=1e-4)
