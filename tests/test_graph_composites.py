@@ -6,6 +6,7 @@ import pytest
 from keras import layers, ops
 
 import keras_sparse as ks
+from keras_sparse.graph.resizing import resized
 
 WIDTH, HEADS, INNER = 8, 2, 12
 
@@ -336,3 +337,43 @@ def test_a_convolution_with_a_group_for_each_channel_is_depthwise():
     roles = {w.layer.name: (w.role, w.skipped is None) for w in ks.selection.weights(model) if w.kernel}
     assert roles == {"deep": ("depthwise kernel", False), "half": ("kernel", True)}
     assert ks.prune(model, 0.5, filters="deep").rows[0]["zeros"] == 18
+
+
+class Table(layers.Layer):
+    """A table of which each size is a number in the config, or a multiple of one."""
+
+    def __init__(self, rows, columns, **kwargs):
+        super().__init__(**kwargs)
+        self.rows, self.columns = rows, columns
+
+    def build(self, shape):
+        self.table = self.add_weight(shape=(self.rows, 2 * self.columns), name="table")
+
+    def call(self, x):
+        return ops.matmul(x[..., : self.rows], self.table)
+
+    def get_config(self):
+        return super().get_config() | {"rows": self.rows, "columns": self.columns}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "changes"),
+    [
+        ((4, 6), {"columns": 3}),
+        ((2, 8), {"rows": 2}),
+        ((2, 4), {"rows": 2, "columns": 2}),
+        ((4, 7), None),  # no number of columns makes that
+    ],
+)
+def test_numbers_of_a_config_are_found_alone_or_in_pairs(wanted, changes):
+    layer = Table(4, 4)
+    layer.build((3, 5))
+    found = resized(layer, [wanted], [keras.KerasTensor((3, 5))], {}, [(3, wanted[1])])
+    assert (found and found[0]) == changes
+    assert found is None or tuple(found[1].table.shape) == wanted
+
+
+def test_a_layer_that_returns_another_shape_is_none():
+    layer = Table(4, 4)
+    layer.build((3, 5))
+    assert resized(layer, [(4, 6)], [keras.KerasTensor((3, 5))], {}, [(3, 8)]) is None

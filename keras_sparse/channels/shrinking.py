@@ -6,9 +6,9 @@ import numpy as np
 from keras_sparse import graph, optimizers
 from keras_sparse.channels.listing import listing
 from keras_sparse.channels.tracing import functional
-from keras_sparse.graph.composites import repacked
 from keras_sparse.graph.kinds import of_keras
 from keras_sparse.graph.rebuilding import is_loadable
+from keras_sparse.graph.tracing import repacked
 from keras_sparse.identity import IdentityDict
 from keras_sparse.registry import check_whole
 
@@ -145,7 +145,7 @@ class _Shrunk:
             return False
         if first.operation not in self._opened:
             alone = None in keras.tree.flatten(first.structure) or not is_loadable(first.operation)
-            self._opened[first.operation] = alone or first.reconfigured(self._channels.kept) is None
+            self._opened[first.operation] = alone or first.changes(self._channels.kept) is None
         return self._opened[first.operation]
 
     def _is_layer(self, made, form):

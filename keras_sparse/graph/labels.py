@@ -10,11 +10,12 @@ import numpy as np
 
 from keras_sparse.graph.calls import Call, Elementwise, Tensor, spec_of, takes_training
 from keras_sparse.graph.classes import Classes
-from keras_sparse.graph.composites import Composite, check_opened, is_composite, may_open, repacked, runnable, traced
+from keras_sparse.graph.composites import Composite
 from keras_sparse.graph.kinds import JOINS, KEEPS, kind_of
 from keras_sparse.graph.mixing import rule_of
 from keras_sparse.graph.probing import Moves, Probed, is_elementwise
 from keras_sparse.graph.rebuilding import packed, replay
+from keras_sparse.graph.tracing import check_opened, is_composite, may_open, repacked, runnable, traced
 from keras_sparse.graph.weights import layers as layers_of
 from keras_sparse.identity import IdentityDict
 
