@@ -208,6 +208,9 @@ class _Together(GroupLasso):
         whole, share = ops.sum(roots * norms), ops.sum(roots * own / norms)
         return whole + ops.stop_gradient(share - whole)
 
+    def __repr__(self):
+        return f"GroupLasso(strength={self.strength!r}) over {', '.join(variable.path for variable, _ in self.members)}"
+
 
 def _squares(value, axes, count):
     """The sum of the squares of each channel's weights, by its number."""

@@ -213,6 +213,8 @@ def test_the_strength_of_a_joint_norm_moves():
     model = model_of(gates)
     with pytest.warns(UserWarning, match="2 of 2"):
         ks.regularize(model, ks.regularizers.GroupLasso(0.2), "^a/")
+    regularizer = model.get_layer("a").cell.kernel.regularizer
+    assert repr(regularizer) == "GroupLasso(strength=0.2) over a/lstm_cell/kernel, a/lstm_cell/recurrent_kernel"
     model.compile(keras.optimizers.SGD(0.0), "mse")
     x, y = np.zeros((4, 5, 4)), np.zeros((4, 2))
     schedule = ks.callbacks.StrengthSchedule("linear", end=1.0)
