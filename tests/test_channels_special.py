@@ -146,6 +146,59 @@ def test_what_can_leave_leaves_and_the_rest_is_named(make):
         assert any(reason in row["reason"] for row in rows if "a" in row["layers"]), rows
 
 
+STAYING = {
+    "a normalization of steps": lambda x: layers.TimeDistributed(layers.LayerNormalization())(x),
+    "a model of steps": lambda x: layers.TimeDistributed(keras.Sequential([keras.Input((8,)), layers.Dense(3)]))(x),
+    "steps of steps": lambda x: layers.TimeDistributed(layers.TimeDistributed(layers.LayerNormalization()))(x),
+    "states both ways": lambda x: layers.Bidirectional(layers.GRU(8))(x, initial_state=[x[:, 0], x[:, 1]]),
+    "stacked cells": lambda x: layers.RNN([layers.GRUCell(4), layers.GRUCell(3)])(x),
+    "stacked cells both ways": lambda x: layers.Bidirectional(layers.RNN([layers.GRUCell(4), layers.GRUCell(3)]))(x),
+    "a wrapped layer": lambda x: layers.SpectralNormalization(layers.Dense(4))(x),
+}
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_what_goes_into_a_layer_that_keeps_its_channels_stays(name):
+    keras.utils.set_random_seed(0)
+    shape = (3, 5, 4) if name == "steps of steps" else (5, 4)
+    x = keras.Input(shape)
+    y = STAYING[name](layers.Dense(8, "relu", name="a")(x))
+    model = keras.Model(x, layers.Dense(3)(layers.Flatten()(y)))
+    channel_graphs.randomise(model, RNG)
+    for v in model.get_layer("a").weights:
+        v.assign(np.where(np.arange(8) % 2, ks.graph.as_array(v), 0))
+    rows = [row for row in ks.channel_groups(model).rows if "a" in row["layers"] and row["channels"] == 8]
+    assert all(row["reason"] for row in rows)
+    small = ks.shrink(model, verbose=0)
+    assert small.get_layer("a").units == 8
+    x = RNG.normal(size=(2, *shape)).astype("float32")
+    assert channel_graphs.difference(model, small, x) < 1e-5
+
+
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="its CPU kernels want channels last")
+@pytest.mark.parametrize("positions", [1, 2, 3])
+@pytest.mark.parametrize("sequences", [False, True])
+def test_units_of_films_with_channels_first_leave(positions, sequences):
+    keras.utils.set_random_seed(0)
+    shape = (2, 3, *range(5, 5 + positions))
+    kind, conv = (getattr(layers, f"{name}{positions}D") for name in ("ConvLSTM", "Conv"))
+    x, first = keras.Input(shape), {"data_format": "channels_first"}
+    y = kind(5, 2, return_sequences=sequences, name="a", **first)(x)
+    reader = conv(4, 2, name="b", **first)
+    y = layers.TimeDistributed(reader)(y) if sequences else reader(y)
+    model = keras.Model(x, layers.Dense(3)(layers.Flatten()(y)))
+    channel_graphs.randomise(model, RNG)
+    reader.kernel.assign(np.where(np.arange(5)[:, None] < 2, 0, ks.graph.as_array(reader.kernel)))
+    cell = model.get_layer("a").cell
+    cell.recurrent_kernel.assign(np.where(np.arange(5)[:, None] < 2, 0, ks.graph.as_array(cell.recurrent_kernel)))
+    promised = ks.channel_groups(model).totals
+    small = ks.shrink(model, verbose=0)
+    assert small.get_layer("a").filters == 3
+    assert ks.channel_groups(small).totals["macs"] == promised["macs_left"]
+    x = RNG.normal(size=(2, *shape)).astype("float32")
+    assert channel_graphs.difference(model, small, x) < 1e-5
+
+
 class Transposed(layers.Layer):
     """Multiplies by the kernel of another layer: what no config tells."""
 

@@ -211,6 +211,10 @@ class Call:
 
     def changes(self, kept):
         """What is different in the layer's config when only what `kept` says stays; an empty dict if nothing is."""
+        return {} if self.fixed else self.changed(kept)
+
+    def changed(self, kept):
+        """The same, of a call that has not been told to stay."""
         return {}
 
     def weights(self, kept):

@@ -76,7 +76,7 @@ class Depthwise(Call):
             value = np.where(others, value if found is None else found.reshape(-1), value)
         y.constant = None if np.isnan(value).all() else value.reshape(y.labels.shape)
 
-    def changes(self, kept):
+    def changed(self, kept):
         count = int(kept(self.read).sum())
         if not self.grouped or count == len(self.read):
             return {}
@@ -118,7 +118,7 @@ class PerChannel(Call):
             shift = sum((array(v) for v in self.shift), np.zeros(len(self.made))).reshape(y.labels.shape)
             y.constant = np.where(off, shift, y.constants)
 
-    def changes(self, kept):
+    def changed(self, kept):
         width = kind_of(self.operation).width
         count = int(kept(self.made).sum())
         return {} if width is None or count == len(self.made) else {width: count}
@@ -176,7 +176,7 @@ class Lookup(Call):
             value = np.where(value.min(axis=0) == value.max(axis=0), value[0], np.nan)
             self.outputs[0].constant = None if np.isnan(value).all() else value.reshape(self.outputs[0].labels.shape)
 
-    def changes(self, kept):
+    def changed(self, kept):
         count = int(kept(self.made).sum())
         return {} if count == len(self.made) else {kind_of(self.operation).width: count}
 
@@ -237,9 +237,7 @@ class Normalized(Call):
     def _shift(self):
         return next((array(v) for v in self.operation.weights if v.name == "beta"), np.zeros(self.count))
 
-    def changes(self, kept):
-        if self.fixed:
-            return {}
+    def changed(self, kept):
         count = int(kept(self.read).sum())
         if count == self.count:
             return {}

@@ -218,7 +218,7 @@ class Linear(Call):
         found = keras.ops.convert_to_numpy(self._activation(x))[0].astype("float64")
         return np.where(np.isnan(value), np.nan, found)
 
-    def changes(self, kept):
+    def changed(self, kept):
         count = int(kept(self.made).sum())
         if count == len(self.made):
             return {}

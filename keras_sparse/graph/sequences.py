@@ -50,10 +50,10 @@ class Recurrent(Call):
         units = self.units = cell.filters if spatial else cell.units
         self.made = self.classes.new(units)
         x, *states = self.inputs
-        first = spatial and getattr(layer, "data_format", "channels_last") == "channels_first"
+        positions = len(cell.kernel_size) if spatial and getattr(cell, "data_format", None) == "channels_first" else 0
         for tensor in (*self.outputs, *states):
             rank = len(tensor.shape)
-            axis = rank - 3 if first else rank - 1
+            axis = rank - 1 - positions
             shape = [1] * rank
             shape[axis] = units
             if tensor.full[axis] != units:
@@ -64,8 +64,8 @@ class Recurrent(Call):
             else:
                 self.classes.join(self.classes.join_along(tensor.labels, axis), self.made)
         width = cell.kernel.shape[-2]
-        self.axis = 2 if first else len(x.shape) - 1
-        self.state_axis = -3 if first else -1
+        self.axis = len(x.shape) - 1 - positions
+        self.state_axis = -1 - positions
         self.read = np.broadcast_to(self.classes.join_along(x.labels, self.axis), width)
         self.gates = cell.kernel.shape[-1] // units
         rank, every = len(cell.kernel.shape), np.tile(self.made, self.gates)
@@ -119,7 +119,7 @@ class Recurrent(Call):
             for output in self.outputs:
                 output.constant = np.where(zero, 0.0, np.nan).reshape(output.labels.shape)
 
-    def changes(self, kept):
+    def changed(self, kept):
         count, layer = int(kept(self.made).sum()), self.operation
         if count == self.units:
             return {}
@@ -181,7 +181,7 @@ class BothWays(Call):
         for output, value in zip(self.outputs, values, strict=False):
             output.constant = None if np.isnan(value).all() else value
 
-    def changes(self, kept):
+    def changed(self, kept):
         forward, backward = (way.changes(kept) for way in self.ways)
         if not forward and not backward:
             return {}
@@ -223,7 +223,7 @@ class EachStep(Call):
         found = self.after.constant
         self.outputs[0].constant = None if found is None else found[:, None]
 
-    def changes(self, kept):
+    def changed(self, kept):
         changes = self.inner.changes(kept)
         return {"layer": _changed(self.operation.get_config()["layer"], changes)} if changes else {}
 
@@ -271,7 +271,7 @@ class Reversible(Call):
             zero = ~(array(self.table) != 0).any(axis=0)
             self.outputs[0].constant = np.where(zero, 0.0, np.nan).reshape(self.outputs[0].labels.shape)
 
-    def changes(self, kept):
+    def changed(self, kept):
         count = int(kept(self.made).sum())
         return {} if count == len(self.made) else {"output_dim": count}
 
@@ -382,7 +382,7 @@ class Attention(Call):
             bias = np.zeros(len(self.made)) if last.bias is None else array(last.bias)
             self.outputs[0].constant = np.where(off, bias, np.nan).reshape(self.outputs[0].labels.shape)
 
-    def changes(self, kept):
+    def changed(self, kept):
         heads, kv, key, value, out = (
             int(kept(x).sum()) for x in (self.heads, self.kv_heads, self.key_width, self.value_width, self.made)
         )
