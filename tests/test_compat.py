@@ -1,15 +1,12 @@
 """Files and names of tensorflow-model-optimization: read and spoken."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import h5py
 import keras
 import numpy as np
 import pytest
+from tfmot_files import in_their_environment
 
 import keras_sparse as ks
 from keras_sparse.cli import run
@@ -280,21 +277,10 @@ def test_wrong_arguments():
     assert vars(schedules.get(Theirs())) == vars(schedules.ConstantSparsity(0.25, 3))
 
 
-def in_their_environment(tmp_path, program, *arguments):
-    pytest.importorskip("tf_keras")
-    pytest.importorskip("tensorflow_model_optimization")
-    environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("KERAS_BACKEND", None)
-    command = [sys.executable, str(pathlib.Path(__file__).parent / "support" / program), str(tmp_path), *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "failed:" not in result.stdout, result.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_files_of_the_real_tf_keras_and_tfmot(tmp_path):
-    in_their_environment(tmp_path, "tfmot_files.py")
+    in_their_environment(tmp_path)
     paths = sorted(tmp_path.glob("*.h5"))
     assert len(paths) >= 30
     for path in paths:
@@ -322,7 +308,7 @@ FOLDERS = """
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_folders_of_the_real_tf_keras_and_tfmot(tmp_path):
-    in_their_environment(tmp_path, "tfmot_files.py", "folders", *FOLDERS)
+    in_their_environment(tmp_path, "folders", *FOLDERS)
     for name in FOLDERS:
         check_loaded(tmp_path / name, np.load(tmp_path / f"{name}.npz"))
     folder, outcomes = tmp_path / "pruned_functional", set()
@@ -348,7 +334,7 @@ def test_folders_of_the_real_tf_keras_and_tfmot(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_same_masks_as_the_real_tfmot(tmp_path):
-    in_their_environment(tmp_path, "tfmot_files.py", "trained")
+    in_their_environment(tmp_path, "trained")
     for path in sorted(tmp_path.glob("*.npz")):
         arrays = np.load(path)
         model = network()

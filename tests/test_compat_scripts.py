@@ -134,12 +134,45 @@ model.fit(
 model.load_weights(folder + "/best.weights.h5")
 model_for_export = tfmot.sparsity.keras.strip_pruning(model)
 """
+LOADED = """
+class ThreeTimes(tfmot.sparsity.keras.PruningSchedule):
+    def __init__(self, target_sparsity, frequency):
+        self._validate_sparsity(target_sparsity, "target_sparsity")
+        self._validate_step(0, 3 * frequency, frequency, False)
+        self.target_sparsity, self.frequency = target_sparsity, frequency
+
+    def __call__(self, step):
+        due = self._should_prune_in_step(step, self.frequency, 3 * self.frequency, self.frequency)
+        return due, tf.constant(self.target_sparsity, dtype=tf.float32)
+
+    def get_config(self):
+        config = {"target_sparsity": self.target_sparsity, "frequency": self.frequency}
+        return {"class_name": "ThreeTimes", "config": config}
+
+
+class Mixed(keras.layers.Dense, tfmot.sparsity.keras.PrunableLayer):
+    def get_prunable_weights(self):
+        return [self.kernel, self.bias]
+
+
+model = keras.Sequential([keras.layers.InputLayer((12,)), keras.layers.Dense(16), Mixed(4, name="mixed")])
+model = tfmot.sparsity.keras.prune_low_magnitude(model, pruning_schedule=ThreeTimes(0.5, frequency=2))
+model.compile("adam", keras.losses.MeanSquaredError())
+y_train = np.eye(4)[y_train]
+model.fit(x_train, y_train, batch_size=16, epochs=2, verbose=0, callbacks=[tfmot.sparsity.keras.UpdatePruningStep()])
+_, keras_model_file = tempfile.mkstemp(".h5")
+model.save(keras_model_file, include_optimizer=True)
+with tfmot.sparsity.keras.prune_scope(), keras.utils.custom_object_scope({"Mixed": Mixed}):
+    loaded_model = keras.models.load_model(keras_model_file)
+model_for_export = tfmot.sparsity.keras.strip_pruning(loaded_model)
+"""
 SCRIPTS = {
     "whole model": (WHOLE, [0.8, 0.8]),
     "some layers": (SOME_LAYERS, [0.75, 0.75]),
     "a loop of one's own": (OWN_LOOP, [0.5, 0.0]),
     "two of four": (TWO_OF_FOUR, [0.5, 0.5]),
     "blocks and checkpoints": (CHECKPOINTS, [0.5, 0.5]),
+    "a file in prune_scope": (LOADED, [0.5, 0.5]),
 }
 
 

@@ -26,23 +26,25 @@ class PruningSchedule:
         """Return the schedule that `get_config()["config"]` describes."""
         return cls(**config)
 
-    def _check(self, sparsities, endless):
-        for name in sparsities:
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in range [0,1). Received: {name}={getattr(self, name)!r}")
-        if self.begin_step < 0:
-            raise ValueError(f"begin_step should be >= 0. Received: begin_step={self.begin_step!r}")
-        if not (endless and self.end_step == -1) and self.end_step < self.begin_step:
-            raise ValueError(
-                f"begin_step should be <= end_step. Received: begin_step={self.begin_step!r}, "
-                f"end_step={self.end_step!r}"
-            )
-        if self.frequency <= 0:
-            raise ValueError(f"frequency should be > 0. Received: frequency={self.frequency!r}")
+    # The names of tfmot's own, which schedules that people wrote for it call.
 
-    def _due(self, step):
-        ended = 0 <= self.end_step < step
-        return step >= self.begin_step and not ended and (step - self.begin_step) % self.frequency == 0
+    def _validate_sparsity(self, sparsity, variable_name):
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(f"{variable_name} must be in range [0,1). Received: {variable_name}={sparsity!r}")
+
+    def _validate_step(self, begin_step, end_step, frequency, allow_negative_1):
+        if begin_step < 0:
+            raise ValueError(f"begin_step should be >= 0. Received: begin_step={begin_step!r}")
+        if not (allow_negative_1 and end_step == -1) and end_step < begin_step:
+            raise ValueError(
+                f"begin_step should be <= end_step. Received: begin_step={begin_step!r}, end_step={end_step!r}"
+            )
+        if frequency <= 0:
+            raise ValueError(f"frequency should be > 0. Received: frequency={frequency!r}")
+
+    def _should_prune_in_step(self, step, begin_step, end_step, frequency):
+        ended = 0 <= end_step < step
+        return step >= begin_step and not ended and (step - begin_step) % frequency == 0
 
 
 class ConstantSparsity(PruningSchedule):
@@ -67,10 +69,12 @@ class ConstantSparsity(PruningSchedule):
     def __init__(self, target_sparsity, begin_step, end_step=-1, frequency=100):
         self.target_sparsity, self.begin_step = target_sparsity, begin_step
         self.end_step, self.frequency = end_step, frequency
-        self._check(["target_sparsity"], endless=True)
+        self._validate_sparsity(target_sparsity, "target_sparsity")
+        self._validate_step(begin_step, end_step, frequency, allow_negative_1=True)
 
     def __call__(self, step):
-        return self._due(step), self.target_sparsity
+        due = self._should_prune_in_step(step, self.begin_step, self.end_step, self.frequency)
+        return due, self.target_sparsity
 
 
 class PolynomialDecay(PruningSchedule):
@@ -97,13 +101,16 @@ class PolynomialDecay(PruningSchedule):
     def __init__(self, initial_sparsity, final_sparsity, begin_step, end_step, power=3, frequency=100):
         self.initial_sparsity, self.final_sparsity, self.power = initial_sparsity, final_sparsity, power
         self.begin_step, self.end_step, self.frequency = begin_step, end_step, frequency
-        self._check(["initial_sparsity", "final_sparsity"], endless=False)
+        self._validate_sparsity(initial_sparsity, "initial_sparsity")
+        self._validate_sparsity(final_sparsity, "final_sparsity")
+        self._validate_step(begin_step, end_step, frequency, allow_negative_1=False)
 
     def __call__(self, step):
         span = self.end_step - self.begin_step
         progress = min(1.0, max(0.0, (step - self.begin_step) / span)) if span else 1.0
         left = (self.initial_sparsity - self.final_sparsity) * math.pow(1 - progress, self.power)
-        return self._due(step), self.final_sparsity + left
+        due = self._should_prune_in_step(step, self.begin_step, self.end_step, self.frequency)
+        return due, self.final_sparsity + left
 
 
 def get(schedule):

@@ -10,11 +10,13 @@ from keras_sparse.compat.wrappers import PRUNED
 from keras_sparse.registry import serializable
 
 __all__ = [
+    "PrunableLayer",
     "PruneForLatencyOnXNNPack",
     "PruningPolicy",
     "PruningSummaries",
     "UpdatePruningStep",
     "prune_low_magnitude",
+    "prune_scope",
     "strip_pruning",
 ]
 
@@ -82,6 +84,7 @@ def prune_low_magnitude(
     block_pooling_type="AVG",
     pruning_policy=None,
     sparsity_m_by_n=None,
+    **kwargs,
 ):
     """Mark what `UpdatePruningStep` is to prune, as `tfmot.sparsity.keras.prune_low_magnitude` does.
 
@@ -94,13 +97,14 @@ def prune_low_magnitude(
         block_pooling_type: `"AVG"` or `"MAX"`: the score of a block.
         pruning_policy: A `PruningPolicy`, or `None` for all layers.
         sparsity_m_by_n: `(m, n)`: m zeros in n consecutive inputs.
+        **kwargs: What tfmot passes to its wrapper: refused, as there is none.
 
     Returns:
         `to_prune`.
 
     Raises:
         ValueError: If `to_prune` or a layer in it is of a kind that is not supported.
-        TypeError: If the schedule is of an unknown kind.
+        TypeError: If the schedule is of an unknown kind, or there are `kwargs`.
 
     Example:
 
@@ -110,6 +114,12 @@ def prune_low_magnitude(
     >>> tfmot.sparsity.keras.prune_low_magnitude(model) is model
     True
     """
+    if kwargs:
+        raise TypeError(
+            "`prune_low_magnitude` puts no wrapper around a layer, so there is none for further arguments: write "
+            "`keras.Input(shape)` as the first line of a Sequential instead of `input_shape=shape`, and give `name` to "
+            f"the layer itself. Received: {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}"
+        )
     settings = pruning_schedule or schedules.ConstantSparsity(0.5, 0), block_size, block_pooling_type, sparsity_m_by_n
     whole = isinstance(to_prune, (keras.Sequential, keras.Model))
     if whole and not isinstance(to_prune, keras.Sequential) and not getattr(to_prune, "inputs", None):
@@ -178,6 +188,61 @@ def strip_pruning(model):
             del layer.tfmot_pruning
     optimizers.unwrap(model)  # in a loop of one's own nothing else says that training has ended
     return model
+
+
+class PrunableLayer:
+    """Base of layers of one's own that say which of their weights `UpdatePruningStep` is to prune.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.compat import tfmot
+    >>> class Scaled(keras.layers.Layer, tfmot.sparsity.keras.PrunableLayer):
+    ...     def build(self, shape):
+    ...         self.table = self.add_weight(shape=(shape[-1], 3), name="table")
+    ...     def call(self, x):
+    ...         return x @ self.table
+    ...     def get_prunable_weights(self):
+    ...         return [self.table]
+    >>> layer = tfmot.sparsity.keras.prune_low_magnitude(Scaled())
+    """
+
+    def get_prunable_weights(self):
+        """Return the list of variables to prune."""
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `get_prunable_weights(self)`.")
+
+
+def prune_scope():
+    """Return a scope in which `keras.models.load_model` loads what a script has saved.
+
+    Models that were pruned here are plain, and need no scope. A file of the real tfmot is refused in it with the way to
+    read it, `load`.
+
+    Returns:
+        A `keras.saving.CustomObjectScope`.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.compat import tfmot
+    >>> model = tfmot.sparsity.keras.prune_low_magnitude(keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]))
+    >>> model.save("pruned.keras")
+    >>> with tfmot.sparsity.keras.prune_scope():
+    ...     loaded = keras.models.load_model("pruned.keras")
+    """
+    return keras.saving.CustomObjectScope({"PruneLowMagnitude": _Refused})
+
+
+class _Refused:
+    """What Keras finds under the name of tfmot's wrapper."""
+
+    @classmethod
+    def from_config(cls, config):
+        raise ValueError(
+            "The real tensorflow-model-optimization wrote this file, with the wrapper `PruneLowMagnitude` around "
+            "layers, which Keras 3 cannot load: read it with `ks.compat.tfmot.load(path)`, or convert it by "
+            f"`keras-sparse convert-tfmot old.h5 new.keras`. Received: the layer {config.get('name')!r}"
+        )
 
 
 @serializable

@@ -1,14 +1,18 @@
 """Files as tf_keras and tfmot write them, of many kinds. Run as a program: `python tfmot_files.py FOLDER`.
 
 Beside each `.h5` file comes an `.npz` of inputs and of the outputs that its source computes. With `folders` and names
-after FOLDER, these come as SavedModel folders.
+after FOLDER, these come as SavedModel folders. `trained` and `names` after it write other things.
 """
 
+import inspect
 import json
+import os
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 KINDS = {}
 
@@ -16,6 +20,18 @@ KINDS = {}
 def kind(function):
     KINDS[function.__name__] = function
     return function
+
+
+def in_their_environment(tmp_path, *arguments):
+    """Run this file as a program."""
+    pytest.importorskip("tf_keras")
+    pytest.importorskip("tensorflow_model_optimization")
+    environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("KERAS_BACKEND", None)
+    command = [sys.executable, __file__, str(tmp_path), *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "failed:" not in result.stdout, result.stdout
 
 
 def main(folder, names):
@@ -28,6 +44,8 @@ def main(folder, names):
     rng = np.random.default_rng(0)
     if names == ["trained"]:
         return train(pathlib.Path(folder), rng)
+    if names == ["names"]:
+        return list_names(pathlib.Path(folder))
     folders = names[:1] == ["folders"]
     for name in names[folders:] or KINDS:
         try:
@@ -80,6 +98,17 @@ def train(folder, rng):
         masks = {f"mask{i}": layer.pruning_vars[0][1].numpy() for i, layer in enumerate(model.layers)}
         config = json.dumps(schedule.get_config())
         np.savez(folder / f"{name}.npz", x=x, y=y, config=config, block=block, m_by_n=m_by_n, **before, **masks)
+
+
+def list_names(folder):
+    """Write the public names of tfmot (under "") and those of `sparsity.keras`, each with its arguments."""
+    found = {name: list(inspect.signature(getattr(sparsity, name)).parameters) for name in public(sparsity)}
+    (folder / "names.json").write_text(json.dumps({"": public(tfmot), **found}))
+
+
+def public(module):
+    of_python = ("absolute_import", "division", "print_function")
+    return [name for name in dir(module) if name[0] != "_" and name not in of_python]
 
 
 def randomize(model, rng):
