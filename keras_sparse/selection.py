@@ -105,6 +105,8 @@ def select(model, filters=None, frozen=False, named=()):
                 skipped = None
             if skipped is None and not (weight.trainable or frozen):
                 skipped = "not trainable: set `trainable = True` to prune it during training"
+                if getattr(weight.layer, "lora_enabled", False):
+                    skipped = "frozen by LoRA: save and load the model, which merges the update, and prune that"
         selected.append(replace(weight, skipped=skipped))
     selection = Selection(selected)
     if not selection.chosen:

@@ -7,6 +7,7 @@ from keras_sparse.graph.groups import ChannelGroup, Channels
 from keras_sparse.graph.kinds import (
     DEPTHWISE,
     EMBEDDING,
+    FOREIGN,
     NO_KERNELS,
     Equation,
     Kernel,
@@ -28,6 +29,7 @@ from keras_sparse.graph.wiring import consumers, filled, histories, references, 
 __all__ = [
     "DEPTHWISE",
     "EMBEDDING",
+    "FOREIGN",
     "NO_KERNELS",
     "OUTPUT",
     "Call",

@@ -17,6 +17,7 @@ __all__ = [
     "CONCATENATES",
     "DEPTHWISE",
     "EMBEDDING",
+    "FOREIGN",
     "JOINS",
     "KEEPS",
     "KERNEL",
@@ -53,7 +54,8 @@ _CHANNELS = (MIXES, KEEPS, JOINS, CONCATENATES, SLICES, MOVES, NORMALIZES, UNKNO
 KERNEL = "kernel"  # multiplies all inputs
 DEPTHWISE = "depthwise kernel"  # multiplies each channel for itself
 EMBEDDING = "embedding"  # is looked up
-_ROLES = (KERNEL, DEPTHWISE, EMBEDDING)
+FOREIGN = "weight of code that Keras does not see"  # of a torch module or a SavedModel in a layer
+_ROLES = (KERNEL, DEPTHWISE, EMBEDDING, FOREIGN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Kernel:
     Args:
         outputs: The axes that count output units, a tuple of ints; or a function of the layer that returns it.
         inputs: The axes that count inputs, of a convolution the channels and not the positions; `None`: all others.
-        role: `"kernel"`, `"depthwise kernel"` or `"embedding"`. Only the first is pruned without a filter that names
-            it; embeddings are looked up and cost no MACs.
+        role: `"kernel"`, `"depthwise kernel"`, `"embedding"` or `FOREIGN`. Only the first is pruned without a filter
+            that names it; embeddings are looked up and cost no MACs.
 
     Raises:
         ValueError: If `role` is none of these.
@@ -247,8 +249,10 @@ def _class_with_row(layer):
 def kernel_of(layer, name, shape, trainable=True):
     """The `Kernel` that a weight of a layer is, or `None` if it is none, and why: a pair.
 
-    The layer's row says it. Of layers without a row, Keras's names count, and in layers that are not Keras's own every
-    weight of rank 2 or more, unless its name is that of a bias or normalization, or it is a vector that broadcasts.
+    The layer's row says it. In a `TorchModuleWrapper` or a `TFSMLayer` it is every weight of rank 2 or more; of torch's
+    the first axis counts the outputs. Of other layers without a row, Keras's names count, and in layers that are not
+    Keras's own every weight of rank 2 or more, unless its name is that of a bias or normalization, or it is a vector
+    that broadcasts.
 
     Args:
         layer: The layer.
@@ -270,6 +274,10 @@ def kernel_of(layer, name, shape, trainable=True):
         if kind_of(layer).grouped and layer.groups > 1 and shape[-2] == 1 and kernels[name].role == KERNEL:
             return dataclasses.replace(kernels[name], role=DEPTHWISE), None  # as depthwise layers have it
         return kernels[name], None
+    foreign = next((kernel for kind, kernel in _FOREIGN.items() if isinstance(layer, kind)), None)
+    if foreign is not None:
+        plain = len(shape) < 2 or name.split(":")[0].split("_")[-1] in NO_KERNELS
+        return no if plain else (foreign, None)
     if owner is not None and (of_keras(layer) or owner.__module__.split(".")[0] != "keras"):
         return no
     guessed = _DENSE if hasattr(layer, "kernel_size") else Kernel()
@@ -405,6 +413,8 @@ _DENSE = Kernel((-1,), (-2,))
 _CELL = {"kernel": _DENSE, "recurrent_kernel": _DENSE}
 _DEPTHWISE_KERNEL = Kernel((-2, -1), (-2,), DEPTHWISE)
 _TABLE = Kernel(role=EMBEDDING)
+# Weights of any name: which of them are tables, Keras does not know.
+_FOREIGN = {_L.TorchModuleWrapper: Kernel((0,), (1,), FOREIGN), _L.TFSMLayer: Kernel((-1,), (-2,), FOREIGN)}
 # Axes of operators: comments in tensorflow/compiler/mlir/lite/ir/tfl_ops.td.
 _GATHERED = {"GATHER": (-1,), "EMBEDDING_LOOKUP": (-1,)}  # the former also multiplies ones and zeros
 _NONE = Kind()

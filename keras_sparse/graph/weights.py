@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from keras_sparse import zeros
-from keras_sparse.graph.kinds import DEPTHWISE, EMBEDDING, Kernel, kernel_of, kind_of
+from keras_sparse.graph.kinds import KERNEL, Kernel, kernel_of, kind_of
 from keras_sparse.identity import IdentityDict
 
 __all__ = ["Weight", "along", "as_array", "check_model", "layers", "weights"]
@@ -57,7 +57,7 @@ class Weight:
 
     @property
     def role(self):
-        """`"kernel"`, `"depthwise kernel"`, `"embedding"`, or `None` for all other weights."""
+        """`"kernel"`, `"depthwise kernel"`, `"embedding"`, `FOREIGN`, or `None` for all other weights."""
         return self.layout.role if self.kernel else None
 
     @property
@@ -241,7 +241,7 @@ def _weight(variable, layer, trainable, holders):
             quantized = layout
         layout, reason = None, f"{variable.dtype}, not floating point"
     skipped = None if reason is None else f"{variable.name} of {type(layer).__name__}: {reason}"
-    if layout is not None and layout.role in (DEPTHWISE, EMBEDDING):
+    if layout is not None and layout.role != KERNEL:
         skipped = f"{layout.role}: left dense unless a filter names it"
     return Weight(variable, layer, layout, trainable, skipped, holders, quantized)
 
