@@ -149,7 +149,8 @@ class GroupLasso(MovableStrength):
         return size**0.5 * ops.sum(norms)
 
     def for_weights(self, model, weights):
-        joined = _joined(model, weights) if self.group.whole_units and getattr(model, "inputs", None) else {}
+        by_graph = self.group.whole_units and getattr(model, "inputs", None)
+        joined = _joined(model, weights) if by_graph else IdentityDict()
         return [
             _Together(self.strength, joined[w.variable]) if w.variable in joined else self._for_weight(w)
             for w in weights
