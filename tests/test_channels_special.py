@@ -146,6 +146,36 @@ def test_what_can_leave_leaves_and_the_rest_is_named(make):
         assert any(reason in row["reason"] for row in rows if "a" in row["layers"]), rows
 
 
+@keras.saving.register_keras_serializable("channels_special")
+def magnitude(x):
+    return ops.where(x > 0, x, -x)
+
+
+@keras.saving.register_keras_serializable("channels_special")
+def leaky(x):
+    return ops.maximum(x, 0.1 * x)
+
+
+def chosen_by_value(x):
+    return ops.where(x > 0.5, x, layers.Dense(8)(x))
+
+
+@pytest.mark.parametrize("function", [layers.Lambda(magnitude), layers.Lambda(leaky), chosen_by_value])
+def test_functions_that_look_at_signs_are_not_taken_for_moves(function):
+    keras.utils.set_random_seed(0)
+    x = keras.Input((5, 4))
+    y = function(layers.Dense(8, name="a")(x))
+    model = keras.Model(x, layers.Dense(3)(y))
+    channel_graphs.randomise(model, RNG)
+    a = model.get_layer("a")
+    a.kernel.assign(np.where(np.arange(8) % 2, ks.graph.as_array(a.kernel), 0))
+    a.bias.assign(np.linspace(-2, 1, 8))  # constants, most of them negative
+    small = ks.shrink(model, verbose=0)
+    assert small.get_layer("a").units == (8 if function is chosen_by_value else 4)
+    x = RNG.normal(size=(2, 5, 4)).astype("float32")
+    assert channel_graphs.difference(model, small, x) < 1e-5
+
+
 STAYING = {
     "a normalization of steps": lambda x: layers.TimeDistributed(layers.LayerNormalization())(x),
     "a model of steps": lambda x: layers.TimeDistributed(keras.Sequential([keras.Input((8,)), layers.Dense(3)]))(x),
@@ -195,6 +225,36 @@ def test_units_of_films_with_channels_first_leave(positions, sequences):
     small = ks.shrink(model, verbose=0)
     assert small.get_layer("a").filters == 3
     assert ks.channel_groups(small).totals["macs"] == promised["macs_left"]
+    x = RNG.normal(size=(2, *shape)).astype("float32")
+    assert channel_graphs.difference(model, small, x) < 1e-5
+
+
+def ways_apart(x):
+    return layers.Concatenate()(layers.Bidirectional(layers.GRU(6, name="r"), merge_mode=None, name="a")(x))
+
+
+def films_both_ways(x):
+    first = {} if keras.backend.backend() == "tensorflow" else {"data_format": "channels_first"}
+    y = layers.ConvLSTM2D(6, 2, name="r", **first)
+    return layers.Flatten(**first)(layers.Bidirectional(y, name="a")(x))
+
+
+@pytest.mark.parametrize(("ways", "shape"), [(ways_apart, (5, 4)), (films_both_ways, (2, 3, 4, 5))])
+def test_units_of_both_ways_leave_both(ways, shape):
+    keras.utils.set_random_seed(0)
+    x = keras.Input(shape)
+    model = keras.Model(x, layers.Dense(3)(ways(x)))
+    channel_graphs.randomise(model, RNG)
+    layer = model.get_layer("a")
+    both = layer.forward_layer.cell, layer.backward_layer.cell
+    for cell, dead in zip(both, ([0, 1, 2], [1, 2, 3]), strict=True):
+        for v in cell.weights:  # columns of a cell whose gates are all zero: a unit of zeros
+            units = np.arange(v.shape[-1]) % 6
+            v.assign(np.where(np.isin(units, dead), 0, ks.graph.as_array(v)))
+    small = ks.shrink(model, verbose=0)
+    assert small.count_params() < model.count_params()
+    for way in (small.get_layer("a").forward_layer, small.get_layer("a").backward_layer):
+        assert way.cell.kernel.shape[-1] == both[0].kernel.shape[-1] // 6 * 4
     x = RNG.normal(size=(2, *shape)).astype("float32")
     assert channel_graphs.difference(model, small, x) < 1e-5
 

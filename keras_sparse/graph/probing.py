@@ -77,22 +77,31 @@ class Moves(Call):
             np.arange(start + 1, end + 1, dtype="int32").reshape(x.full)
             for x, start, end in zip(made.inputs, ends[:-1], ends[1:], strict=True)
         ]
-        rng = np.random.default_rng(0)
-        values = np.concatenate([[0.0], rng.uniform(1, 2, ends[-1])]).astype("float32")
         try:
             made.sources = run(made, numbers)
-            moved = run(made, [values[x].astype(_float(t.dtype)) for x, t in zip(numbers, made.inputs, strict=True)])
+            if not all(made._moves(numbers, np.random.default_rng(seed)) for seed in range(2)):
+                return None
         except Exception:  # not made for integers
             return None
-        for source, output, expected in zip(made.sources, moved, made.outputs, strict=True):
-            if source.dtype.kind not in "iu" or source.shape[1:] != expected.full[1:]:
-                return None
-            if output.dtype.kind != "f" or source.min() < 0 or source.max() > ends[-1]:
-                return None
-            if not np.allclose(values[source], output, 1e-2 if output.dtype.itemsize < 4 else 1e-6):
-                return None
         made.label()
         return made
+
+    def _moves(self, numbers, rng):
+        """Whether numbers of both signs and of all magnitudes come out where `sources` say."""
+        count = sum(x.size for x in numbers)
+        values = np.concatenate([[0.0], rng.normal(size=count) * 10 ** rng.uniform(-3, 3, count)]).astype("float32")
+        kinds = [_float(x.dtype) for x in self.inputs]
+        inputs = [
+            values[x] > 0 if kind == "bool" else values[x].astype(kind) for x, kind in zip(numbers, kinds, strict=True)
+        ]
+        for source, output, expected in zip(self.sources, run(self, inputs), self.outputs, strict=True):
+            if source.dtype.kind not in "iu" or source.shape[1:] != expected.full[1:]:
+                return False
+            if output.dtype.kind != "f" or source.min() < 0 or source.max() > count:
+                return False
+            if not np.allclose(values[source], output, 1e-2 if output.dtype.itemsize < 4 else 1e-6):
+                return False
+        return True
 
     def label(self):
         every = [np.broadcast_to(x.labels, x.full).reshape(-1) for x in self.inputs]

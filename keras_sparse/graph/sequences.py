@@ -153,16 +153,20 @@ class BothWays(Call):
             self.stay(f"{layer.name} runs layers that are not known")
             return
         left, right = (way.outputs[0].labels for way in self.ways)
+        self.classes.join(left, right)  # Keras takes the width of the one way for that of the other
         if mode is None:
             every[0].labels, every[1].labels = left, right
-        elif mode == "concat":  # Keras takes its width for twice that of the one way
-            self.classes.join(left, right)
+        elif mode == "concat" and not self._along_positions:
             every[0].labels = np.concatenate([left, right], axis=-1)
         else:
-            self.classes.join(left, right)
             every[0].labels = left
         self.parts = [part for way in self.ways for part in way.parts]
         self.conditions = [condition for way in self.ways for condition in way.conditions]
+
+    @property
+    def _along_positions(self):
+        """Whether Keras puts both ways beside each other along the last axis, and channels lie along another one."""
+        return self.ways[0].state_axis != -1
 
     def find_constants(self):
         if self.fixed:
@@ -173,6 +177,8 @@ class BothWays(Call):
         mode = self.operation.merge_mode
         if mode is None:
             values = [left, right]
+        elif mode == "concat" and self._along_positions:
+            values = [np.where(left == right, left, np.nan)]
         elif mode == "concat":
             values = [np.concatenate([left, right], axis=-1)]
         else:
