@@ -79,14 +79,14 @@ class Moves(Call):
         ]
         try:
             made.sources = run(made, numbers)
-            if not all(made._moves(numbers, np.random.default_rng(seed)) for seed in range(2)):
+            if not all(made.agrees(numbers, np.random.default_rng(seed)) for seed in range(2)):
                 return None
         except Exception:  # not made for integers
             return None
         made.label()
         return made
 
-    def _moves(self, numbers, rng):
+    def agrees(self, numbers, rng):
         """Whether numbers of both signs and of all magnitudes come out where `sources` say."""
         count = sum(x.size for x in numbers)
         values = np.concatenate([[0.0], rng.normal(size=count) * 10 ** rng.uniform(-3, 3, count)]).astype("float32")
