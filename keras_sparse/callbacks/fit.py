@@ -161,7 +161,9 @@ class Fit:
             # `EarlyStopping` restores weights in its own `on_train_end`, which may come after ours.
             callback_list.callbacks.append(_Ending(self))
             self._checkpoints = {
-                callback: None for callback in callback_list.callbacks if getattr(callback, "save_best_only", False)
+                callback: None
+                for callback in callback_list.callbacks
+                if isinstance(callback, keras.callbacks.ModelCheckpoint) and callback.save_best_only
             }
         if any(run.attached for run in self._runs):
             self.parts.drop_unclaimed()
