@@ -301,3 +301,51 @@ def test_dask_finds_the_same(monkeypatch):
     ):
         found = facts(search(executor=client.get_executor(), budget=8))
     assert same(found, facts(search(budget=8)))
+
+
+class Nobody(concurrent.futures.Executor):
+    """Takes tasks and has no workers, as Dask's when none has started."""
+
+    def submit(self, function, *args, **kwargs):
+        return concurrent.futures.Future()
+
+
+@pytest.mark.slow
+def test_a_search_without_workers_ends():
+    with pytest.raises(RuntimeError, match=r"No worker has answered in 60 seconds.*wait_for_workers.*timeout=0\.1"):
+        search(executor=Nobody(), budget=4, timeout=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Dask's own
+def test_dask_in_processes_that_were_started_apart_finds_the_same(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    address, processes = tmp_path / "scheduler.json", []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])}
+
+    def start(*arguments):
+        command = [sys.executable, "-m", "dask", *arguments, "--scheduler-file", str(address), "--no-dashboard"]
+        with (tmp_path / f"{len(processes)}.log").open("w") as log:
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=tmp_path)
+            )
+
+    try:
+        start("scheduler", "--host", "127.0.0.1", "--port", "0")
+        while not address.exists() and processes[0].poll() is None:
+            time.sleep(0.1)
+        with distributed.Client(scheduler_file=str(address), timeout=120) as client:
+            with pytest.raises(TimeoutError, match="0/1"):  # what would wait for ever in a search
+                client.wait_for_workers(1, timeout=0.5)
+            for _ in range(2):
+                start("worker", "--nthreads", "1", "--host", "127.0.0.1")
+            client.wait_for_workers(2, timeout=240)
+            found = facts(search(executor=client.get_executor(), budget=8))
+            used = client.run(eval, "'keras' in __import__('sys').modules")
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+        for process in processes:
+            process.wait(60)
+    assert same(found, facts(search(budget=8)))
+    assert list(used.values()) == [True, True]  # both have evaluated something

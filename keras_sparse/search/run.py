@@ -240,7 +240,7 @@ class _Run:
                         self._checked, check = True, self._submit(self._evaluation.check)
                     waiting[self._submit(self._evaluation, *arguments)] = candidate
             if check is not None:
-                _raise_unless_loaded(check)
+                _raise_unless_loaded(check, self._evaluation.timeout)
             for future, values in self._ended(set(waiting)):
                 finish(waiting[future], values)
         finally:
@@ -282,8 +282,14 @@ class _Run:
         return "search" if self._best is None else f"search, best {name} {self._best.values[name]:.4g}"
 
 
-def _raise_unless_loaded(check):
-    """Raise if the workers cannot load the model, before the budget is spent on finding it out."""
+def _raise_unless_loaded(check, timeout):
+    """Raise if the workers cannot load the model, before the budget is spent on finding it out, or do not answer."""
+    limit = None if timeout is None else 2 * timeout + _GRACE
+    if not concurrent.futures.wait([check], limit).done:
+        raise RuntimeError(
+            f"No worker has answered in {limit:.0f} seconds. Some executors (Dask's) wait for workers for ever: see "
+            f"that there are some, with `client.wait_for_workers(1, timeout=300)`. Received: timeout={timeout!r}"
+        )
     with _workers():
         problem = check.result()
     if problem is not None:
