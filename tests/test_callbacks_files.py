@@ -60,18 +60,14 @@ def test_checkpoint_from_the_middle_of_fit_goes_on(tmp_path, policy):
 
 
 RESUME = """
-import os, signal, sys
+import json, os, signal, sys
 import keras, numpy as np
 import keras_sparse as ks
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
     tf.config.experimental.enable_op_determinism()
-keras.utils.set_random_seed(0)
-folder, order, kill = sys.argv[1], sys.argv[2], int(sys.argv[3])
 x = np.random.default_rng(0).normal(size=(96, 12)).astype("float32")
 y = np.random.default_rng(1).integers(0, 3, 96)
-model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(10, activation="relu"), keras.layers.Dense(3)])
-model.compile(keras.optimizers.Adam(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
 class Kill(keras.callbacks.Callback):
     steps = 0
@@ -80,40 +76,46 @@ class Kill(keras.callbacks.Callback):
         if self.steps == kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
-ours = [eval(sys.argv[4]), Kill()]
-backup = [keras.callbacks.BackupAndRestore(os.path.join(folder, "backup"), save_freq="epoch")]
-callbacks = backup + ours if order == "backup first" else ours + backup
-model.fit(x, y, epochs=4, batch_size=16, shuffle=False, verbose=0, callbacks=callbacks)
-np.savez(os.path.join(folder, "end.npz"), *model.get_weights())
+for folder, order, kill, callback in json.loads(sys.argv[1]):
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(10, activation="relu"), keras.layers.Dense(3)])
+    model.compile(keras.optimizers.Adam(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    ours = [eval(callback), Kill()]
+    backup = [keras.callbacks.BackupAndRestore(os.path.join(folder, "backup"), save_freq="epoch")]
+    callbacks = backup + ours if order == "backup first" else ours + backup
+    model.fit(x, y, epochs=4, batch_size=16, shuffle=False, verbose=0, callbacks=callbacks)
+    np.savez(os.path.join(folder, "end.npz"), *model.get_weights())
 """
 
 
-RESUMED = [
-    "ks.callbacks.Pruning(0.9, frequency=2)",
-    "ks.callbacks.DynamicSparseTraining(0.9, 'uniform', frequency=2)",
-    "ks.callbacks.DynamicSparseTraining(0.9, 'uniform', grow='random', frequency=2)",
-    "ks.callbacks.LotteryTicket(2, 0.9, rewind_to=3, allocation='uniform')",
-]
+RESUMED = {
+    "ks.callbacks.Pruning(0.9, frequency=2)": "backup first",
+    "ks.callbacks.DynamicSparseTraining(0.9, 'uniform', frequency=2)": "backup last",
+    "ks.callbacks.DynamicSparseTraining(0.9, 'uniform', grow='random', frequency=2)": "backup last",
+    "ks.callbacks.LotteryTicket(2, 0.9, rewind_to=3, allocation='uniform')": "backup first",
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("callback", "order"),
-    list(zip(RESUMED, ["backup first", "backup last", "backup last", "backup first"], strict=True)),
-)
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, order, callback):
-    def run(folder, kill):
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", RESUME, str(folder), order, str(kill), callback]
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    def run(kill, *names):
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True)
+        pairs = zip(names, [name.partition(" ")[2] for name in names], strict=True)
+        jobs = [(str(tmp_path / name), RESUMED[callback], kill, callback) for name, callback in pairs]
+        command = [sys.executable, "-c", RESUME, json.dumps(jobs)]
         return subprocess.run(command, capture_output=True, text=True, env=os.environ).returncode
 
-    assert run(tmp_path / "whole", 0) == 0
-    assert run(tmp_path / "cut", 15) == -9
-    assert run(tmp_path / "cut", 0) == 0
-    whole, cut = np.load(tmp_path / "whole/end.npz"), np.load(tmp_path / "cut/end.npz")
-    assert (whole["arr_0"] == 0).sum() >= 108
-    for name in whole.files:
-        np.testing.assert_array_equal(whole[name], cut[name])
+    for callback in RESUMED:
+        assert run(15, f"cut {callback}") == -9
+        assert not (tmp_path / f"cut {callback}" / "end.npz").exists()
+    assert run(0, *(f"{how} {callback}" for callback in RESUMED for how in ("whole", "cut"))) == 0
+    for callback in RESUMED:
+        whole, cut = (np.load(tmp_path / f"{how} {callback}" / "end.npz") for how in ("whole", "cut"))
+        assert (whole["arr_0"] == 0).sum() >= 108
+        for name in whole.files:
+            np.testing.assert_array_equal(whole[name], cut[name], err_msg=callback)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"use_ema": True}, {"policy": "mixed_float16"}], ids=str)
