@@ -292,7 +292,7 @@ BAD = [
     (({3: 0.5},), {}, TypeError, "as a string"),
     ((0.5,), {"criterion": "snip"}, ValueError, "pass `data=.x, y.`"),
     ((0.5,), {"data": (np.ones((4, 5)), np.ones((4, 5)))}, ValueError, "`Magnitude` looks at no data"),
-    ((0.5,), {"criterion": "taylor", "data": (np.ones(3),)}, ValueError, "a tuple of 1"),
+    ((0.5,), {"criterion": "taylor", "data": (np.ones(3),)}, ValueError, "ndarray without targets"),
     ((0.5,), {"criterion": "taylor", "data": "mnist"}, TypeError, "Received: 'mnist'"),
     ((0.5,), {"criterion": "taylor", "data": (np.ones((4, 5)), np.ones((4, 5)))}, ValueError, "has no optimizer"),
     ((0.5,), {"criterion": "taylor", "data": np.ones((4, 5))}, ValueError, r"must be \(x, y\).*Received: ndarray"),
