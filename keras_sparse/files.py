@@ -6,7 +6,7 @@ import tempfile
 
 import numpy as np
 
-__all__ = ["load_arrays", "replacing"]
+__all__ = ["inputs", "load_arrays", "replacing"]
 
 
 def inputs(arrays):

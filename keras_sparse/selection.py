@@ -21,6 +21,7 @@ __all__ = [
     "matching",
     "only",
     "pruned_weights",
+    "pruned_zeros",
     "select",
     "weights",
 ]
@@ -128,7 +129,7 @@ def pruned_weights(model, filters=None):
 
     Returns:
         List of `Weight`, in which `skipped` is `None`. Kernels that pruning has emptied belong to it, kernels with the
-        zeros of their initializer do not.
+        zeros of their initializer do not. `pruned_zeros` returns the zeros with them.
 
     Raises:
         ValueError: If a filter matches no kernel.
@@ -142,10 +143,25 @@ def pruned_weights(model, filters=None):
     >>> [w.path for w in ks.selection.pruned_weights(model)]
     ['sequential/a/kernel']
     """
+    return [weight for weight, _ in pruned_zeros(model, filters)]
+
+
+def pruned_zeros(model, filters=None):
+    """List pairs of each weight of `pruned_weights` and where its zeros count as pruned, an array of booleans.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((9,)), keras.layers.Dense(8, name="a"), keras.layers.Dense(8, name="b")])
+    >>> report = ks.prune(model, {"a/": 0.5})
+    >>> [(w.layer.name, int(zeros.sum())) for w, zeros in ks.selection.pruned_zeros(model)]
+    [('a', 36)]
+    """
     everything = weights(model)
     matches = _matcher(filters, everything)
-    found = [w for w in everything if w.kernel and (matches is None or matches(w.variable))]
-    return [replace(w, skipped=None) for w in found if w.pruned_zeros().any()]
+    kernels = [w for w in everything if w.kernel and (matches is None or matches(w.variable))]
+    found = [(replace(weight, skipped=None), weight.pruned_zeros()) for weight in kernels]
+    return [(weight, zeros) for weight, zeros in found if zeros.any()]
 
 
 class Only(str):

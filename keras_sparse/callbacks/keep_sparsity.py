@@ -4,6 +4,7 @@ import warnings
 
 from keras_sparse import pruning, selection
 from keras_sparse.callbacks.sparse_callback import SparseCallback
+from keras_sparse.identity import IdentityDict
 from keras_sparse.registry import serializable
 
 __all__ = ["KeepSparsity"]
@@ -40,7 +41,8 @@ class KeepSparsity(SparseCallback):
 
     def attach(self, run):
         model = run.model
-        sparse = [w for w in selection.pruned_weights(model, self.filters) if w.trainable]
+        found = selection.pruned_zeros(model, self.filters)
+        sparse = IdentityDict((weight.variable, zeros) for weight, zeros in found if weight.trainable)
         low_rank = [layer.name for layer in selection.layers(model) if getattr(layer, "lora_enabled", False)]
         if low_rank:
             warnings.warn(
@@ -57,8 +59,7 @@ class KeepSparsity(SparseCallback):
                     stacklevel=2,
                 )
             return
-        chosen = {id(w.variable) for w in sparse}
-        run.plan = pruning.Plan(model, 0.0, filters=lambda variable: id(variable) in chosen)
-        kept = run.plan.present_masks()
+        run.plan = pruning.Plan(model, 0.0, filters=lambda variable: variable in sparse)
+        kept = [~sparse[goal.weight.variable] for goal in run.plan.goals]
         run.plan.keep_units(model, kept)
         run.plan.attach(run.parts, kept)

@@ -100,8 +100,7 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
     def _attach(self):
         run = self._run
         try:
-            others = [one for one in run.fit.callbacks if isinstance(one, type(self)) and one is not self]
-            if self.alone and others:
+            if self.alone and any(isinstance(one, type(self)) and one is not self for one in run.fit.callbacks):
                 name = type(self).__name__
                 raise ValueError(f"One `fit` takes one `{name}`: name all weights in its `filters`. Received: two")
             if not run.optimizer.built:

@@ -159,9 +159,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 part.after()
 
         plain = type(self).plain_class
-        known = plain is getattr(keras.optimizers, plain.__name__, None) and all(isinstance(p, _PARTS) for p in active)
+        of_keras = plain is getattr(keras.optimizers, plain.__name__, None)
         key = (*(part.name for part in active), *indices) if whole else None
-        run_compiled(self, key, step, grads, known)
+        run_compiled(self, key, step, grads, of_keras and all(isinstance(part, _PARTS) for part in active))
 
     def _position(self, variable):
         index = self.sparse_parts.index(variable)

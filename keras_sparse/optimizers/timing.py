@@ -34,15 +34,7 @@ class FitClock(Part):
         """
         if not self._started:
             self._started = True
-            start = self.iterations - elapsed
-            if "start" in self.claimed:
-                self.start = start
-            else:
-                self._counter("start", start)
-        self.claim_all()
-
-    def claim_all(self):
-        """Make the variables that every fit has."""
+            self._counter("start", self.iterations - elapsed)
         for name in ("start", "length", "rewound"):
             self._counter(name, 0)
 
@@ -77,10 +69,6 @@ class FitClock(Part):
     def start(self):
         """The step at which the fit began."""
         return number(self.variables["start"])
-
-    @start.setter
-    def start(self, value):
-        self.variables["start"].assign(value)
 
     @property
     def length(self):

@@ -9,7 +9,7 @@ from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning import allocation as allocations
 from keras_sparse.registry import Configurable, is_real
 
-__all__ = ["Shares", "Target", "as_target", "check_target", "final_target", "per_weight"]
+__all__ = ["Shares", "Target", "as_target", "check_target", "final_target"]
 
 
 class Target(Configurable):
@@ -52,9 +52,13 @@ class Shares(Target):
 
     Example:
 
-    >>> import keras_sparse as ks
-    >>> ks.pruning.budget.Shares({"dense": (0.5, "2:4")}).patterned
+    >>> import keras, keras_sparse as ks
+    >>> shares = ks.pruning.budget.Shares({"b/": (0.5, "2:4")})
+    >>> shares.patterned
     True
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, name="a"), keras.layers.Dense(5, name="b")])
+    >>> [(w.layer.name, *rest) for w, *rest in shares.per_weight(ks.selection.select(model).chosen)]
+    [('b', 0.5, '2:4')]
     """
 
     def __init__(self, shares):
@@ -162,20 +166,6 @@ def final_target(target_sparsity, allocation, pattern, on_the_way=False):
     check_target(target, allocation)
     target.check_pattern(pattern, allocations.get(allocation), on_the_way)
     return target.as_written
-
-
-def per_weight(target_sparsity, weights):
-    """List `(weight, sparsity, own pattern or None)` for the weights that have a target.
-
-    Example:
-
-    >>> import keras, keras_sparse as ks
-    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, name="a"), keras.layers.Dense(5, name="b")])
-    >>> weights = ks.selection.select(model).chosen
-    >>> [(w.layer.name, *rest) for w, *rest in ks.pruning.budget.per_weight({"b/": (0.5, "2:4")}, weights)]
-    [('b', 0.5, '2:4')]
-    """
-    return as_target(target_sparsity).per_weight(weights)
 
 
 def _check_sparsity(value):

@@ -78,11 +78,12 @@ class Plan:
                 f"There is nothing to prune by the inputs of {model.name!r}. Rows of `ks.graph.register_kind` tell "
                 f"what layers of your own multiply. The reasons: {reasons}"
             )
-        targets = as_target(target_sparsity).per_weight(weights.chosen)
+        target = as_target(target_sparsity)
         self.goals = [
-            Goal(weight, sparsity, pattern if own is None else patterns.get(own)) for weight, sparsity, own in targets
+            Goal(weight, sparsity, pattern if own is None else patterns.get(own))
+            for weight, sparsity, own in target.per_weight(weights.chosen)
         ]
-        self.channels, self._budget = None, as_target(target_sparsity).budget
+        self.channels, self._budget = None, target.budget
         self._removable = removable or self._budget is not None or self.criterion.of_scales
         if self.criterion.of_scales and not (whole_units and all(goal.pattern.whole_units for goal in self.goals)):
             raise ValueError(

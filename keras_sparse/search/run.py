@@ -268,7 +268,7 @@ class _Run:
                 yield future, values
                 last = time.monotonic()
             # Evaluations end by themselves when their time is over. This is for those that hang in native code.
-            if timeout is not None and time.monotonic() - last > 2 * timeout + _GRACE:
+            if timeout is not None and time.monotonic() - last > _patience(timeout):
                 for future in pending:
                     yield future, {"error": f"TimeoutError: no answer, although it may take {timeout} seconds"}
                 return
@@ -282,9 +282,14 @@ class _Run:
         return "search" if self._best is None else f"search, best {name} {self._best.values[name]:.4g}"
 
 
+def _patience(timeout):
+    """Seconds after which a worker that has not answered will not."""
+    return 2 * timeout + _GRACE
+
+
 def _raise_unless_loaded(check, timeout):
     """Raise if the workers cannot load the model, before the budget is spent on finding it out, or do not answer."""
-    limit = None if timeout is None else 2 * timeout + _GRACE
+    limit = None if timeout is None else _patience(timeout)
     if not concurrent.futures.wait([check], limit).done:
         raise RuntimeError(
             f"No worker has answered in {limit:.0f} seconds. Some executors (Dask's) wait for workers for ever: see "
