@@ -291,10 +291,10 @@ def test_recognizes_by_hand(kept, name):
 def test_recognition_takes_linear_time(pattern):
     pattern = ks.patterns.get(pattern)
     kept = pattern.mask(np.random.default_rng(0).random((2000, 2000), "float32"), 0.5, [0])
-    start = time.perf_counter()
+    start = time.process_time()
     ks.patterns.recognize(kept)
-    # 4 million weights: 0.02 s here.
-    assert time.perf_counter() - start < 2
+    # 4 million weights: 0.02 s here; what compares each with each takes hours.
+    assert time.process_time() - start < 60
 
 
 def test_what_is_masked_counts_as_zero_in_a_group():

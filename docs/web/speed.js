@@ -1,7 +1,7 @@
 // Runs two .tflite files in turns and shows their latencies. Parameters of the address: `dense` and `sparse`, files to
 // begin with; `seconds` of measuring; `modules`, see speed.html.
 const ROUNDS = { least: 20, most: 1000 };
-const TURN = 5; // milliseconds: the clock of a browser may be as coarse as 0.1
+const TURN = 5; // milliseconds at least: the clock of a browser may be as coarse as 0.1
 const TYPES = { float32: Float32Array, int32: Int32Array, uint8: Uint8Array };
 const WHICH = ['dense', 'sparse'];
 
@@ -61,11 +61,15 @@ async function prepare(content) {
     outputs.forEach((tensor) => tensor.delete());
     return values;
   };
-  const turn = async (repeats) => {
+  let repeats = 1;
+  const turn = async () => {
     await run(); // the other model left its data in the caches
-    const start = performance.now();
-    for (let i = 0; i < repeats; i++) Object.values(await model.run(inputs)).forEach((tensor) => tensor.delete());
-    return (performance.now() - start) / repeats;
+    for (;; repeats *= 2) {
+      const start = performance.now();
+      for (let i = 0; i < repeats; i++) Object.values(await model.run(inputs)).forEach((tensor) => tensor.delete());
+      const elapsed = performance.now() - start;
+      if (elapsed >= TURN) return elapsed / repeats;
+    }
   };
   const end = () => [...Object.values(inputs), model].forEach((object) => object.delete());
   return { run, turn, end, times: [] };
@@ -104,14 +108,13 @@ async function measure() {
   try {
     for (const which of WHICH) models.push(await prepare(contents[which]));
     const apart = difference(...[await models[0].run(), await models[1].run()]);
-    const repeats = [];
-    for (const model of models) repeats.push(Math.max(1, Math.min(1000, Math.ceil(TURN / (await model.turn(3))))));
+    for (const model of models) await model.turn(); // finds out how often it runs in a turn
     const start = performance.now();
     for (let round = 0; round < ROUNDS.most; round++) {
       const elapsed = (performance.now() - start) / 1000;
       if (round > 0 && (elapsed > 20 * seconds || (round >= ROUNDS.least && elapsed > 2 * seconds))) break;
       // The one that goes first finds the caches as the other left them: take turns at that, too.
-      for (const i of round % 2 ? [0, 1] : [1, 0]) models[i].times.push(await models[i].turn(repeats[i]));
+      for (const i of round % 2 ? [0, 1] : [1, 0]) models[i].times.push(await models[i].turn());
       if (round % 10 === 0) display(models);
       await new Promise((resolve) => setTimeout(resolve)); // lets the page draw
     }
