@@ -1,7 +1,9 @@
 """Sphinx configuration: MyST pages, API pages from docstrings, no network."""
 
 import ast
+import base64
 import importlib
+import json
 import os
 import pathlib
 import sys
@@ -35,8 +37,9 @@ release = version = next(
     if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
 )
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sphinx_design"]
+exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+nb_execution_mode = "off"  # the outputs are those of the notebooks as they are; CI executes them
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
@@ -56,3 +59,18 @@ html_static_path = ["static"]
 html_css_files = ["custom.css"]
 html_extra_path = ["web"]  # speed.html, beside the pages
 html_title = f"keras_sparse {release}"
+
+
+def save_pictures(_):
+    """The gallery shows what a tutorial ends with: its third picture, as it is saved in the notebook."""
+    folder = ROOT / "docs" / "_build" / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        found = [output.get("data", {}).get("image/png") for cell in cells for output in cell.get("outputs", [])]
+        for picture in list(filter(None, found))[2:3]:
+            (folder / f"{path.stem}.png").write_bytes(base64.b64decode(picture))
+
+
+def setup(app):
+    app.connect("builder-inited", save_pictures)

@@ -17,6 +17,7 @@ import keras
 
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite import converter
+from keras_sparse.tflite.encoding import fill
 from keras_sparse.tflite.errors import ExportError, first_line, raise_if_disk_full, refusal
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import CALIBRATED, Conversion, Job
@@ -26,6 +27,8 @@ __all__ = ["convert"]
 
 def convert(model, signature=None, quantize=None, samples=(), inference_type=None):
     """Convert a model to .tflite, with TensorFlow's converter and TFLite's built-in operators only.
+
+    Zeros that loops begin with are not stored (`encoding.fill`).
 
     Args:
         model: A `Job`, which says all that follows; or a built Keras model, on any backend.
@@ -56,6 +59,7 @@ def convert(model, signature=None, quantize=None, samples=(), inference_type=Non
             conversion = _convert_here(job)
     else:
         conversion = _convert_elsewhere(job)
+    conversion = replace(conversion, content=fill(conversion.content))
     if job.quantize in CALIBRATED and not _holds_integers(conversion.content):
         raise ExportError(
             f"The converter found nothing in the model {job.name!r} that it can compute in integers of 8 bits: use "

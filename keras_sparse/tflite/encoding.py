@@ -30,7 +30,7 @@ import numpy as np
 from keras_sparse.tflite.editing import File
 from keras_sparse.tflite.targets import XNNPACK, pays_from
 
-__all__ = ["OUTWEIGHED", "Encoded", "encode"]
+__all__ = ["OUTWEIGHED", "Encoded", "encode", "fill"]
 
 OUTWEIGHED = (
     "A sparse kernel would take all Dense layers out of XNNPACK, and those without blocks of zeros would lose more "
@@ -107,13 +107,57 @@ def encode(content, engage=True):
     return encoded
 
 
-def _encode_graph(file, graph, encoded):
+def fill(content):
+    """Rewrite a .tflite file so that the zeros that a loop begins with are filled in when it runs, not stored.
+
+    These are the list of outputs that a recurrent layer writes into and its first state. A loop (`WHILE`) runs on a CPU
+    wherever the file runs, and so does a `FILL`, which is no encoding: every runtime that has loops reads it.
+
+    Args:
+        content: The file's bytes.
+
+    Returns:
+        The bytes of the file: `content` itself if it has no such zeros of more than some hundred bytes.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.encoding import fill
+    >>> from keras_sparse.tflite.job import Job
+    >>> model = keras.Sequential([keras.Input((200, 4), batch_size=1), keras.layers.GRU(64, return_sequences=True)])
+    >>> content = convert(Job(model)).content  # filled already: the 200 outputs take no room
+    >>> len(content) < 4 * (model.count_params() + 200 * 64), fill(content) == content
+    (True, True)
+    """
+    file, found = File(content), False
+    for graph in file.model.subgraphs:
+        readers, weights = _weights(file, graph)
+        looped = [n for n, w in weights.items() if w.is_filled and {file.name(o) for o, _ in w.final} == {"WHILE"}]
+        graph.operators = [_fill(file, graph, n, readers[n], weights[n]) for n in looped] + graph.operators
+        found = found or bool(looped)
+    return file.pack() if found else content
+
+
+def _fill(file, graph, number, readers, weight):
+    graph.tensors[number].type = file.schema.TensorType.FLOAT32
+    operator = file.fill(graph, number)
+    _pass_on(file, graph, number, readers, weight.final)
+    return operator
+
+
+def _weights(file, graph):
+    """The operators that read each tensor, with the input's position, and the weights that may be encoded."""
     readers = {}
     for operator in graph.operators:
         for position, number in enumerate(operator.inputs):
             readers.setdefault(int(number), []).append((operator, position))
     weights = {number: _Weight.of(file, graph, readers, number) for number in range(len(graph.tensors))}
-    weights = {number: weight for number, weight in weights.items() if weight is not None}
+    return readers, {number: weight for number, weight in weights.items() if weight is not None}
+
+
+def _encode_graph(file, graph, encoded):
+    readers, weights = _weights(file, graph)
     direct = {number: weight.best for number, weight in weights.items() if weight.runs_sparse}
     if direct and not _pays(file, graph, direct):
         for number in direct:
@@ -124,9 +168,7 @@ def _encode_graph(file, graph, encoded):
         tensor, best = graph.tensors[number], weight.best
         if best is None:
             if weight.obstacle and weight.is_filled:
-                tensor.type = file.schema.TensorType.FLOAT32
-                unpacking.append(file.fill(graph, number))
-                _pass_on(file, graph, number, readers[number], weight.final)
+                unpacking.append(_fill(file, graph, number, readers[number], weight))
                 continue
             if weight.obstacle and weight.stored(1).bytes + weight.overhead < weight.values.nbytes:
                 encoded.kept[_name(tensor)] = weight.obstacle
