@@ -5,6 +5,7 @@ import http.server
 import importlib.util
 import math
 import pathlib
+import re
 import shutil
 import threading
 import time
@@ -61,8 +62,9 @@ def browser(tmp_path_factory):
     options.binary_location = CHROME
     profile = tmp_path_factory.mktemp("profile")
     for argument in (
-        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-        "disable-component-update", "disable-sync", f"user-data-dir={profile}",
+        "headless", "no-sandbox", "disable-quic", "no-first-run", "disable-background-networking",
+        "disable-component-update", "disable-sync", "enable-unsafe-webgpu", "use-webgpu-adapter=swiftshader",
+        "enable-features=Vulkan", f"user-data-dir={profile}",
     ):  # fmt: skip
         options.add_argument(f"--{argument}")
     service = webdriver.ChromeService(shutil.which("chromedriver"))
@@ -73,7 +75,7 @@ def browser(tmp_path_factory):
 
 def wait(browser, *states):
     """Wait until the page is in one of these states; a page that never gets there fails the test."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while (state := browser.find_element("tag name", "main").get_attribute("data-state")) not in states:
         assert time.monotonic() < end, f"the page is still {state}"
         time.sleep(0.05)
@@ -90,30 +92,63 @@ def measure(browser):
     return float(browser.find_element("tag name", "main").get_attribute("data-ratio"))
 
 
-def test_demo(browser, address):
-    """The shipped files; the sparse one takes 0.3 of the time, which a busy machine need not show."""
+def choose(browser, accelerator):
+    from selenium.webdriver.support.select import Select
+
+    Select(browser.find_element("id", "accelerator")).select_by_value(accelerator)
+
+
+@pytest.mark.parametrize("accelerator", ["wasm", "webgpu"])
+def test_demo(accelerator, browser, address):
+    """The shipped files: in WebAssembly the sparse one takes a third of the time, but a busy machine need not show it."""
     browser.get(f"{address}/node_modules/")
     assert wait(browser, "ready", "failed") == "ready", text(browser, "error")
+    choose(browser, accelerator)
     ratio = measure(browser)
     assert ratio > 0
     assert f"Sparse takes {ratio:.2f} of the dense time" in text(browser, "result")
-    assert "Both compute the same" in text(browser, "agreement")
+    assert "Their outputs differ by" in text(browser, "agreement")
+    for which in ("dense", "sparse"):
+        right, of = re.fullmatch(r"(\d+) of (\d+) digits right", text(browser, f"{which}-right")).groups()
+        assert int(right) >= 97 and int(of) == 100
+        rounds = int(re.search(r"(\d+) rounds", text(browser, f"{which}-spread"))[1])
+        points = browser.find_element("id", f"{which}-rounds").get_attribute("points").split()
+        points = [tuple(map(float, point.split(","))) for point in points]
+        assert len(points) == rounds >= 2 and all(0 <= x <= 400 and 0 <= y <= 100 for x, y in points)
     dense, sparse = (float(text(browser, f"{which}-median").removesuffix(" ms")) for which in ("dense", "sparse"))
     assert sparse / dense == pytest.approx(ratio, abs=0.02)
-    assert "demo_sparse.tflite" in text(browser, "sparse-name") and "rounds" in text(browser, "sparse-spread")
+    assert "demo_sparse.tflite" in text(browser, "sparse-name")
+    choose(browser, {"wasm": "webgpu", "webgpu": "wasm"}[accelerator])
+    assert text(browser, "result") == text(browser, "most") == "", "what was measured on the other one is gone"
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_nothing_scrolls_sideways(width, browser, address):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 800},
+    )
+    try:
+        browser.get(f"{address}/node_modules/")
+        assert wait(browser, "ready", "failed") == "ready", text(browser, "error")
+        measure(browser)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_own_files(browser, address, tmp_path):
-    """Files with an open batch size, chosen by hand; then one that is none."""
+    """Files with a fixed and an open batch size, chosen by hand; then one that is none."""
     browser.get(f"{address}/node_modules/")
     wait(browser, "ready")
     model = sparsify(mlp(), 0.9, blocks=True)
-    for name, sparse in (("dense", False), ("sparse", True)):
-        ks.tflite.export(model, tmp_path / f"own {name}.tflite", target="xnnpack", sparse=sparse)
+    for name, sparse, size in (("dense", False, 1), ("sparse", True, None)):
+        ks.tflite.export(model, tmp_path / f"own {name}.tflite", target="xnnpack", sparse=sparse, batch_size=size)
         browser.find_element("id", f"{name}-file").send_keys(str(tmp_path / f"own {name}.tflite"))
     while "own sparse.tflite" not in text(browser, "sparse-name"):
         time.sleep(0.05)
     assert measure(browser) > 0 and "Both compute the same" in text(browser, "agreement")
+    assert text(browser, "dense-right").strip() == "", "the sample is for networks of other inputs"
     (tmp_path / "other.tflite").write_text("no model at all")
     browser.find_element("id", "dense-file").send_keys(str(tmp_path / "other.tflite"))
     assert wait(browser, "failed") and "other.tflite is not a .tflite file" in text(browser, "error")

@@ -1,5 +1,5 @@
-// Runs two .tflite files in turns and shows their latencies. Parameters of the address: `dense` and `sparse`, files to
-// begin with; `seconds` of measuring; `modules`, see speed.html.
+// Runs two .tflite files in turns and shows their latencies, and how many of a sample they get right. Parameters of the
+// address: `dense` and `sparse`, files to begin with; `seconds` of measuring; `modules`, see speed.html.
 const ROUNDS = { least: 20, most: 1000 };
 const TURN = 5; // milliseconds at least: the clock of a browser may be as coarse as 0.1
 const TYPES = { float32: Float32Array, int32: Int32Array, uint8: Uint8Array };
@@ -10,7 +10,7 @@ const at = (id) => document.getElementById(id);
 const parameters = new URLSearchParams(location.search);
 const seconds = Number(parameters.get('seconds')) || 3;
 const contents = {}; // of the files: Uint8Array
-let litert;
+let litert, sample;
 
 function show(state, error) {
   main.dataset.state = state;
@@ -24,7 +24,10 @@ function clear() {
     at(`${which}-median`).textContent = '–';
     at(`${which}-spread`).textContent = '\u00a0';
     at(`${which}-bar`).style.width = '0';
+    at(`${which}-right`).textContent = '\u00a0';
+    at(`${which}-rounds`).setAttribute('points', '');
   }
+  at('most').textContent = '';
   at('result').textContent = at('agreement').textContent = '';
 }
 
@@ -52,27 +55,44 @@ function randomInput({ dtype, shape }) {
   return new litert.Tensor(values.map(draw), dimensions);
 }
 
-async function prepare(content) {
-  const model = await litert.loadAndCompile(content, { accelerator: 'wasm' });
-  const inputs = Object.fromEntries(model.getInputDetails().map((detail) => [detail.name, randomInput(detail)]));
-  const run = async () => {
-    const outputs = Object.values(await model.run(inputs));
-    const values = outputs.flatMap((tensor) => Array.from(tensor.toTypedArray()));
-    outputs.forEach((tensor) => tensor.delete());
+async function prepare(content, accelerator) {
+  const model = await litert.loadAndCompile(content, { accelerator });
+  const details = model.getInputDetails();
+  const random = Object.fromEntries(details.map((detail) => [detail.name, randomInput(detail)]));
+  const run = async (inputs = random) => {
+    const values = [];
+    for (const tensor of Object.values(await model.run(inputs))) {
+      values.push(...(await tensor.data())); // a GPU is done when its numbers are here
+      tensor.delete();
+    }
     return values;
+  };
+  // The share of the sample that the model gets right; undefined where it takes other inputs.
+  const right = async () => {
+    const [{ dtype, shape, name }, ...others] = details;
+    const dimensions = Array.from(shape, (n) => Math.max(1, n));
+    if (others.length || dtype !== 'float32' || String(dimensions) !== String([1, ...sample.shape])) return undefined;
+    let count = 0;
+    for (const [i, image] of sample.images.entries()) {
+      const input = new litert.Tensor(Float32Array.from(image, (value) => value / sample.largest), dimensions);
+      const scores = await run({ [name]: input });
+      input.delete();
+      count += scores.indexOf(Math.max(...scores)) === sample.labels[i];
+    }
+    return count;
   };
   let repeats = 1;
   const turn = async () => {
     await run(); // the other model left its data in the caches
     for (;; repeats *= 2) {
       const start = performance.now();
-      for (let i = 0; i < repeats; i++) Object.values(await model.run(inputs)).forEach((tensor) => tensor.delete());
+      for (let i = 0; i < repeats; i++) await run();
       const elapsed = performance.now() - start;
       if (elapsed >= TURN) return elapsed / repeats;
     }
   };
-  const end = () => [...Object.values(inputs), model].forEach((object) => object.delete());
-  return { run, turn, end, times: [] };
+  const end = () => [...Object.values(random), model].forEach((object) => object.delete());
+  return { run, right, turn, end, times: [] };
 }
 
 // Largest difference, relative to the largest value; NaN where one of the two is.
@@ -90,7 +110,20 @@ function quantile(values, share) {
 
 const milliseconds = (value) => (value < 10 ? value.toFixed(3) : value.toFixed(1));
 
+// One line for each file: a round's time to the right, up to the time that one round in twenty exceeds.
+function draw(models) {
+  const most = Math.max(...models.map(({ times }) => quantile(times, 0.95)));
+  const scale = 1.1 * most || 1;
+  WHICH.forEach((which, i) => {
+    const { times } = models[i];
+    const place = (time, round) => `${(400 * round) / Math.max(1, times.length - 1)},${100 - Math.min(100, (100 * time) / scale)}`;
+    at(`${which}-rounds`).setAttribute('points', times.map(place).join(' '));
+  });
+  at('most').textContent = `0 to ${milliseconds(scale)} ms, round by round`;
+}
+
 function display(models) {
+  draw(models);
   const medians = models.map(({ times }) => quantile(times, 0.5));
   WHICH.forEach((which, i) => {
     const [low, high] = [0.25, 0.75].map((share) => milliseconds(quantile(models[i].times, share)));
@@ -106,7 +139,12 @@ async function measure() {
   show('measuring');
   const models = [];
   try {
-    for (const which of WHICH) models.push(await prepare(contents[which]));
+    const accelerator = at('accelerator').value;
+    for (const which of WHICH) models.push(await prepare(contents[which], accelerator));
+    for (const [i, which] of WHICH.entries()) {
+      const count = await models[i].right();
+      if (count !== undefined) at(`${which}-right`).textContent = `${count} of ${sample.labels.length} ${sample.of} right`;
+    }
     const apart = difference(...[await models[0].run(), await models[1].run()]);
     for (const model of models) await model.turn(); // finds out how often it runs in a turn
     const start = performance.now();
@@ -124,7 +162,7 @@ async function measure() {
     main.dataset.ratio = ratio;
     at('agreement').textContent = apart < 1e-3
       ? `Both compute the same: outputs differ by ${apart.toExponential(1)} of their magnitude.`
-      : `They are not the same model: outputs differ by ${apart.toExponential(1)} of their magnitude.`;
+      : `Their outputs differ by ${apart.toExponential(1)} of their magnitude: two networks, or a wrong file.`;
     show('done');
   } catch (error) {
     show('failed', error);
@@ -133,6 +171,10 @@ async function measure() {
   }
 }
 
+at('accelerator').addEventListener('change', () => {
+  clear();
+  show('ready');
+});
 for (const which of WHICH) {
   at(`${which}-file`).addEventListener('change', async ({ target }) => {
     const [file] = target.files;
@@ -153,6 +195,8 @@ try {
   await litert.loadLiteRt(`${litertFolder}wasm/`);
   // LiteRT.js 2.5.3 runs a file with an open batch size at batch 1, if only it is not asked whether [1, 64] fits [-1, 64].
   litert.getGlobalLiteRt().liteRtWasm.checkTensorBufferCompatible = () => {};
+  if (!litert.isWebGPUSupported()) at('accelerator').options[1].disabled = true;
+  sample = await (await fetch('demo_sample.json')).json();
   for (const which of WHICH) await download(which);
   show('ready');
 } catch (error) {
