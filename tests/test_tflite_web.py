@@ -100,7 +100,7 @@ def choose(browser, accelerator):
 
 @pytest.mark.parametrize("accelerator", ["wasm", "webgpu"])
 def test_demo(accelerator, browser, address):
-    """The shipped files: in WebAssembly the sparse one takes a third of the time, but a busy machine need not show it."""
+    """The shipped files: in WebAssembly the sparse one takes a third of the time, which a busy machine may hide."""
     browser.get(f"{address}/node_modules/")
     assert wait(browser, "ready", "failed") == "ready", text(browser, "error")
     choose(browser, accelerator)
