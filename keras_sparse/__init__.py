@@ -38,6 +38,7 @@ if not _is_command_line():
         from keras_sparse.baking import add_l0, bake
         from keras_sparse.channels import channel_groups, shrink
         from keras_sparse.neurons import neuron_sparsity
+        from keras_sparse.plots import plot_history, plot_network
         from keras_sparse.pruning import Budget, prune, reestimate_batch_norm, sensitivity, update_masks
         from keras_sparse.regularizers import regularize
         from keras_sparse.reports import report
@@ -58,6 +59,8 @@ __all__ = [
     "neuron_sparsity",
     "optimizers",
     "patterns",
+    "plot_history",
+    "plot_network",
     "prune",
     "pruning",
     "reestimate_batch_norm",
@@ -81,6 +84,8 @@ _FUNCTIONS = {
     "channel_groups": "channels",
     "compare": "comparison",
     "neuron_sparsity": "neurons",
+    "plot_history": "plots",
+    "plot_network": "plots",
     "prune": "pruning",
     "reestimate_batch_norm": "pruning",
     "regularize": "regularizers",

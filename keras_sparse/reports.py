@@ -239,8 +239,23 @@ _FEW = 0.01
 _ROUNDED = {"int4": 0.25, "gptq": 0.25, "awq": 0.25}
 
 
+# A click on a column's name sorts the table's rows by it: numbers by value, a second click the other way round.
+_SORTING = """
+document.querySelectorAll('thead th').forEach((head) => head.addEventListener('click', () => {
+  const body = head.closest('table').tBodies[0], column = head.cellIndex;
+  const value = (row) => row.cells[column].textContent;
+  const number = (text) => parseFloat(text.replaceAll(',', ''));
+  const compare = (a, b) => number(a) - number(b) || a.localeCompare(b);
+  const sign = head.dataset.order === 'up' ? -1 : 1;
+  head.parentElement.querySelectorAll('th').forEach((other) => delete other.dataset.order);
+  head.dataset.order = sign > 0 ? 'up' : 'down';
+  body.append(...[...body.rows].sort((a, b) => sign * compare(value(a), value(b))));
+}));
+"""
+
+
 def html_page(title, *parts):
-    """Return a whole HTML page that needs no other file.
+    """Return a whole HTML page that needs no other file. A click on a column's name sorts a table by that column.
 
     Args:
         title: Title of the page.
@@ -254,12 +269,13 @@ def html_page(title, *parts):
     """
     style = (
         "body{font-family:sans-serif;margin:2em}table{border-collapse:collapse;margin:1em 0}img{max-width:100%}"
-        "td,th{padding:.2em .8em;border-bottom:1px solid #ddd}"
+        "td,th{padding:.2em .8em;border-bottom:1px solid #ddd}body{overflow-wrap:anywhere}"
+        "thead th{cursor:pointer}th[data-order=up]:after{content:' \\2191'}th[data-order=down]:after{content:' \\2193'}"
     )
     body = "\n".join(part if isinstance(part, str) else part.to_html() for part in parts)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{style}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<style>{style}</style></head>\n<body>\n{body}\n<script>{_SORTING}</script>\n</body>\n</html>\n"
     )
 
 

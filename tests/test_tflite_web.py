@@ -2,14 +2,13 @@
 
 import functools
 import http.server
-import importlib.util
 import math
 import pathlib
 import re
-import shutil
 import threading
 import time
 
+import browsers
 import pytest
 from tflite_models import mlp, sparsify
 
@@ -17,10 +16,7 @@ import keras_sparse as ks
 from keras_sparse.tflite.commands import RuntimeMissing, get
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "web"
-CHROME = shutil.which("chromium") or shutil.which("google-chrome")
-LACKING = [name for name, found in (("chromium", CHROME), ("chromedriver", shutil.which("chromedriver"))) if not found]
-if importlib.util.find_spec("selenium") is None:
-    LACKING.append("the Python package selenium")
+LACKING = list(browsers.LACKING)
 try:
     NODE_MODULES = pathlib.Path(get("wasm").start(".")[0][2]).parents[1]
 except RuntimeMissing as error:
@@ -56,21 +52,8 @@ def address():
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROME
-    profile = tmp_path_factory.mktemp("profile")
-    for argument in (
-        "headless", "no-sandbox", "disable-quic", "no-first-run", "disable-background-networking",
-        "disable-component-update", "disable-sync", "enable-unsafe-webgpu", "use-webgpu-adapter=swiftshader",
-        "enable-features=Vulkan", f"user-data-dir={profile}",
-    ):  # fmt: skip
-        options.add_argument(f"--{argument}")
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    browser = webdriver.Chrome(options=options, service=service)
-    yield browser
-    browser.quit()
+    with browsers.chromium(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 def wait(browser, *states):
