@@ -6,7 +6,7 @@ import tempfile
 
 import numpy as np
 
-__all__ = ["inputs", "load_arrays", "replacing"]
+__all__ = ["inputs", "load_arrays", "replacing", "with_targets_if_any"]
 
 
 def inputs(arrays):
@@ -23,6 +23,21 @@ def inputs(arrays):
     """
     found = {name: arrays[name] for name in arrays if name != "y"}
     return found["x"] if list(found) == ["x"] else found
+
+
+def with_targets_if_any(arrays):
+    """Inputs and targets `y` among arrays, a tuple, or the inputs alone if there are no targets.
+
+    Args:
+        arrays: As in `inputs`.
+
+    Example:
+
+    >>> from keras_sparse import files
+    >>> files.with_targets_if_any({"x": [1.0], "y": [2.0]}), files.with_targets_if_any({"x": [1.0]})
+    (([1.0], [2.0]), [1.0])
+    """
+    return _with_targets(arrays) if "y" in arrays else inputs(arrays)
 
 
 def _with_targets(arrays):

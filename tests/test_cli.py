@@ -70,6 +70,37 @@ def test_sensitivity(saved, tmp_path, capsys):
         np.testing.assert_array_equal(value, other)
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "obs"])
+def test_what_is_measured_on_labels_is_the_loss(saved, tmp_path, capsys, criterion):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(50, 40)).astype("float32"), rng.normal(size=(50, 5)).astype("float32")
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    common = ["--criterion", criterion, "--data", tmp_path / "data.npz"]
+    found = run_json(["sensitivity", saved, "--levels", 0.5, 0.9, *common], capsys)
+    model = keras.saving.load_model(saved, compile=False)
+    model.compile("adam", "mse")
+    expected = ks.sensitivity(model, (x, y), (0.5, 0.9), criterion)
+    assert found["rows"] == expected.rows and found["totals"]["unit"] == "loss"
+    assert found["totals"]["loss"] == pytest.approx(np.mean((model.predict(x, verbose=0) - y) ** 2), rel=1e-4)
+    pruned = tmp_path / "sparse.keras"
+    run_ok(["prune", saved, "--sparsity", 0.6, "--allocation", "dynamic", *common, "-o", pruned], capsys)
+    ks.prune(model, 0.6, criterion, allocation="dynamic", data=(x, y))
+    for value, other in zip(keras.saving.load_model(pruned).get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(value, other)
+
+
+def test_labels_are_no_use_to_a_model_without_a_loss(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 40)).astype("float32")
+    np.savez(tmp_path / "data.npz", x=x, y=rng.normal(size=(50, 5)))
+    path = tmp_path / "plain.keras"
+    small_model(compile=False).save(path)
+    model = keras.saving.load_model(path)
+    found = run_json(["sensitivity", path, "--data", tmp_path / "data.npz", "--levels", 0.5], capsys)
+    assert found["rows"] == ks.sensitivity(model, x, (0.5,)).rows
+    assert any("`y` was left out" in note for note in found["notes"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "zeros"),
     [

@@ -45,7 +45,8 @@ _OUTPUT = argument("-o", "--output", metavar="OUT.keras", required=True, help="f
     argument(
         "--data",
         metavar="FILE.npz",
-        help="arrays `x` and `y` to take gradients on; for obs, wanda and --repair inputs, by name or as `x`",
+        help="arrays `x` and `y` to take gradients on; for obs, wanda and --repair inputs, by name or as `x`; "
+        "--allocation dynamic measures the loss if there is a `y`, else the outputs",
     ),
     argument(
         "--repair",
@@ -79,7 +80,7 @@ def _prune(options, stderr):
             pattern=options.pattern,
             allocation=allocation,
             filters=options.filters,
-            data=_data(options),
+            data=_data(options, model, notes),
             repair=options.repair,
         )
         model.save(path)
@@ -89,7 +90,13 @@ def _prune(options, stderr):
 
 @command(
     saved_model,
-    argument("--data", metavar="FILE.npz", required=True, help="inputs, by name or as `x`, some hundred samples"),
+    argument(
+        "--data",
+        metavar="FILE.npz",
+        required=True,
+        help="inputs, by name or as `x`, some hundred samples; with targets `y` the loss is measured that the model "
+        "was compiled with, else the change of its outputs",
+    ),
     argument("--levels", nargs="+", type=float, metavar="SHARE", help="sparsities to measure, rising"),
     argument(
         "--criterion",
@@ -103,12 +110,14 @@ def _prune(options, stderr):
 )
 def _sensitivity(options, stderr):
     """Measure what sparsity costs a saved model, weight by weight."""
-    from keras_sparse import comparison, files, pruning
+    from keras_sparse import pruning
 
-    data = files.load_arrays(options.data, "inputs, by name or as `x`", files.inputs)
+    model, notes = _load_compiled(options.model)
+    data = _measured_on(options.data, model, notes)
     levels = {"levels": options.levels} if options.levels else {}
-    how = {"criterion": options.criterion, "pattern": options.pattern}
-    return pruning.sensitivity(comparison.load(options.model), data, **levels, **how)
+    report = pruning.sensitivity(model, data, **levels, criterion=options.criterion, pattern=options.pattern)
+    report.notes += notes
+    return report
 
 
 def _budget(texts):
@@ -130,17 +139,30 @@ def _budget(texts):
     return pruning.Budget(**amounts)
 
 
-def _data(options):
+def _data(options, model, notes):
     """What `--data` holds: inputs and targets for a criterion that ranks by gradients, else inputs."""
     from keras_sparse import criteria, files, pruning
 
     if not options.data:
         return None
     criterion = criteria.get(options.criterion)
-    measures = options.repair or pruning.allocation.get(options.allocation).measures
-    if criterion.of_inputs or (measures and criterion.statistic is None):
-        return files.load_arrays(options.data, "inputs, by name or as `x`", files.inputs)
+    if criterion.statistic is None:
+        if pruning.allocation.get(options.allocation).measures:
+            return _measured_on(options.data, model, notes)
+        if criterion.of_inputs or options.repair:
+            return files.load_arrays(options.data, "inputs, by name or as `x`", files.inputs)
     return files.load_arrays(options.data)
+
+
+def _measured_on(path, model, notes):
+    """What sensitivity is measured on: inputs, and targets if there are some and the model has a loss."""
+    from keras_sparse import files
+
+    data = files.load_arrays(path, "inputs, by name or as `x`", files.with_targets_if_any)
+    if isinstance(data, tuple) and not (model.compiled and model.loss is not None):
+        notes.append("`y` was left out: the model has no loss. Measured is the change of its outputs.")
+        return data[0]
+    return data
 
 
 def _load_compiled(path):
