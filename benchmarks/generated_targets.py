@@ -2,8 +2,10 @@
 
 Each seed is a recipe of stem, blocks, head, size and sparsity (tflite_graphs.py). `ks.tflite.export` verifies
 each file, as for a user. Wrong is a file whose outputs on a runtime of its target are not the Keras model's for
-inputs that export has not seen, while those of the dense file of the same format are, natively. `ks.tflite.check`
-agrees if the file that it calls refused is refused, and one that is said to run in part on the CPU does.
+inputs that export has not seen, while those of the dense file of the same format are, natively; so is an export that
+fails in another way than by an `ExportError`. `ks.tflite.check` is asked about float32. It agrees if what it calls
+refused is refused, what is said to run in part on the CPU does, and 1x1 convolutions run sparse if it says so: on a CPU
+without AVX, by the bits of the outputs or else the instructions of ARM64.
 """
 
 import argparse
@@ -23,13 +25,14 @@ from keras_sparse.tflite.parity import Reference, random_batches
 from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
 from keras_sparse.tflite.targets import get
+from keras_sparse.tflite.trial import DENSE, PARTLY, REFUSED
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "support"))
 import tflite_graphs
 
 FORMATS = ("float32", "float16", "dynamic", "int8")
 PROOFS = {"xnnpack": ("native", "x86-no-avx"), "xnnpack-wasm": ("wasm",), "gpu": ("gpu-cpu",), "micro": ("micro",)}
-COLUMNS = ("sparse", "dense", "refused", "not taken", "wrong", "check asked", "check agrees")
+COLUMNS = ("networks", "sparse", "dense", "refused", "not taken", "wrong", "check asked", "check agrees")
 
 
 def drawn(model, called, count, seed):
@@ -41,55 +44,82 @@ def drawn(model, called, count, seed):
     return [array[order] * rng.uniform(0.5, 1.5) if array.dtype.kind == "f" else array[order] for array in arrays]
 
 
-def one(words, target, mode, runtimes, said, counts):
+def said(words, target):
+    """What `ks.tflite.check` says of a network: the verdict, and whether 1x1 convolutions will run sparse."""
+    try:
+        report = ks.tflite.check(tflite_graphs.build(words), target, float(words[-1]))
+    except ks.tflite.ExportError:
+        return REFUSED, False
+    return report.verdict, any((row["operator"], row["runs"]) == ("CONV_2D", "sparse") for row in report.rows)
+
+
+def one(words, target, mode, runtimes, says, counts):
     """Export one network for a target in a format, and count what becomes of it. Returns what is wrong."""
     quantize = None if mode == "float32" else mode
     if get(target).quantize and quantize not in get(target).quantize:
         counts["not taken"] += 1
         return ""
+    counts["networks"] += 1
     model = tflite_graphs.build(words)
     called = signature(model)
     step = called.inputs[0].shape[0] or 1
-    calibration = {}
+    options = {"quantize": quantize, "batch_size": step}
     if quantize == "int8":
         names = [leaf.name for leaf in called.inputs]
-        calibration["representative_data"] = dict(zip(names, drawn(model, called, 4, 0), strict=True))
+        options["representative_data"] = dict(zip(names, drawn(model, called, 4, 0), strict=True))
     with tempfile.TemporaryDirectory() as folder:
-        path, plain = f"{folder}/m.tflite", f"{folder}/d.tflite"
-        options = {"quantize": quantize, "batch_size": step, **calibration}
+
+        def dense():
+            ks.tflite.export(model, f"{folder}/d.tflite", sparse=False, **options)
+            return pathlib.Path(f"{folder}/d.tflite").read_bytes()
+
         try:
-            report = ks.tflite.export(model, path, target=target, **options)
+            report = ks.tflite.export(model, f"{folder}/m.tflite", target=target, **options)
         except ks.tflite.ExportError as error:
             counts["refused"] += 1
-            agrees = said == "refused" or quantize is not None
-            counts["check asked"] += quantize is None
-            counts["check agrees"] += quantize is None and agrees
-            return "" if agrees else f"export refuses, check says {said!r}: {str(error)[:160]}"
+            return "" if quantize else judged(counts, says, REFUSED, str(error)[:160])
+        except Exception as error:  # no answer at all
+            counts["wrong"] += 1
+            return f"export fails: {type(error).__name__}: {error}"
         counts[report.encoding] += 1
-        ks.tflite.export(model, plain, sparse=False, **options)
-        content, dense = (pathlib.Path(one).read_bytes() for one in (path, plain))
-    batch = [array[:step] for array in drawn(model, called, 1, 1)]
-    reference = Reference(model, called.with_batch(step), [batch])
-    allowed, told = verification.TOLERANCE[mode], []
-    with contextlib.suppress(ValueError):  # a dense file that this machine cannot run may be right on the target
-        if reference.compare_on("native", dense).relative > allowed:
-            return ""  # then it is no fault of the file for the target
-    for runtime in runtimes:
-        try:
-            parity = reference.compare_on(runtime, content)
-        except ValueError as error:
-            told.append(f"{runtime}: {str(error)[-160:]}")
-            continue
-        if not parity.relative <= allowed:  # NaN is wrong, too
-            told.append(f"{runtime}: differs by {parity.relative:.2g}")
-        if parity.accelerated is not None and quantize is None:
-            agrees = (said == "in part on the CPU") != parity.accelerated
-            counts["check asked"] += 1
-            counts["check agrees"] += agrees
-            if not agrees:
-                print(f"check says {said!r}, accelerated: {parity.accelerated}: {words}", flush=True)
-    counts["wrong"] += bool(told)
-    return "; ".join(told)
+        content = pathlib.Path(report.path).read_bytes()
+        batch = [array[:step] for array in drawn(model, called, 1, 1)]
+        reference = Reference(model, called.with_batch(step), [batch])
+        told, accelerated = [], None
+        for runtime in runtimes:
+            try:
+                parity = reference.compare_on(runtime, content)
+            except ValueError as error:
+                told.append(f"{runtime}: {str(error)[-160:]}")
+                continue
+            if not parity.relative <= verification.TOLERANCE[mode]:  # NaN is wrong, too
+                told.append(f"{runtime}: differs by {parity.relative:.2g}")
+            accelerated = parity.accelerated if accelerated is None else accelerated
+        if told:
+            with contextlib.suppress(ValueError):  # a dense file that this machine cannot run may be right there
+                if reference.compare_on("native", dense()).relative > verification.TOLERANCE[mode]:
+                    return ""  # then it is no fault of the file for the target
+            counts["wrong"] += 1
+            return "; ".join(told)
+        if quantize is not None:
+            return ""
+        found = (PARTLY if accelerated is False else DENSE), False
+        if get(target).form is not None and report.encoding == "sparse":
+            feed = dict(zip([leaf.name for leaf in called.inputs], batch, strict=True))
+            found = DENSE, None
+            with contextlib.suppress(ValueError):  # the dense file may be one that cannot be run there
+                found = DENSE, tflite_graphs.engages_sparse(content, dense(), feed, says[1])
+        return judged(counts, says, *found)
+
+
+def judged(counts, says, verdict, engages):
+    """Count whether what `check` says came true, and say so if not."""
+    told, sparse = says
+    agrees = (told == REFUSED) == (verdict == REFUSED) and (told == PARTLY) == (verdict == PARTLY)
+    agrees = agrees and (verdict == REFUSED or engages in (None, sparse))
+    counts["check asked"] += 1
+    counts["check agrees"] += agrees
+    return "" if agrees else f"check says {says}, found {(verdict, engages)}"
 
 
 def main():
@@ -105,21 +135,15 @@ def main():
         words = tflite_graphs.recipe(seed)
         for target in args.targets:
             runtimes = [name for name in PROOFS[target] if missing[name] is None]
-            try:
-                said = ks.tflite.check(tflite_graphs.build(words), target).verdict
-            except ks.tflite.ExportError:
-                said = "refused"
+            says = said(words, target)
             for mode in args.quantize:
-                fault = one(words, target, mode, runtimes, said, counts[target, mode])
+                fault = one(words, target, mode, runtimes, says, counts[target, mode])
                 if fault:
                     print(f"seed {seed}, {target}, {mode}: {fault}: {words}", flush=True)
-    rows = [
-        [target, mode, str(args.graphs), *(str(found[name]) for name in COLUMNS)]
-        for (target, mode), found in counts.items()
-    ]
+    rows = [[target, mode, *(str(found[name]) for name in COLUMNS)] for (target, mode), found in counts.items()]
     result.show(
         f"Generated networks by target, seeds {args.first} to {args.first + args.graphs - 1}",
-        ["target", "weights", "networks", *COLUMNS],
+        ["target", "weights", *COLUMNS],
         rows,
         [f"{(time.perf_counter() - started) / 60:.0f} minutes."],
         load,

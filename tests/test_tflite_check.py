@@ -105,6 +105,15 @@ def test_other_targets(target, sparse):
     )
 
 
+@pytest.mark.parametrize("target", ["gpu", "xnnpack-wasm"])
+def test_open_sizes_where_sizes_are_fixed(target):
+    """Such a file loads there, at images of one pixel."""
+    inputs = keras.Input((None, None, 3), name="image")
+    model = keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(layers.Conv2D(4, 1)(inputs))))
+    report = ks.tflite.check(model, target)
+    assert report.verdict == "refused" and any("fixed sizes" in n and "'image'" in n for n in report.notes)
+
+
 @pytest.mark.slow
 def test_training_for_it(tmp_path):
     model = image_model(WHOLE["mobilenet"])

@@ -206,3 +206,20 @@ def test_other_runtimes(runtime):
     assert reference.compare_on(runtime, content).relative < 1e-5
     with pytest.raises(TimeoutError):
         reference.compare_on(runtime, content, timeout=0.01)
+
+
+@pytest.mark.parametrize(("runtime", "takes"), [("compiled-cpu", False), ("x86-no-avx", True)])
+def test_open_sizes_at_a_fixed_batch(runtime, takes):
+    """A runtime that cannot resize says so, one that can does, though the batch size is none that is open."""
+    if available()[runtime] is not None:
+        pytest.skip(available()[runtime])
+    inputs = keras.Input((None, None, 3), batch_size=1)
+    model = keras.Model(inputs, layers.GlobalAveragePooling2D()(layers.Conv2D(4, 1)(inputs)))
+    called = signature(model)
+    reference = Reference(model, called, random_batches(model, called))
+    content = convert(Job(model, called)).content
+    if takes:
+        assert reference.compare_on(runtime, content).relative < 1e-5
+    else:
+        with pytest.raises(ValueError, match="takes arrays of shape"):
+            reference.compare_on(runtime, content)

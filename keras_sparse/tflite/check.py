@@ -6,6 +6,7 @@ import numpy as np
 from keras_sparse import patterns, selection
 from keras_sparse.reports import Report
 from keras_sparse.tflite import signatures
+from keras_sparse.tflite.commands import RUNTIMES
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.editing import File
 from keras_sparse.tflite.encoding import OUTWEIGHED, encode
@@ -201,6 +202,10 @@ def _trial(model, target, dense, sparsity):
     signature = signatures.signature(model)
     if target.fixed_batch:
         signature = signature.with_batch(1)
+    opened = [leaf for leaf in signature.inputs if None in leaf.shape[1:]]
+    if opened and not all(RUNTIMES[name].resizes for name in target.runtimes):
+        sizes = " and ".join(f"{leaf.name!r} of {leaf.shape}" for leaf in opened)
+        return Trial(REFUSED, f"It runs files of fixed sizes only: give `keras.Input` a whole shape ({sizes})"), nothing
     samples, mode = [], target.quantize[0] if target.quantize else None
     if mode is not None:  # what runs where does not depend on the ranges
         samples = in_batches_of(1, random_batches(model, signature))

@@ -148,14 +148,9 @@ class Reference:
 
     def _some(self, worker):
         """Numbers of a few batches that a worker takes: of several sizes, and of inputs as the model will meet them."""
-        shapes = {leaf["name"]: tuple(leaf["shape"]) for leaf in worker.inputs}
-        named = [_renamed(inputs, list(shapes)) for inputs in self._inputs]
-        fit = [
-            i
-            for i, inputs in enumerate(named)
-            if worker.resizes or all(inputs[name].shape == shape for name, shape in shapes.items())
-        ]
-        return sorted({fit[i] for i in (0, 2, -1) if i < len(fit)}) or [0]
+        names = [leaf["name"] for leaf in worker.inputs]
+        fit = [i for i, inputs in enumerate(self._inputs) if worker.fits(_renamed(inputs, names))]
+        return sorted({fit[i] for i in (0, 2, -1) if i < len(fit)}) if fit else [0]
 
     def _parity(self, outputs, results):
         found = {name: [] for name in outputs[0]}

@@ -146,6 +146,17 @@ class Worker:
         arrays = self._write(self._random() if inputs is None else inputs)
         self._ask("feed", arrays=arrays, path=str(self._folder / "inputs"))
 
+    def fits(self, inputs):
+        """Whether it takes a dict from the name of each input to an array: of the file's sizes, where none is open."""
+        for leaf in self.inputs:
+            shape, opened = inputs[leaf["name"]].shape, self._open.get(leaf["name"], [])
+            if len(shape) != len(leaf["shape"]):
+                return False
+            sizes = enumerate(zip(shape, leaf["shape"], strict=True))
+            if any(given != size and axis not in opened for axis, (given, size) in sizes):
+                return False
+        return True
+
     def run(self):
         """Run once: a dict from the name of each output to an array."""
         path = self._folder / "outputs"
