@@ -83,11 +83,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--quantize", nargs="+", default=list(FORMATS), choices=FORMATS)
+    parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=list(RUNTIMES))
     parser.add_argument("--record", action="store_true", help="write the record anew; what was not run is kept")
     args = parser.parse_args()
     load, started = result.load(), time.perf_counter()
     missing = available()
-    runtimes = [name for name in RUNTIMES if missing[name] is None]
+    runtimes = [name for name in args.runtimes if missing[name] is None]
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {"versions": "", "found": {}}
     found, changed = {}, []
     for name in args.networks:
