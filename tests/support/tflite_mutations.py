@@ -31,7 +31,7 @@ def mutate(content, seed):
 
 def outcome(path, timeout=20, **options):
     """Inspect and benchmark a file of unknown content: `(what inspect did, what benchmark did)`, in one word each."""
-    return attempt(_inspect, path), attempt(lambda: _benchmark(path, timeout, **options))
+    return attempt(inspected, path), attempt(lambda: _benchmark(path, timeout, **options))
 
 
 def attempt(function, *arguments):
@@ -44,7 +44,8 @@ def attempt(function, *arguments):
     return "answer"
 
 
-def _inspect(path):
+def inspected(path):
+    """Inspect a file: what is said must make sense."""
     report = ks.tflite.inspect(path)
     assert report.totals["bytes"] == path.stat().st_size
     assert all(row["zeros"] is None or 0 <= row["zeros"] for row in report.rows)
