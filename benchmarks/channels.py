@@ -1,9 +1,9 @@
 """Networks of `keras.applications` with channels removed: the .tflite file against the dense one.
 
 Latency does not depend on the values of the weights, so the networks are not trained. `ks.prune` chooses channels until
-the MACs are what is asked for, `ks.shrink` removes them, both files are dense and run in turns on this CPU
-(`ks.tflite.benchmark`). `difference` is that of the outputs of the masked and the shrunk Keras model, relative to the
-largest output, with random statistics in the normalizations.
+the MACs are what is asked for, `ks.shrink` removes them, both files are dense and run in turns (`ks.tflite.benchmark`:
+milliseconds, on ARM64 instructions). `difference` is that of the outputs of the masked and the shrunk Keras model,
+relative to the largest output, with random statistics in the normalizations.
 
 `CPU` is for machines that others use: all files run in turns in this process, one thread, and the ratio is that of the
 least CPU time of a run, with that of the dense file.
@@ -59,7 +59,8 @@ def main():
     parser.add_argument("--macs", type=float, nargs="+", default=[0.95, 0.5])
     parser.add_argument("--allocation", default="uniform", choices=["uniform", "global", "isomorphic"])
     parser.add_argument("--round-to", type=int, nargs="+", default=[1], help="multiples of channels that a group keeps")
-    parser.add_argument("--runtime", default="native")
+    parser.add_argument("--quantize", default="float32", choices=["float32", "float16", "dynamic", "int8"])
+    parser.add_argument("--runtimes", nargs="+", default=["native"], help="on which the files run in turns")
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring each file; 0: CPU times only")
     parser.add_argument("--rounds", type=int, default=100, help="runs of each file for its CPU time")
     args = parser.parse_args()
@@ -69,8 +70,9 @@ def main():
             model = BUILD[name](weights=None, input_shape=(args.size, args.size, 3), classifier_activation=None)
             randomise(model, rng)
             files, rows = [str(pathlib.Path(folder) / f"{name}.tflite")], []
-            ks.tflite.export(model, files[0], sparse=False, batch_size=1)
             x = rng.normal(size=(2, args.size, args.size, 3)).astype("float32")
+            how = {"quantize": None if args.quantize == "float32" else args.quantize, "representative_data": x}
+            ks.tflite.export(model, files[0], sparse=False, batch_size=1, **how)
             weights = model.get_weights()
             for macs, multiple in itertools.product(args.macs, args.round_to):
                 model.set_weights(weights)
@@ -81,24 +83,21 @@ def main():
                 seconds = time.perf_counter() - start
                 one, other = (keras.ops.convert_to_numpy(m(x, training=False)) for m in (model, shrunk))
                 files.append(str(pathlib.Path(folder) / f"{name}-{len(files)}.tflite"))
-                ks.tflite.export(shrunk, files[-1], sparse=False, batch_size=1)
+                ks.tflite.export(shrunk, files[-1], sparse=False, batch_size=1, **how)
                 totals = report.totals
                 rows.append([name, f"{macs:g}", str(multiple), f"{totals['macs_left'] / totals['macs']:.3f}"])
                 rows[-1] += [f"{totals['parameters_left'] / totals['parameters']:.3f}"]
                 rows[-1] += [f"{np.abs(one - other).max() / np.abs(one).max():.0e}", f"{seconds:.1f}"]
-                if args.seconds:
-                    timed = ks.tflite.benchmark(
-                        files[-1], baseline=files[0], runtime=args.runtime, seconds=args.seconds
-                    )
-                    rows[-1] += [f"{row['median']:.1f}" for row in timed.rows] + [f"{timed.rows[1]['ratio']:.2f}"]
-                else:
-                    rows[-1] += ["-"] * 3
+                for runtime in args.runtimes if args.seconds else ():
+                    timed = ks.tflite.benchmark(files[-1], baseline=files[0], runtime=runtime, seconds=args.seconds)
+                    rows[-1] += [f"{row['median']:,.1f}" for row in timed.rows] + [f"{timed.rows[1]['ratio']:.2f}"]
                 print(rows[-1], flush=True)
             dense, *least = cpu_milliseconds(files, args.rounds)
             table += [[*row, f"{dense:.1f}", f"{own / dense:.2f}"] for row, own in zip(rows, least, strict=True)]
-    measured = ["difference", "shrink, s", "dense, ms", "small, ms", "ratio", "dense, CPU ms", "CPU ratio"]
+    timed = [[f"{name}, dense", f"{name}, small", "ratio"] for name in args.runtimes if args.seconds]
+    measured = ["difference", "shrink, s", *itertools.chain(*timed), "dense, CPU ms", "CPU ratio"]
     result.show(
-        f"Channels removed, {args.size} px, {args.runtime}, allocation {args.allocation}",
+        f"Channels removed, {args.size} px, {args.quantize}, allocation {args.allocation}",
         ["network", "budget", "multiples", "MACs", "parameters", *measured],
         table,
         load_before=load,

@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 
@@ -26,6 +26,7 @@ def import_quietly(name):
 
 
 import_quietly("keras")
+notebook_scripts = importlib.import_module("notebook_scripts")
 
 project = "keras_sparse"
 author = "The keras_sparse authors"
@@ -57,20 +58,16 @@ default_role = "code"  # Docstrings are written with Markdown's single backquote
 html_theme = "furo"
 html_static_path = ["static"]
 html_css_files = ["custom.css"]
-html_extra_path = ["web"]  # speed.html, beside the pages
+html_extra_path = ["web", "_build/scripts"]  # beside the pages: speed.html, and the notebooks as scripts
 html_title = f"keras_sparse {release}"
 
-
-def save_pictures(_):
-    """The gallery shows what a tutorial ends with: its third picture, as it is saved in the notebook."""
-    folder = ROOT / "docs" / "_build" / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        found = [output.get("data", {}).get("image/png") for cell in cells for output in cell.get("outputs", [])]
-        for picture in list(filter(None, found))[2:3]:
-            (folder / f"{path.stem}.png").write_bytes(base64.b64decode(picture))
-
-
-def setup(app):
-    app.connect("builder-inited", save_pictures)
+# Made of the notebooks: the third picture of a tutorial, which shows what it ends with, and scripts to download.
+BUILT = ROOT / "docs" / "_build"
+(BUILT / "pictures").mkdir(parents=True, exist_ok=True)
+(BUILT / "scripts").mkdir(exist_ok=True)
+for path in (ROOT / "notebooks").glob("*.ipynb"):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    found = [output.get("data", {}).get("image/png") for cell in cells for output in cell.get("outputs", [])]
+    for picture in list(filter(None, found))[2:3]:
+        (BUILT / "pictures" / f"{path.stem}.png").write_bytes(base64.b64decode(picture))
+    (BUILT / "scripts" / f"{path.stem}.py").write_text(notebook_scripts.script(path), encoding="utf-8")

@@ -1,8 +1,12 @@
 """The notebooks run from top to bottom without network, and show nothing but what they mean to show."""
 
+import ast
+import importlib
 import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -56,6 +60,30 @@ def test_a_tutorial_can_be_repeated_with_other_seeds(name):
     assert lines.count("SEED = 0") == 1
     assert any(line.startswith("results = ") for line in lines)
     assert "set_random_seed(SEED)" in "".join(lines)
+
+
+@each_notebook
+def test_as_a_script(path, monkeypatch):
+    """It is Python, and what a cell shows at its end is printed."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    script = importlib.import_module("notebook_scripts").script(path)
+    assert "%pip" not in script and "raise SystemExit('Run first: pip install" in script
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    tree = ast.parse(script)
+    shown = [node for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Name)]
+    assert shown == [] and script.count("# %%\n") == len(cells)
+
+
+@pytest.mark.slow
+def test_a_script_runs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    text = importlib.import_module("notebook_scripts").script(ROOT / "notebooks" / "06_remove_channels.ipynb")
+    (tmp_path / "script.py").write_text(text)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+    command = [sys.executable, "script.py"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "Channel groups of" in run.stdout and "Figure(" in run.stdout
+    assert (tmp_path / "after.tflite").exists()
 
 
 def missing(path):
