@@ -17,6 +17,7 @@ from keras_sparse.tflite.matching import LayerNames, match, readers
 from keras_sparse.tflite.parity import in_batches_of, random_batches
 from keras_sparse.tflite.targets import get
 from keras_sparse.tflite.trial import DENSE, PARTLY, REFUSED, SPARSE, UNKNOWN, Trial, compiled, tried
+from keras_sparse.tflite.verification import Verification
 from keras_sparse.tflite.xnnpack import hazard, uses, violations
 
 __all__ = ["CheckReport", "check"]
@@ -37,8 +38,8 @@ class CheckReport(Report):
         filters: Regexes of the weights with the pattern that most weights need.
         pattern: That pattern.
         verdict: How the model will run there: `"runs sparse"`, if it is pruned as `target_sparsity` says;
-            `"runs dense"`, `"in part on the CPU"` or `"refused"`, found by loading it where the target's runtime is
-            installed; else `"not tried"`.
+            `"runs dense"`, `"in part on the CPU"` or `"refused"`, found by running it where the target's runtime is
+            installed; else `"not tried"`. Wrong numbers count as refused.
         bytes_dense: Predicted size of the file with dense weights.
         bytes_sparse: Predicted size with the weights of `target_sparsity` pruned.
         cycles: For an NPU whose compiler is installed, `(dense, sparse)`: cycles of one inference by its estimate, of
@@ -209,14 +210,32 @@ def _trial(model, target, dense, sparsity):
     samples, mode = [], target.quantize[0] if target.quantize else None
     if mode is not None:  # what runs where does not depend on the ranges
         samples = in_batches_of(1, random_batches(model, signature))
+    job = Job(model, signature, mode, samples, mode)
     try:
-        content = convert(Job(model, signature, mode, samples, mode)).content
+        conversion = convert(job)
     except ExportError as error:
         return Trial(REFUSED, str(error)), nothing
-    trial = tried(content, target)
+    trial = tried(conversion.content, target)
+    if mode is None and trial.verdict != REFUSED:  # what loads may be wrong; integers depend on the data
+        fault = _fault(job, conversion, target)
+        trial = Trial(REFUSED, fault) if fault else trial
     if not trial.made or trial.verdict == REFUSED:
         return trial, nothing
-    return trial, compiled(_pruned(content, dict.fromkeys(_COMPRESSED, "unstructured"), sparsity), target.npu)
+    pruned = _pruned(conversion.content, dict.fromkeys(_COMPRESSED, "unstructured"), sparsity)
+    return trial, compiled(pruned, target.npu)
+
+
+def _fault(job, conversion, target):
+    """What is wrong with what a target computes from a file that it loads, as far as can be told here; or `None`."""
+    try:
+        verification = Verification.of(job, conversion, targets=(target,))
+    except ExportError:  # the model fails on random inputs
+        return None
+    try:
+        right, parity = verification.dense()
+    except ExportError as error:
+        return str(error).partition("Received: ")[2]
+    return None if right else verification.why_wrong(parity)
 
 
 def _pruned(content, shapes, sparsity, only=None):

@@ -19,6 +19,7 @@ from keras_sparse.tflite.job import CALIBRATED, QUANTIZE, Job
 from keras_sparse.tflite.matching import match, readers
 from keras_sparse.tflite.parity import in_batches_of, representative_batches
 from keras_sparse.tflite.targets import NOT_SPARSE, OPEN_BATCH, chosen
+from keras_sparse.tflite.transposed import shifted
 from keras_sparse.tflite.verification import VERIFY, Verification, sparse_runtimes
 from keras_sparse.tflite.xnnpack import uses
 
@@ -299,6 +300,8 @@ def _notes_on_use(written, choice, targets):
             "Stored dense, which is right on every accelerator. For CPUs alone target='xnnpack' leaves the zeros out: "
             f"{choice.bytes_sparse:,d} bytes."
         ]
+    if shifted(written):
+        notes.append(f"Not for GPUs: {shifted(written)}.")
     if written.has_open_batch:
         notes.append(f"{OPEN_BATCH}.")
     return notes + [f"Not verified for {reason}" for reason in choice.not_verified]

@@ -24,6 +24,7 @@ _DTYPES = {
 }  # fmt: skip
 _BITS_OF_HALF = 0x7FFF  # everything but the sign
 _OPTIONS = {
+    "TRANSPOSE_CONV": ("TransposeConvOptions", ("StrideH", "StrideW", "Padding")),
     "CONV_2D": ("Conv2DOptions", ("StrideH", "StrideW", "DilationHFactor", "DilationWFactor", "Padding")),
     "DEPTHWISE_CONV_2D": (
         "DepthwiseConv2DOptions",

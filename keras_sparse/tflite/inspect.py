@@ -8,6 +8,7 @@ from keras_sparse.graph import operator_axes
 from keras_sparse.reports import Report
 from keras_sparse.tflite.flatmodel import UNPACK, damaged, read
 from keras_sparse.tflite.targets import NOT_SPARSE, OPEN_BATCH
+from keras_sparse.tflite.transposed import shifted
 
 __all__ = ["inspect"]
 
@@ -83,6 +84,8 @@ def inspect(path):
     columns["tensor"] = lambda row: brief_name(row["tensor"])
     title = f"Tensors of {os.path.basename(path)}"
     notes = [f"{NOT_SPARSE}."] if totals["tensors_sparse"] else []
+    if shifted(model):
+        notes.append(f"Not for GPUs: {shifted(model)}.")
     if model.has_open_batch:
         notes.append(f"{OPEN_BATCH}.")
     return Report(title, rows, totals, notes, formats, columns, lambda row: len(row["shape"]) >= 2)

@@ -134,6 +134,7 @@ class Target:
         npu: What Arm's compiler calls it, where that can be asked.
         fixed_batch: Whether it wants files of a fixed batch size.
         quantize: The values of `export(quantize=...)` that it takes; empty: any.
+        shifts: Whether it shifts what some transposed convolutions compute (`keras_sparse.tflite.transposed`).
         restores: The types of weights that it restores right from storage without zeros; empty: all.
 
     Example:
@@ -155,6 +156,7 @@ class Target:
     npu: str = ""
     fixed_batch: bool = False
     quantize: tuple = ()
+    shifts: bool = False
     restores: tuple = ()
 
 
@@ -245,7 +247,7 @@ _DENSE = (  # name, title, what becomes of zeros, and what else is known of targ
             "Removed channels (`ks.shrink`) are faster, and quantize='float16' halves the file",
             "measured, ai-edge-litert 2.3.0",
         ),
-        {"runtimes": ("gpu-cpu",), "measures": ("gpu-cpu",), "fixed_batch": True},
+        {"runtimes": ("gpu-cpu",), "measures": ("gpu-cpu",), "fixed_batch": True, "shifts": True},
     ),
     (
         "ynnpack",

@@ -11,6 +11,7 @@ from keras_sparse.tflite.errors import ExportError, first_line
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import CALIBRATED, INTEGERS
 from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches
+from keras_sparse.tflite.transposed import shifted
 from keras_sparse.tflite.trial import REFUSED, UNKNOWN, compiled
 from keras_sparse.tflite.xnnpack import hazard, touched, uses
 
@@ -162,7 +163,8 @@ class Verification:
             self._fault_on(runtime, self._dense, self._tolerance)
         right = parity.relative <= self._tolerance
         for target in self._targets if right else ():
-            problem = self._unproven(target, self._dense, self._tolerance)
+            problem = shifted(read(self._dense)) if target.shifts else None
+            problem = problem or self._unproven(target, self._dense, self._tolerance)
             if problem is not None:
                 raise ExportError(
                     f"The file is not for the target {target.name!r}; `ks.tflite.check(model, {target.name!r})` says "
