@@ -300,8 +300,9 @@ def _notes_on_use(written, choice, targets):
             "Stored dense, which is right on every accelerator. For CPUs alone target='xnnpack' leaves the zeros out: "
             f"{choice.bytes_sparse:,d} bytes."
         ]
-    if shifted(written):
-        notes.append(f"Not for GPUs: {shifted(written)}.")
+    shift = shifted(written)
+    if shift is not None:
+        notes.append(f"Not for GPUs: {shift}.")
     if written.has_open_batch:
         notes.append(f"{OPEN_BATCH}.")
     return notes + [f"Not verified for {reason}" for reason in choice.not_verified]

@@ -84,8 +84,9 @@ def inspect(path):
     columns["tensor"] = lambda row: brief_name(row["tensor"])
     title = f"Tensors of {os.path.basename(path)}"
     notes = [f"{NOT_SPARSE}."] if totals["tensors_sparse"] else []
-    if shifted(model):
-        notes.append(f"Not for GPUs: {shifted(model)}.")
+    shift = shifted(model)
+    if shift is not None:
+        notes.append(f"Not for GPUs: {shift}.")
     if model.has_open_batch:
         notes.append(f"{OPEN_BATCH}.")
     return Report(title, rows, totals, notes, formats, columns, lambda row: len(row["shape"]) >= 2)
