@@ -36,7 +36,7 @@ def fit(model, data, rate, epochs, *callbacks):
         keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, epochs * -(-len(x) // 128))),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        jit_compile=False,
+        jit_compile=keras.backend.backend() != "tensorflow",  # JAX runs op by op without
     )
     model.fit(x, y, batch_size=128, epochs=epochs, verbose=0, callbacks=list(callbacks))
 
