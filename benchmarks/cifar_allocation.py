@@ -66,7 +66,7 @@ def build(rate, steps):
         keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, steps)),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        jit_compile=False,
+        jit_compile=keras.backend.backend() != "tensorflow",  # JAX runs op by op without
     )
     return model
 

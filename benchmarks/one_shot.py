@@ -69,7 +69,7 @@ def trained(build, seed, epochs, data):
     keras.utils.set_random_seed(seed)
     model = build()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile("adam", loss, jit_compile=False)
+    model.compile("adam", loss, jit_compile=keras.backend.backend() != "tensorflow")  # JAX runs op by op without
     model.fit(*data[:2], batch_size=128, epochs=epochs, verbose=0)
     return model
 
