@@ -7,6 +7,9 @@ from tflite_models import cnn, exported, mlp, several, sparsify
 import keras_sparse as ks
 from keras_sparse.tflite import runtimes
 from keras_sparse.tflite.commands import get
+from keras_sparse.tflite.convert import convert
+from keras_sparse.tflite.encoding import encode
+from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.micro import Engine
 from keras_sparse.tflite.targets import get as target
 
@@ -42,6 +45,20 @@ def test_sparse_files_do_not_load():
     with pytest.raises(ValueError, match="runtime 'micro'.*DENSIFY"):
         runtimes.run(exported(several), None, "micro")
     assert target("micro").takes_sparse is False
+
+
+@needs_micro
+def test_weights_in_sparse_blocks_are_wrong():
+    """They need no DENSIFY, so nothing refuses them: why files for it are dense."""
+    model = sparsify(mlp(), 0.9, blocks=True)
+    dense = convert(Job(model)).content
+    x = np.random.default_rng(0).normal(size=(1, *model.input_shape[1:])).astype("float32")
+    expected = model.predict(x, verbose=0)
+    for content, right in ((dense, True), (encode(dense).content, False)):
+        with runtimes.Worker(content, "micro") as worker:
+            worker.feed({leaf["name"]: x for leaf in worker.inputs})
+            [found] = worker.run().values()
+        assert (np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()) == right
 
 
 @needs_micro

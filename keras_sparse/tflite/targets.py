@@ -163,7 +163,7 @@ class Target:
 # What users must know of two kinds of files, wherever these are reported.
 NOT_SPARSE = (
     "For CPUs only, because weights are stored without zeros: LiteRT's GPU accelerator computes wrong numbers from "
-    "such a file without an error, TFLite Micro and NPU compilers refuse it"
+    "such a file without an error, TFLite Micro refuses it or computes wrong ones, NPU compilers refuse it"
 )
 OPEN_BATCH = (
     "The batch size is open: LiteRT.js refuses such a file, and LiteRT's GPU accelerator refuses some. For browsers, "
@@ -259,7 +259,8 @@ _DENSE = (  # name, title, what becomes of zeros, and what else is known of targ
         "micro",
         "TFLite Micro on microcontrollers",
         Statement(
-            "Multiplied dense; files with DENSIFY do not load. Removed channels (`ks.shrink`) are faster and smaller",
+            "Multiplied dense; files with DENSIFY do not load, and from weights in sparse blocks it computes wrong "
+            "numbers. Removed channels (`ks.shrink`) are faster and smaller",
             "measured, tflite-micro of 2026-10",
         ),
         {"runtimes": ("micro",), "fixed_batch": True, "quantize": (None, "int8", "int16x8")},
