@@ -8,7 +8,8 @@ same code on the same batches, and only the choice of channels differs. MACs of 
 torch.
 
 Torch-Pruning prunes in small steps until the MACs are met, as its own benchmark on CIFAR-10 does: `tp global` ranks all
-groups by their norms over the largest of the group (`GroupNormPruner`), `tp isomorphic` like with like, over the mean.
+groups by their norms over the largest of the group (`GroupNormPruner`, as there), `tp isomorphic` like with like, over
+the mean, `tp uniform`, its default, takes the same share of each.
 
 `--data` names a folder with arrays x_train, y_train, x_test, y_test in `cifar10.npz`; else Keras downloads CIFAR-10.
 `--folder` keeps trained weights and results: what is there is not done again, and a run that was ended goes on.
@@ -33,10 +34,11 @@ import keras_sparse as ks
 
 torch.set_num_threads(1)  # of two libraries' threads each would wait for the other's
 
-# Name of a row: the importance's normalizer and the pruner of Torch-Pruning, or what `ks.prune` is told.
+# Name of a row: the importance's normalizer, the pruner and its arguments, or what `ks.prune` is told.
 THEIRS = {
-    "tp global": ("max", torch_pruning.pruner.GroupNormPruner, False),
-    "tp isomorphic": ("mean", torch_pruning.pruner.BasePruner, True),
+    "tp uniform": ("mean", torch_pruning.pruner.BasePruner, {}),
+    "tp global": ("max", torch_pruning.pruner.GroupNormPruner, {"global_pruning": True}),
+    "tp isomorphic": ("mean", torch_pruning.pruner.BasePruner, {"global_pruning": True, "isomorphic": True}),
 }
 OURS = {
     f"{allocation}{', repair' * repair}": {"allocation": allocation, "repair": repair}
@@ -206,7 +208,7 @@ def macs_of(twin):
 
 def pruned_by_them(method, model, share, steps):
     """The Keras model without the channels that Torch-Pruning removes, until `share` of the MACs is left."""
-    normalizer, pruner, isomorphic = THEIRS[method]
+    normalizer, pruner, arguments = THEIRS[method]
     twin = Twin(model).eval()
     limit = share * macs_of(twin)
     importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer=normalizer)
@@ -214,14 +216,16 @@ def pruned_by_them(method, model, share, steps):
         twin,
         torch.zeros(1, 3, 32, 32),
         importance=importance,
-        global_pruning=True,
-        isomorphic=isomorphic,
         pruning_ratio=1.0,
         iterative_steps=steps,
         ignored_layers=[twin.parts["head"]],
+        **arguments,
     )
-    while macs_of(twin) > limit:
-        pruning.step()
+    while (left := macs_of(twin)) > limit:
+        for group in pruning.step(interactive=True):
+            group.prune()
+            if left < 1.05 * limit and macs_of(twin) <= limit:
+                break
     return in_keras(twin, model), twin
 
 
