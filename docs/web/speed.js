@@ -15,6 +15,8 @@ let litert, sample;
 function show(state, error) {
   main.dataset.state = state;
   at('start').disabled = state === 'loading' || state === 'measuring' || WHICH.some((which) => !contents[which]);
+  // What is chosen while it measures would not be what was measured.
+  for (const id of ['accelerator', ...WHICH.map((which) => `${which}-file`)]) at(id).disabled = state === 'measuring';
   at('start').textContent = state === 'measuring' ? 'Measuring …' : 'Measure';
   at('error').textContent = error ? String(error.message ?? error) : '';
 }
@@ -67,7 +69,7 @@ async function prepare(content, accelerator) {
     }
     return values;
   };
-  // The share of the sample that the model gets right; undefined where it takes other inputs.
+  // How many of the sample the model gets right; undefined where it takes other inputs.
   const right = async () => {
     const [{ dtype, shape, name }, ...others] = details;
     const dimensions = Array.from(shape, (n) => Math.max(1, n));
