@@ -2,8 +2,8 @@
 
 Latency does not depend on the values of the weights, so the networks are not trained. `ks.prune` chooses channels until
 the MACs are what is asked for, `ks.shrink` removes them, both files are dense and run in turns (`ks.tflite.benchmark`:
-milliseconds, on ARM64 instructions). `difference` is that of the outputs of the masked and the shrunk Keras model,
-relative to the largest output, with random statistics in the normalizations.
+milliseconds, on ARM64 millions of instructions). `difference` is that of the outputs of the masked and the shrunk
+Keras model, relative to the largest output, with random statistics in the normalizations.
 
 `CPU` is for machines that others use: all files run in turns in this process, one thread, and the ratio is that of the
 least CPU time of a run, with that of the dense file.
@@ -90,7 +90,8 @@ def main():
                 rows[-1] += [f"{np.abs(one - other).max() / np.abs(one).max():.0e}", f"{seconds:.1f}"]
                 for runtime in args.runtimes if args.seconds else ():
                     timed = ks.tflite.benchmark(files[-1], baseline=files[0], runtime=runtime, seconds=args.seconds)
-                    rows[-1] += [f"{row['median']:,.1f}" for row in timed.rows] + [f"{timed.rows[1]['ratio']:.2f}"]
+                    found = [row["median"] if "median" in row else row["instructions"] / 1e6 for row in timed.rows]
+                    rows[-1] += [f"{one:,.1f}" for one in found] + [f"{timed.rows[1]['ratio']:.2f}"]
                 print(rows[-1], flush=True)
             dense, *least = cpu_milliseconds(files, args.rounds)
             table += [[*row, f"{dense:.1f}", f"{own / dense:.2f}"] for row, own in zip(rows, least, strict=True)]
