@@ -7,6 +7,7 @@ from keras import layers
 
 import keras_sparse as ks
 from keras_sparse.tflite.convert import convert
+from keras_sparse.tflite.editing import File
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.parity import Reference, random_batches
@@ -71,3 +72,16 @@ def test_it_is_said_and_refused(tmp_path):
     for notes in (report.notes, ks.tflite.inspect(tmp_path / "m.tflite").notes):
         assert any(note.startswith("Not for GPUs: ") for note in notes)
     assert ks.tflite.export(model, tmp_path / "m.tflite", target="micro").bytes_file
+
+
+@pytest.mark.parametrize("damage", ["no stride", "one input"])
+def test_a_damaged_file(damage, tmp_path):
+    file = File(convert(Job(network((7, 7, 4), up(3)))).content)
+    (operator,) = [o for o in file.model.subgraphs[0].operators if file.name(o) == "TRANSPOSE_CONV"]
+    if damage == "no stride":
+        operator.builtinOptions.strideH = 0
+    else:
+        operator.inputs = operator.inputs[:1]
+    (tmp_path / "m.tflite").write_bytes(file.pack())
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        ks.tflite.inspect(tmp_path / "m.tflite")

@@ -228,14 +228,14 @@ def _trial(model, target, dense, sparsity):
 def _fault(job, conversion, target):
     """What is wrong with what a target computes from a file that it loads, as far as can be told here; or `None`."""
     try:
-        verification = Verification.of(job, conversion, targets=(target,))
+        verification = Verification.of(job, conversion)
     except ExportError:  # the model fails on random inputs
         return None
     try:
         right, parity = verification.dense()
-    except ExportError as error:
+    except ExportError as error:  # not even this machine runs it
         return str(error).partition("Received: ")[2]
-    return None if right else verification.why_wrong(parity)
+    return verification.unfit(target) if right else verification.why_wrong(parity)
 
 
 def _pruned(content, shapes, sparsity, only=None):

@@ -14,12 +14,11 @@ from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.errors import ExportError
 from keras_sparse.tflite.flatmodel import gzip_size, read
 from keras_sparse.tflite.halves import kept_whole
-from keras_sparse.tflite.inspect import brief_name
+from keras_sparse.tflite.inspect import brief_name, limits
 from keras_sparse.tflite.job import CALIBRATED, QUANTIZE, Job
 from keras_sparse.tflite.matching import match, readers
 from keras_sparse.tflite.parity import in_batches_of, representative_batches
-from keras_sparse.tflite.targets import NOT_SPARSE, OPEN_BATCH, chosen
-from keras_sparse.tflite.transposed import shifted
+from keras_sparse.tflite.targets import NOT_SPARSE, chosen
 from keras_sparse.tflite.verification import VERIFY, Verification, sparse_runtimes
 from keras_sparse.tflite.xnnpack import uses
 
@@ -300,12 +299,7 @@ def _notes_on_use(written, choice, targets):
             "Stored dense, which is right on every accelerator. For CPUs alone target='xnnpack' leaves the zeros out: "
             f"{choice.bytes_sparse:,d} bytes."
         ]
-    shift = shifted(written)
-    if shift is not None:
-        notes.append(f"Not for GPUs: {shift}.")
-    if written.has_open_batch:
-        notes.append(f"{OPEN_BATCH}.")
-    return notes + [f"Not verified for {reason}" for reason in choice.not_verified]
+    return notes + limits(written) + [f"Not verified for {reason}" for reason in choice.not_verified]
 
 
 def _restores_integers(written):

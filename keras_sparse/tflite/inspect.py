@@ -10,7 +10,7 @@ from keras_sparse.tflite.flatmodel import UNPACK, damaged, read
 from keras_sparse.tflite.targets import NOT_SPARSE, OPEN_BATCH
 from keras_sparse.tflite.transposed import shifted
 
-__all__ = ["inspect"]
+__all__ = ["inspect", "limits"]
 
 _COUNTING = ("int32", "int64", "uint32", "uint64", "bool")  # shapes, axes, indices; and the biases of int8 kernels
 _FEW = 0.02  # single zeros up to this share are no pattern: quantisation to int8 rounds some weights to zero
@@ -60,6 +60,7 @@ def inspect(path):
                     parameters += tensor.size
                 if tensor.zeros is not None and index in kernels:
                     kernel_size, kernel_zeros = kernel_size + tensor.size, kernel_zeros + tensor.zeros
+        unfit = limits(model)
     numbers = [row for row in rows if row["zeros"] is not None]
     size, zeros = sum(math.prod(row["shape"]) for row in numbers), sum(row["zeros"] for row in numbers)
     totals = {
@@ -84,12 +85,29 @@ def inspect(path):
     columns["tensor"] = lambda row: brief_name(row["tensor"])
     title = f"Tensors of {os.path.basename(path)}"
     notes = [f"{NOT_SPARSE}."] if totals["tensors_sparse"] else []
+    return Report(title, rows, totals, notes + unfit, formats, columns, lambda row: len(row["shape"]) >= 2)
+
+
+def limits(model):
+    """Sentences on where a file does not run right as it is, however its weights are stored.
+
+    Args:
+        model: A `FlatModel`.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.flatmodel import read
+    >>> from keras_sparse.tflite.inspect import limits
+    >>> from keras_sparse.tflite.job import Job
+    >>> model = keras.Sequential([keras.Input((4,), batch_size=1), keras.layers.Dense(3)])
+    >>> limits(read(convert(Job(model)).content))
+    []
+    """
     shift = shifted(model)
-    if shift is not None:
-        notes.append(f"Not for GPUs: {shift}.")
-    if model.has_open_batch:
-        notes.append(f"{OPEN_BATCH}.")
-    return Report(title, rows, totals, notes, formats, columns, lambda row: len(row["shape"]) >= 2)
+    found = [] if shift is None else [f"Not for GPUs: {shift}."]
+    return [*found, f"{OPEN_BATCH}."] if model.has_open_batch else found
 
 
 def brief_name(tensor):

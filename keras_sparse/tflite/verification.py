@@ -163,14 +163,17 @@ class Verification:
             self._fault_on(runtime, self._dense, self._tolerance)
         right = parity.relative <= self._tolerance
         for target in self._targets if right else ():
-            problem = shifted(read(self._dense)) if target.shifts else None
-            problem = problem or self._unproven(target, self._dense, self._tolerance)
+            problem = self.unfit(target)
             if problem is not None:
                 raise ExportError(
                     f"The file is not for the target {target.name!r}; `ks.tflite.check(model, {target.name!r})` says "
                     f"more. Received: {problem}"
                 )
         return right, parity
+
+    def unfit(self, target):
+        """What is wrong with the dense file, which is right on this machine, for a `Target`; or `None`."""
+        return self._unproven(target, self._dense, self._tolerance)
 
     def fault(self, content):
         """Why a sparse-encoded file must not be handed out, or `None`; and its parity on this machine."""
@@ -257,6 +260,9 @@ class Verification:
 
     def _unproven(self, target, content, allowed):
         """What is wrong with a file for a target, or `None`; what could not be found out is kept."""
+        shift = shifted(read(content)) if target.shifts else None
+        if shift is not None:
+            return shift
         if not target.runtimes:
             self.not_verified.append(f"{target.name}: no runtime of this package runs it; try the file on the device.")
         for runtime in [RUNTIMES[name] for name in target.runtimes]:
