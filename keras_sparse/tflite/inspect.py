@@ -6,9 +6,9 @@ import os
 from keras_sparse import patterns
 from keras_sparse.graph import operator_axes
 from keras_sparse.reports import Report
+from keras_sparse.tflite.faults import FAULTS
 from keras_sparse.tflite.flatmodel import UNPACK, damaged, read
 from keras_sparse.tflite.targets import NOT_SPARSE, OPEN_BATCH
-from keras_sparse.tflite.transposed import shifted
 
 __all__ = ["inspect", "limits"]
 
@@ -105,8 +105,8 @@ def limits(model):
     >>> limits(read(convert(Job(model)).content))
     []
     """
-    shift = shifted(model)
-    found = [] if shift is None else [f"Not for GPUs: {shift}."]
+    faults = [(where, fault(model)) for fault, where in FAULTS]
+    found = [f"Not for {where}: {why}." for where, why in faults if why is not None]
     return [*found, f"{OPEN_BATCH}."] if model.has_open_batch else found
 
 

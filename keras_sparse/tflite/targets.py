@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from keras_sparse.reports import Report
+from keras_sparse.tflite.faults import averaged, grouped, shifted
 
 __all__ = [
     "NOT_SPARSE",
@@ -134,7 +135,8 @@ class Target:
         npu: What Arm's compiler calls it, where that can be asked.
         fixed_batch: Whether it wants files of a fixed batch size.
         quantize: The values of `export(quantize=...)` that it takes; empty: any.
-        shifts: Whether it shifts what some transposed convolutions compute (`keras_sparse.tflite.transposed`).
+        faults: Functions of `keras_sparse.tflite.faults` that say of a file why it computes wrong numbers from it,
+            however weights are stored.
         restores: The types of weights that it restores right from storage without zeros; empty: all.
 
     Example:
@@ -156,7 +158,7 @@ class Target:
     npu: str = ""
     fixed_batch: bool = False
     quantize: tuple = ()
-    shifts: bool = False
+    faults: tuple = ()
     restores: tuple = ()
 
 
@@ -247,7 +249,7 @@ _DENSE = (  # name, title, what becomes of zeros, and what else is known of targ
             "Removed channels (`ks.shrink`) are faster, and quantize='float16' halves the file",
             "measured, ai-edge-litert 2.3.0",
         ),
-        {"runtimes": ("gpu-cpu",), "measures": ("gpu-cpu",), "fixed_batch": True, "shifts": True},
+        {"runtimes": ("gpu-cpu",), "measures": ("gpu-cpu",), "fixed_batch": True, "faults": (shifted, grouped)},
     ),
     (
         "ynnpack",
@@ -325,6 +327,7 @@ TARGETS = (
         fixed_batch=True,
         # Measured, LiteRT.js 2.5.3: transposed convolutions with weights of 8 bits are wrong.
         restores=("float32", "float16"),
+        faults=(averaged,),
     ),
     _xnnpack(
         "xnnpack-x86",
@@ -448,7 +451,9 @@ class _TargetsReport(Report):
         super().__init__("Targets: what runs sparse where", rows, {}, notes, columns=columns)
 
     def to_dict(self):
-        return super().to_dict() | {"targets": [dataclasses.asdict(target) for target in TARGETS]}
+        named = [{"faults": [fault.__name__ for fault in target.faults]} for target in TARGETS]
+        targets = [dataclasses.asdict(target) | faults for target, faults in zip(TARGETS, named, strict=True)]
+        return super().to_dict() | {"targets": targets}
 
 
 def _row(target, what, pattern, sparsity, dtypes, source):

@@ -4,6 +4,7 @@ XNNPACK's sparse kernels for convolutions are off on x86 CPUs with AVX: a compar
 faults. Others that have them on are emulated.
 """
 
+import functools
 import os
 
 from keras_sparse.tflite.commands import COMPILERS, RUNTIMES, RuntimeMissing, available
@@ -11,11 +12,10 @@ from keras_sparse.tflite.errors import ExportError, first_line
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import CALIBRATED, INTEGERS
 from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches
-from keras_sparse.tflite.transposed import shifted
 from keras_sparse.tflite.trial import REFUSED, UNKNOWN, compiled
 from keras_sparse.tflite.xnnpack import hazard, touched, uses
 
-__all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "VERIFY", "Verification", "sparse_runtimes"]
+__all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "VERIFY", "Verification", "allowed_elsewhere", "sparse_runtimes"]
 
 # How far an output may be from the model's, relative to that output's largest magnitude.
 # float32: two correct programs differ by the order of their sums and by the polynomials they use for exp and tanh: 1e-7
@@ -24,13 +24,15 @@ __all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "VERIFY", "Verification", "sparse_run
 # more. Half precision rounds each weight or product to 2**-11 (float16) or 2**-8 (bfloat16), and layers add that up.
 # int8 rounds each weight to 1/254 of its channel's range, and "int8" each activation to 1/256 of its own; random
 # networks of fifty layers add that up to 0.1 and 0.3. "int16x8" rounds like "dynamic". Faults of sparse encodings are
-# 0.4 and more, and `Verification.fault` compares with the dense file, too.
+# 0.4 and more, and `Verification.fault` compares with the dense file, too. Other runtimes round as this machine does:
+# what they may differ by follows from how far the file is off here.
 TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1, "dynamic": 2e-1, "int8": 4e-1, "int16x8": 2e-1}
 VERIFY = ("auto", "strict")  # which runtimes to compare on; see `export`
 # Where XNNPACK's sparse kernels for convolutions are on: what is said about a file that was compared there.
 SPARSE_RUNTIMES = {name: runtime.title for name, runtime in RUNTIMES.items() if runtime.verifies}
 _NATIVE = RUNTIMES["native"]
 _SAMPLES = 16  # of representative data that a file is compared on, one by one, if it was calibrated with them
+_NEAR = 0.05  # that a runtime may differ by where this machine is closer than half of that: kernels round otherwise
 _ALIKE = 0.03  # share of an output's magnitude: one that differs less between samples hardly depends on them
 
 
@@ -69,6 +71,23 @@ def sparse_runtimes(verify="auto"):
 
 def _keeps_to_this_machine():
     return os.environ.get("KERAS_SPARSE_VERIFY") == _NATIVE.name
+
+
+def allowed_elsewhere(allowed, here):
+    """How far a file's outputs may be from its model's on another runtime than this machine's, a share of the largest.
+
+    Args:
+        allowed: What its numbers cost at most.
+        here: Its `Parity` on this machine.
+
+    Example:
+
+    >>> from keras_sparse.tflite.parity import Parity
+    >>> from keras_sparse.tflite.verification import TOLERANCE, allowed_elsewhere
+    >>> allowed_elsewhere(TOLERANCE["int8"], Parity(absolute=0.5, relative=0.04, worst="y"))
+    0.08
+    """
+    return min(allowed, max(2 * here.relative, _NEAR))
 
 
 class Verification:
@@ -153,7 +172,7 @@ class Verification:
         """
         self.verified_on, self.not_verified = [_NATIVE.title], []
         try:
-            parity = self._native(self._dense)
+            parity = self._here
         except (RuntimeError, ValueError) as error:
             raise ExportError(
                 "ai-edge-litert cannot run what TensorFlow's converter makes of this model, with dense weights either. "
@@ -194,7 +213,7 @@ class Verification:
         allowed = self._tolerance
         if self._integers:
             # Their tolerance is wide; but leaving out zeros changes little.
-            allowed = min(allowed, max(2 * self._native(self._dense).relative, 0.02))
+            allowed = min(allowed, max(2 * self._here.relative, 0.02))
         if not parity.relative <= allowed:
             return f"output {parity.worst!r} differs from the model's by {parity.relative:.3g} of its magnitude", None
         if self._strict or touched(model):
@@ -239,6 +258,11 @@ class Verification:
                 f"{' '.join(self.notes) or 'none that answered in time'}"
             )
 
+    @functools.cached_property
+    def _here(self):
+        """The parity of the dense file on this machine."""
+        return self._native(self._dense)
+
     def _native(self, content):
         # Kernels for integers may end the process.
         return self._reference.compare_on(_NATIVE.name, content) if self._integers else self._reference.compare(content)
@@ -260,9 +284,9 @@ class Verification:
 
     def _unproven(self, target, content, allowed):
         """What is wrong with a file for a target, or `None`; what could not be found out is kept."""
-        shift = shifted(read(content)) if target.shifts else None
-        if shift is not None:
-            return shift
+        known = next(filter(None, (fault(read(content)) for fault in target.faults)), None)
+        if known is not None:
+            return known
         if not target.runtimes:
             self.not_verified.append(f"{target.name}: no runtime of this package runs it; try the file on the device.")
         for runtime in [RUNTIMES[name] for name in target.runtimes]:
@@ -306,7 +330,7 @@ class Verification:
             parity = self._reference.compare_on(runtime, content)
         except ValueError as error:
             return f"the file cannot be run ({str(error).strip().splitlines()[0][-200:]})"
-        if parity.relative <= allowed:
+        if parity.relative <= allowed_elsewhere(allowed, self._here):
             if parity.accelerated is False:
                 self._note(
                     f"{RUNTIMES[runtime].title}: in part on the CPU. Without one the accelerator refuses the file."

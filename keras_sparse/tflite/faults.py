@@ -1,0 +1,135 @@
+"""Operators from which an accelerator computes wrong numbers without an error, however a file's weights are stored."""
+
+__all__ = ["FAULTS", "averaged", "grouped", "shifted"]
+
+_SAME = 0  # in the file's `Padding`
+_AT_ONCE = 4  # channels that a GPU computes
+_SUMS = {"MEAN": "mean", "SUM": "sum"}
+_BYTES = ("int8", "uint8")
+
+
+def shifted(model):
+    """Why LiteRT's GPU accelerator computes wrong numbers from a file's transposed convolutions, or `None`.
+
+    With padding "same" it cuts their outputs at another place: TFLite's rule looks at the convolution that it is the
+    transpose of, from the output's size to the input's, and the GPU takes the padding of a convolution of the input's
+    size. Where the two differ, in rows or columns, the output is shifted. Measured, ai-edge-litert 2.3.0: kernels of 3
+    and 5 at stride 2 on images of odd size; outputs are wrong by more than their magnitude.
+
+    Args:
+        model: A `FlatModel`.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.faults import shifted
+    >>> from keras_sparse.tflite.flatmodel import read
+    >>> from keras_sparse.tflite.job import Job
+    >>> up = keras.layers.Conv2DTranspose(3, 3, 2, padding="same")
+    >>> odd, even = (keras.Sequential([keras.Input((size, size, 3)), up]) for size in (7, 8))
+    >>> shifted(read(convert(Job(even)).content)), shifted(read(convert(Job(odd)).content))[-19:]
+    (None, 'images of even size')
+    """
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            if operator.name == "TRANSPOSE_CONV" and operator.options.get("Padding") == _SAME:
+                kernel, images = (graph.tensors[number].shape for number in operator.inputs[1:3])
+                output = graph.tensors[operator.outputs[0]]
+                strides = operator.options["StrideH"], operator.options["StrideW"]
+                sizes = zip(kernel[1:3], strides, images[1:3], output.shape[1:3], strict=False)
+                if any(_differs(*axis) for axis in sizes):
+                    found = "a transposed convolution of {}x{} at stride {}x{} on images of {}x{}"
+                    return (
+                        f"LiteRT's GPU accelerator shifts {found.format(*kernel[1:3], *strides, *images[1:3])} with "
+                        "padding='same', without an error: use padding='valid' and a `Cropping2D` of what is too "
+                        "much, first at the bottom and right, or images of even size"
+                    )
+    return None
+
+
+def _differs(kernel, stride, size, out):
+    """Whether the padding in front, by the output's size, is another than by the input's."""
+    out = out if out > 1 else stride * size  # a size that is not in the file
+    right = max((size - 1) * stride + kernel - out, 0) // 2
+    taken = max((-(-size // stride) - 1) * stride + kernel - size, 0) // 2
+    return right != taken
+
+
+def grouped(model):
+    """Why LiteRT's GPU accelerator computes wrong numbers from a file's convolutions in groups, or `None`.
+
+    It computes four channels at once. Measured, ai-edge-litert 2.3.0: groups whose input or output channels are no
+    multiples of four give zeros, for all outputs of the network, or end the process. Groups of one channel to one are
+    depthwise convolutions, and right.
+
+    Args:
+        model: A `FlatModel`.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.faults import grouped
+    >>> from keras_sparse.tflite.flatmodel import read
+    >>> from keras_sparse.tflite.job import Job
+    >>> halves = (keras.layers.Conv2D(8, 3, groups=2) for _ in range(2))
+    >>> of_four, of_three = (keras.Sequential([keras.Input((8, 8, n)), one]) for n, one in zip((8, 6), halves))
+    >>> grouped(read(convert(Job(of_four)).content)), grouped(read(convert(Job(of_three)).content))[-43:]
+    (None, 'groups of a multiple of 4 channels, or none')
+    """
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            if operator.name == "CONV_2D":
+                images, kernel = (graph.tensors[number].shape for number in operator.inputs[:2])
+                groups = images[-1] // max(kernel[-1], 1)
+                inputs, outputs = kernel[-1], kernel[0] // max(groups, 1)
+                if groups > 1 and (inputs, outputs) != (1, 1) and (inputs % _AT_ONCE or outputs % _AT_ONCE):
+                    return (
+                        f"LiteRT's GPU accelerator computes zeros from a convolution in {groups} groups of {inputs} "
+                        f"channels to {outputs}, without an error, or ends the process: use groups of a multiple of "
+                        f"{_AT_ONCE} channels, or none"
+                    )
+    return None
+
+
+def averaged(model):
+    """Why LiteRT.js computes wrong numbers from a file's means and sums of 8-bit integers, or `None`.
+
+    On WebAssembly it does where the last axis is among those that are summed over, as layer normalization, RMS
+    normalization and unit norms do. Measured, LiteRT.js 2.5.3, axes of 1 to 256 numbers: outputs are wrong by 0.3 to 3
+    times their magnitude. Over other axes, as in global pooling, they are right, as is all on other runtimes.
+
+    Args:
+        model: A `FlatModel`.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.faults import averaged
+    >>> from keras_sparse.tflite.flatmodel import read
+    >>> from keras_sparse.tflite.job import Job
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.LayerNormalization()])
+    >>> samples = [[row[None]] for row in np.random.default_rng(0).normal(size=(9, 4)).astype("float32")]
+    >>> jobs = Job(model), Job(model, quantize="int8", samples=samples)
+    >>> [bool(averaged(read(convert(job).content))) for job in jobs]
+    [False, True]
+    """
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            if operator.name in _SUMS:
+                values, axes = (graph.tensors[number] for number in operator.inputs[:2])
+                last = len(values.shape) - 1
+                # Axes that are computed may be any.
+                if values.dtype in _BYTES and (axes.stored is None or {-1, last} & set(axes.values().reshape(-1))):
+                    return (
+                        f"LiteRT.js computes a {_SUMS[operator.name]} of 8-bit integers over the last axis wrong on "
+                        "WebAssembly, without an error (layer normalization has one): use quantize='dynamic' or "
+                        "'float16'"
+                    )
+    return None
+
+
+FAULTS = ((shifted, "GPUs"), (grouped, "GPUs"), (averaged, "browsers"))  # and what users call the accelerator
