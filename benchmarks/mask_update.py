@@ -38,7 +38,7 @@ def ours(rows, columns, before, after, seed):
     optimizer = ks.optimizers.SparseOptimizer(keras.optimizers.SGD())
     optimizer.build(model.trainable_variables)
     plan = ks.pruning.Plan(model, after)
-    plan.attach(optimizer)
+    plan.attach(optimizer.sparse_parts)
     kernel = model.trainable_variables[0]
     mask = optimizer.mask_of(kernel)
     values = np.random.default_rng(seed).standard_normal((rows, columns), "float32")
@@ -49,7 +49,7 @@ def ours(rows, columns, before, after, seed):
         kernel.assign(values)
         mask.assign(kept)
 
-    return reset, lambda: plan.update(optimizer), mask.numpy().nbytes / values.size
+    return reset, lambda: plan.update(optimizer.sparse_parts), mask.numpy().nbytes / values.size
 
 
 def theirs(rows, columns, sparsity, seed):

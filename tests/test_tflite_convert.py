@@ -8,6 +8,7 @@ import pytest
 from keras import layers
 from tflite_models import mlp
 
+import keras_sparse as ks
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.flatmodel import read
@@ -42,6 +43,15 @@ def test_inputs_and_outputs_are_in_the_models_order(quantize):
     assert [name.split("default_")[1].split(":")[0] for name in names] == ["query", "unused", "image", "age"]
     units = [graph.tensors[n].shape[1] for n in graph.outputs]
     assert units[:12] == list(range(1, 13))
+
+
+@pytest.mark.slow  # half a gigabyte
+def test_a_model_that_no_file_can_hold_is_refused_at_once(tmp_path):
+    table = layers.Embedding(2**29, 1, embeddings_initializer="zeros", dtype="float16")
+    model = keras.Sequential([keras.Input((1,), dtype="int32"), table])
+    with pytest.raises(ks.tflite.ExportError, match=r"at most 2,147,483,647 bytes \(2 GB\).* take 2,147,483,6"):
+        ks.tflite.export(model, tmp_path / "m.tflite", quantize="float16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_quiet_restores_what_it_redirects(capfd):

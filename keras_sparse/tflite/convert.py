@@ -6,6 +6,7 @@ from the model saved as a temporary .keras file: `python -m keras_sparse.tflite.
 
 import errno
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -24,6 +25,9 @@ from keras_sparse.tflite.job import CALIBRATED, Conversion, Job
 
 __all__ = ["convert"]
 
+_MOST = 2**31 - 1  # bytes: the offsets of flatbuffers and protobuf have 32 bits with a sign
+_WIDTH = 4  # bytes of a float32
+
 
 def convert(model, signature=None, quantize=None, samples=(), inference_type=None):
     """Convert a model to .tflite, with TensorFlow's converter and TFLite's built-in operators only.
@@ -41,7 +45,7 @@ def convert(model, signature=None, quantize=None, samples=(), inference_type=Non
         A `Conversion`.
 
     Raises:
-        ExportError: If the model cannot be converted.
+        ExportError: If the model cannot be converted, or no file can hold it.
         OSError: If the disk is full.
 
     Example:
@@ -54,6 +58,7 @@ def convert(model, signature=None, quantize=None, samples=(), inference_type=Non
     b'TFL3'
     """
     job = model if isinstance(model, Job) else Job(model, signature, quantize, samples or (), inference_type)
+    _check_size(job.model)
     if keras.config.backend() == "tensorflow":
         with quiet():
             conversion = _convert_here(job)
@@ -66,6 +71,17 @@ def convert(model, signature=None, quantize=None, samples=(), inference_type=Non
             f"quantize='float16'. Received: quantize={job.quantize!r}"
         )
     return conversion
+
+
+def _check_size(model):
+    """Refuse a model that no file can hold, before the converter has worked on it for long."""
+    size = sum(math.prod(weight.shape) * _WIDTH for weight in model.weights)
+    if size > _MOST:
+        raise ExportError(
+            f"A .tflite file holds at most {_MOST:,} bytes (2 GB), and the weights of the model {model.name!r} take "
+            f"{size:,} in float32, in which TensorFlow's converter writes them first, whatever `quantize` is. Remove "
+            "channels (`ks.shrink`), or export parts of the model as files of their own."
+        )
 
 
 def _holds_integers(content):
