@@ -221,8 +221,16 @@ class Plan:
             weights together for `"global"`), or what was masked before if that is more.
         """
         statistics = [None] * len(masks) if statistics is None else statistics
+        if not self.allocation.shared and self.channels is None and self._paths is None:
+            # One after another: the scores of all weights take as much memory as the model.
+            each = zip(self.goals, masks, statistics, strict=True)
+            return [self._of_one(goal, self.scores(goal, *rest), rest[0], fraction) for goal, *rest in each]
         scores = [self.scores(*arguments) for arguments in zip(self.goals, masks, statistics, strict=True)]
         return self.keep(scores, masks, fraction)
+
+    def _of_one(self, goal, scores, mask, fraction):
+        (new,) = self.allocation.keep(self.compared([goal]), [scores], fraction)
+        return new & mask
 
     def keep(self, scores, masks, fraction=1.0):
         """Return the masks that scores lead to, as `masks` does."""
@@ -352,11 +360,9 @@ class Plan:
             scores = self.criterion(goal.weight.numpy() if value is None else value, statistic)
         except ValueError as error:
             raise ValueError(f"{goal.weight.path}: {error}") from error
-        # Below every live score, -inf included. (By index: a boolean mask takes several times as long.)
-        live = np.flatnonzero(mask)
-        found = np.full(scores.size, -np.inf, scores.dtype)
-        found[live] = np.maximum(scores.reshape(-1)[live], np.finfo(scores.dtype).min)
-        return found.reshape(scores.shape)
+        found = np.maximum(scores, np.finfo(scores.dtype).min)  # what is masked is below every live score
+        np.copyto(found, -np.inf, where=~mask)
+        return found
 
 
 def _dropped_enough(pairs):
