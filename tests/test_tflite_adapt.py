@@ -305,8 +305,11 @@ def test_nothing_is_printed_and_the_report_says_it(capsys):
 
 
 def test_what_cannot_be_adapted():
-    with pytest.raises(ValueError, match="one with rules for the graph: 'xnnpack'.*Received: target='gpu'"):
-        ks.tflite.adapt(mlp(), "gpu")
+    with pytest.raises(
+        ValueError,
+        match="another form.*: 'xnnpack', 'xnnpack-wasm', 'gpu'.*Received: target='micro'",
+    ):
+        ks.tflite.adapt(mlp(), "micro")
 
     class Subclassed(keras.Model):
         def __init__(self):

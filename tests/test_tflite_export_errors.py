@@ -211,7 +211,7 @@ def test_nothing_is_printed_and_other_backends(backend, tmp_path):
             sys.exit()
 
         keras.utils.set_random_seed(2)  # not above: it imports TensorFlow, whatever the backend is
-        for build in (attention, nested, subclassed):
+        for build in (attention, nested, subclassed) if keras.config.backend() == "jax" else (subclassed,):
             model = sparsify(build(), 0.9)
             model.compile("adam", "mse")
             report = ks.tflite.export(model, "m.tflite", target="xnnpack")

@@ -229,12 +229,12 @@ def _check(options, stderr):
         "--target",
         choices="keras_sparse.tflite.targets:TARGETS",
         default="xnnpack",
-        help="where it should run sparse (default: xnnpack)",
+        help="where it should run sparse, or right (default: xnnpack)",
     ),
     example="model.keras -o adapted.keras",
 )
 def _adapt(options, stderr):
-    """Bring a saved model into the form that a runtime's sparse kernels take; the weights stay the same."""
+    """Bring a saved model into the form that a target runs sparse, or right; the weights stay the same."""
     from keras_sparse import comparison, files, tflite
 
     with files.replacing(options.output, ".keras") as path:

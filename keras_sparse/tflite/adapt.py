@@ -19,6 +19,7 @@ from keras_sparse import graph, selection
 from keras_sparse.graph.rebuilding import packed
 from keras_sparse.reports import Report
 from keras_sparse.tflite.padding import same, wanted_padding, windows
+from keras_sparse.tflite.rewriting import REWRITES, Rewriting
 from keras_sparse.tflite.sameness import difference, of_rounding
 from keras_sparse.tflite.targets import TARGETS, get
 
@@ -32,9 +33,9 @@ _DENSE_ARGUMENTS = (
 
 
 def adapt(model, target="xnnpack"):
-    """Build a model of the same weights in a form that `target` runs sparse.
+    """Build a model of the same weights in a form that `target` runs sparse, or right.
 
-    Changes:
+    Changes for XNNPACK, where zeros are to be skipped:
 
     * Convolutions of three channels at the input and depthwise convolutions, 3x3 or 5x5 with stride 2, get a
       `ZeroPadding2D` of half the kernel on each side. Where they padded at the bottom and right ("same" at even sizes;
@@ -45,9 +46,17 @@ def adapt(model, target="xnnpack"):
     * `GlobalAveragePooling2D` and a `Reshape` to 1x1 in squeeze-and-excite branches become one pooling.
     * Nested models are laid out flat.
 
+    Changes for `"gpu"`, all of them exact, of what LiteRT's accelerator would compute wrong without an error
+    (`keras_sparse.tflite.faults`):
+
+    * A transposed convolution with padding "same", where the GPU would shift it, becomes one with "valid" and a
+      cropping.
+    * A convolution in groups whose channels four does not divide becomes one for each group, with a number behind its
+      name.
+
     Args:
-        model: A built functional or Sequential model with images of known, even size, channels last.
-        target: `"xnnpack"` or `"xnnpack-wasm"`, which want the same.
+        model: A built functional or Sequential model, channels last; for XNNPACK with images of known, even size.
+        target: `"xnnpack"` or `"xnnpack-wasm"`, which want the same, or `"gpu"`.
 
     Returns:
         `(adapted, report)`: a functional `keras.Model` that is not compiled and shares nothing with `model`, whose
@@ -56,7 +65,7 @@ def adapt(model, target="xnnpack"):
         magnitude.
 
     Raises:
-        ValueError: If `target` has no graph rules, or the model is not of a kind that can be rebuilt.
+        ValueError: If `target` wants no other form, or the model is not of a kind that can be rebuilt.
         TypeError: If `model` is no Keras 3 model.
 
     Example:
@@ -67,23 +76,16 @@ def adapt(model, target="xnnpack"):
     >>> report.totals["exact"], report.totals["difference"] < 1e-4
     (True, True)
     """
-    form = get(target).form
-    if form is None:
-        names = ", ".join(repr(one.name) for one in TARGETS if one.form is not None)
+    wanted = get(target)
+    if not _wants_a_form(wanted):
+        names = ", ".join(repr(one.name) for one in TARGETS if _wants_a_form(one))
         raise ValueError(
-            f"`target` must be one with rules for the graph: {names}. Others run a network as it is; "
+            f"`target` must be one that wants another form of some networks: {names}. Others run a network as it is; "
             f"fewer channels (`ks.shrink`) make it faster there. Received: target={target!r}"
         )
     selection.check_model(model)
     _check(model)
-    trials = []
-    for flipped in (False, True):
-        try:
-            trials.append(_Adaptation(model, form, flipped))
-        except ValueError as error:
-            refusal = error
-    if not trials:
-        raise refusal
+    trials = [Rewriting(model, wanted.faults)] if wanted.form is None else _adaptations(model, wanted.form)
     tolerance = of_rounding(model)
     # Upside down or not: what changes less of what the network computes, and then what changes less.
     for best in sorted(trials, key=lambda trial: (sum(not row["exact"] for row in trial.rows), trial.flipped)):
@@ -100,6 +102,23 @@ def adapt(model, target="xnnpack"):
         )
     title = f"Adaptation of {model.name} to {target}"
     return adapted, Report(title, best.rows, totals, best.notes, {"difference": ".1e"})
+
+
+def _wants_a_form(target):
+    return target.form is not None or any(fault in REWRITES for fault in target.faults)
+
+
+def _adaptations(model, form):
+    """The ways to lay a model out for sparse kernels, upside down or not."""
+    found = []
+    for flipped in (False, True):
+        try:
+            found.append(_Adaptation(model, form, flipped))
+        except ValueError as error:
+            refusal = error
+    if not found:
+        raise refusal
+    return found
 
 
 def _check(model):

@@ -1,6 +1,6 @@
 """Operators from which an accelerator computes wrong numbers without an error, however a file's weights are stored."""
 
-__all__ = ["FAULTS", "averaged", "grouped", "shifted"]
+__all__ = ["FAULTS", "averaged", "differs", "grouped", "shifted", "takes_groups"]
 
 _SAME = 0  # in the file's `Padding`
 _AT_ONCE = 4  # channels that a GPU computes
@@ -38,18 +38,25 @@ def shifted(model):
                 output = graph.tensors[operator.outputs[0]]
                 strides = operator.options["StrideH"], operator.options["StrideW"]
                 sizes = zip(kernel[1:3], strides, images[1:3], output.shape[1:3], strict=False)
-                if any(_differs(*axis) for axis in sizes):
+                if any(differs(*axis) for axis in sizes):
                     found = "a transposed convolution of {}x{} at stride {}x{} on images of {}x{}"
                     return (
                         f"LiteRT's GPU accelerator shifts {found.format(*kernel[1:3], *strides, *images[1:3])} with "
-                        "padding='same', without an error: use padding='valid' and a `Cropping2D` of what is too "
-                        "much, first at the bottom and right, or images of even size"
+                        "padding='same', without an error: `ks.tflite.adapt(model, 'gpu')` writes it with "
+                        "padding='valid' and a cropping; or use images of even size"
                     )
     return None
 
 
-def _differs(kernel, stride, size, out):
-    """Whether the padding in front, by the output's size, is another than by the input's."""
+def differs(kernel, stride, size, out):
+    """Whether the padding in front, by the output's size, is another than by the input's.
+
+    Example:
+
+    >>> from keras_sparse.tflite.faults import differs
+    >>> differs(kernel=3, stride=2, size=7, out=14), differs(kernel=3, stride=2, size=8, out=16)
+    (True, False)
+    """
     out = out if out > 1 else stride * size  # a size that is not in the file
     right = max((size - 1) * stride + kernel - out, 0) // 2
     taken = max((-(-size // stride) - 1) * stride + kernel - size, 0) // 2
@@ -75,8 +82,8 @@ def grouped(model):
     >>> from keras_sparse.tflite.job import Job
     >>> halves = (keras.layers.Conv2D(8, 3, groups=2) for _ in range(2))
     >>> of_four, of_three = (keras.Sequential([keras.Input((8, 8, n)), one]) for n, one in zip((8, 6), halves))
-    >>> grouped(read(convert(Job(of_four)).content)), grouped(read(convert(Job(of_three)).content))[-43:]
-    (None, 'groups of a multiple of 4 channels, or none')
+    >>> grouped(read(convert(Job(of_four)).content)), grouped(read(convert(Job(of_three)).content))[-41:]
+    (None, 'or use groups of a multiple of 4 channels')
     """
     for graph in model.subgraphs:
         for operator in graph.operators:
@@ -84,13 +91,25 @@ def grouped(model):
                 images, kernel = (graph.tensors[number].shape for number in operator.inputs[:2])
                 groups = images[-1] // max(kernel[-1], 1)
                 inputs, outputs = kernel[-1], kernel[0] // max(groups, 1)
-                if groups > 1 and (inputs, outputs) != (1, 1) and (inputs % _AT_ONCE or outputs % _AT_ONCE):
+                if groups > 0 and not takes_groups(groups, inputs, outputs):
                     return (
                         f"LiteRT's GPU accelerator computes zeros from a convolution in {groups} groups of {inputs} "
-                        f"channels to {outputs}, without an error, or ends the process: use groups of a multiple of "
-                        f"{_AT_ONCE} channels, or none"
+                        f"channels to {outputs}, without an error, or ends the process: `ks.tflite.adapt(model, "
+                        f"'gpu')` writes one for each group; or use groups of a multiple of {_AT_ONCE} channels"
                     )
     return None
+
+
+def takes_groups(groups, inputs, outputs):
+    """Whether a GPU computes so many groups of so many input and output channels right.
+
+    Example:
+
+    >>> from keras_sparse.tflite.faults import takes_groups
+    >>> takes_groups(groups=2, inputs=4, outputs=8), takes_groups(groups=2, inputs=3, outputs=4)
+    (True, False)
+    """
+    return groups == 1 or (inputs, outputs) == (1, 1) or not (inputs % _AT_ONCE or outputs % _AT_ONCE)
 
 
 def averaged(model):
