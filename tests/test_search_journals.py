@@ -9,6 +9,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import keras
@@ -304,16 +305,31 @@ def test_dask_finds_the_same(monkeypatch):
 
 
 class Nobody(concurrent.futures.Executor):
-    """Takes tasks and has no workers, as Dask's when none has started."""
+    """Takes tasks and has no workers, as Dask's when none has started; those that come after a while fail."""
+
+    def __init__(self, seconds=None):
+        self.seconds = seconds
 
     def submit(self, function, *args, **kwargs):
-        return concurrent.futures.Future()
+        future = concurrent.futures.Future()
+        if self.seconds is not None:
+            threading.Timer(self.seconds, self.fail, [future]).start()
+        return future
+
+    def fail(self, future):
+        if future.set_running_or_notify_cancel():
+            future.set_exception(OSError("came late"))
 
 
 @pytest.mark.slow
-def test_a_search_without_workers_ends():
-    with pytest.raises(RuntimeError, match=r"No worker has answered in 60 seconds.*wait_for_workers.*timeout=0\.1"):
-        search(executor=Nobody(), budget=4, timeout=0.1)
+def test_a_search_without_workers_ends_or_says_that_it_waits():
+    """At the same time, since both take a minute."""
+    with concurrent.futures.ThreadPoolExecutor(1) as threads, pytest.warns(UserWarning, match="No worker has answered"):
+        waits = threads.submit(search, executor=Nobody(62), budget=4)
+        with pytest.raises(RuntimeError, match=r"No worker has answered in 60 seconds.*wait_for_workers.*timeout=0\.1"):
+            search(executor=Nobody(), budget=4, timeout=0.1)
+        with pytest.raises(OSError, match="came late"):
+            waits.result()
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 import traceback
+import warnings
 
 import keras
 import numpy as np
@@ -289,12 +290,15 @@ def _patience(timeout):
 
 def _raise_unless_loaded(check, timeout):
     """Raise if the workers cannot load the model, before the budget is spent on finding it out, or do not answer."""
-    limit = None if timeout is None else _patience(timeout)
+    limit = _GRACE if timeout is None else _patience(timeout)
     if not concurrent.futures.wait([check], limit).done:
-        raise RuntimeError(
+        silent = (
             f"No worker has answered in {limit:.0f} seconds. Some executors (Dask's) wait for workers for ever: see "
             f"that there are some, with `client.wait_for_workers(1, timeout=300)`. Received: timeout={timeout!r}"
         )
+        if timeout is not None:
+            raise RuntimeError(silent)
+        warnings.warn(silent, stacklevel=2)  # they may be on their way
     with _workers():
         problem = check.result()
     if problem is not None:
