@@ -126,6 +126,8 @@ class Criterion(Configurable):
         repairs: Whether `ks.prune` with data solves for the weights that stay, unless it is told otherwise.
         within_outputs: Whether weights compete only with those of the same output unit.
         of_scales: Whether whole channels are ranked, by the scales of their normalizations: they are the statistic.
+        norm: Whether a channel is worth the Euclidean norm of its weights' scores, for sizes, instead of their sum,
+            for what the loss or an output would lose.
 
     Example:
 
@@ -159,6 +161,7 @@ class Criterion(Configurable):
     repairs = False
     within_outputs = False
     of_scales = False
+    norm = False
 
     def scores(self, weight, statistic=None):
         """Return how much each weight matters.
@@ -197,12 +200,16 @@ class Criterion(Configurable):
 class Magnitude(Criterion):
     """The absolute value of the weight, as in Han et al., "Learning both weights and connections" (2015).
 
+    Channels are ranked by their norm: Fang et al., "DepGraph: towards any structural pruning" (2023), section 3.3.
+
     Example:
 
     >>> import numpy as np, keras_sparse as ks
     >>> ks.criteria.Magnitude().scores(np.array([-3.0, 2.0]))
     array([3., 2.])
     """
+
+    norm = True
 
     def scores(self, weight, statistic=None):
         return np.abs(weight)

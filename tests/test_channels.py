@@ -267,15 +267,6 @@ def test_pruned_channels_go_in_all_layers_of_a_group(criterion):
     np.testing.assert_allclose(outputs(small, X), outputs(model, X), rtol=1e-5, atol=1e-6)
 
 
-def test_the_score_of_a_group_is_the_sum_over_its_kernels():
-    model = residual()
-    stem, project = (ks.graph.as_array(model.get_layer(n).kernel) for n in ("stem", "project"))
-    scores = np.abs(stem).mean(axis=0) + np.abs(project).mean(axis=0)
-    ks.prune(model, {"stem|project": 0.5}, pattern="channel")
-    dead = ~ks.graph.as_array(model.get_layer("stem").kernel).any(axis=0)
-    np.testing.assert_array_equal(np.flatnonzero(dead), np.sort(np.argsort(scores)[:6]))
-
-
 def test_global_compares_groups_of_different_scale():
     model = keras.Sequential([keras.Input((6,)), dense(16), dense(16), dense(16), dense(2)])
     for layer, scale in zip(model.layers, (1.0, 1e-3, 1e3, 1.0), strict=True):

@@ -1,6 +1,6 @@
 """Channels are chosen by groups: what can only be removed together is ranked as one and masked as one.
 
-A channel's score is the sum over the kernels that make it of the mean score of its weights there. Scores are divided by
+A channel's score is that of all weights that leave with it (`keras_sparse.pruning.members`). Scores are divided by
 their mean over the group, so that groups of different kinds compare: Fang et al., "DepGraph" (2023), section 3.3, and
 "Isomorphic pruning for vision models" (2024), section 3.2, which ranks only like with like.
 """
@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_sparse import graph
 from keras_sparse.identity import IdentityDict
+from keras_sparse.pruning.members import Members
 
 __all__ = ["ChannelChoice"]
 
@@ -26,8 +27,8 @@ class ChannelChoice:
         goals: The goals whose pattern is whole channels.
         budget: A `Budget`, or `None` if the goals' sparsities count.
         allocation: The `Allocation`.
+        criterion: The `Criterion`. If it ranks scales of normalizations, channels without one stay.
         removable: Whether channels that cannot be removed, such as the model's outputs, stay.
-        scaled: Whether channels without the scale of a normalization stay.
 
     Attributes:
         kernels: For each goal, the `{axis: labels}` that it makes; a string that says why if it makes none.
@@ -48,14 +49,14 @@ class ChannelChoice:
     ['a', 'b']
     """
 
-    def __init__(self, model, goals, budget, allocation, removable=False, scaled=False):
+    def __init__(self, model, goals, budget, allocation, criterion, removable=False):
         self._channels = channels = graph.Channels(model)
         self._roots, self._budget, self._allocation = channels.roots, budget, allocation
         selected = IdentityDict((goal.weight.variable, goal) for goal in goals)
         made = [(layer, part) for layer, part in channels.parts() if part.made]
         # What a model returns cannot be removed, but it can be zero, where a sparsity is asked for and not a cost.
         reasons = {c: why for c, why in channels.reasons.items() if removable or not why.startswith(graph.OUTPUT)}
-        if scaled:
+        if criterion.of_scales:
             reasons = dict.fromkeys(np.flatnonzero(self._scales() < 0).tolist(), "no normalization scales it") | reasons
         reasons |= channels.not_silenced(reasons)
         partners = self._not_selected(made, selected, reasons)
@@ -84,6 +85,9 @@ class ChannelChoice:
             axes = self._axes_of(part)
             if axes and part.variable not in selected:
                 self.others[part.variable] = axes
+        self._variables = [goal.weight.variable for goal in goals]
+        members = [(layer, part) for layer, part in channels.parts() if self._takes_part(part)]
+        self._members = Members(model, members, self._roots, criterion)
         self.targets = None
         self.times = None if budget is None or not self._groups else budget.times(channels, self.groups)
         self._final = False
@@ -95,11 +99,15 @@ class ChannelChoice:
     def aim(self, goals):
         """Take the sparsities of these goals, which are those that make channels, in order, for the groups."""
         self.kernels = [axes for axes in self.kernels if not isinstance(axes, str)]
+        self._variables = [goal.weight.variable for goal in goals]
         sparsity = IdentityDict((goal.weight.variable, goal.sparsity) for goal in goals)
         self.targets = [
             min(sparsity.get(goal.weight.variable, goal.sparsity) or 0.0 for goal in own) for _, own, _ in self._groups
         ]
         self._check_budget()
+
+    def _takes_part(self, part):
+        return any(self._free[labels].any() for labels in part.axes.values())
 
     def _axes_of(self, part):
         return {axis: part.axes[axis] for axis in part.made if self._free[part.axes[axis]].any()}
@@ -215,14 +223,12 @@ class ChannelChoice:
         return (seen & ~alive & self._free)[self._roots] & self._free
 
     def scores(self, scores):
-        """The score of each class, from scores of the goals' weights: the sum of the means over its weights there."""
-        found = np.zeros(len(self._roots))
-        for axes, score in zip(self.kernels, scores, strict=True):
-            for axis, labels in axes.items():
-                others = tuple(i for i in range(score.ndim) if i != axis)
-                means = np.where(score == -np.inf, 0, score).astype("float64").mean(axis=others)
-                np.add.at(found, self._roots[labels], means)
-        return found
+        """The score of each class, from scores of the goals' weights: that of all weights that leave with it."""
+        return self._members.scores(IdentityDict(zip(self._variables, scores, strict=True)))
+
+    def made(self, scores):
+        """The sum of such scores over the weights that make each class."""
+        return self._members.made(IdentityDict(zip(self._variables, scores, strict=True)))
 
     def _ranking(self, group, values, gone):
         """The free channels of a group, the lowest score first, and these scores over their mean."""

@@ -110,8 +110,9 @@ class Plan:
             return {}
         reasons, goals = {}, []
         if getattr(model, "inputs", None):
-            whole, scaled = [goal for goal in self.goals if goal.pattern.whole_units], self.criterion.of_scales
-            self.channels = ChannelChoice(model, whole, self._budget, self.allocation, self._removable, scaled)
+            whole = [goal for goal in self.goals if goal.pattern.whole_units]
+            how = self._budget, self.allocation, self.criterion, self._removable
+            self.channels = ChannelChoice(model, whole, *how)
             known = zip(self.channels.kernels, self.channels.with_partners, strict=True)
             axes = IdentityDict(zip((g.weight.variable for g in whole), known, strict=True))
             found = [self._units_or_reason(model, goal, axes) for goal in self.goals]

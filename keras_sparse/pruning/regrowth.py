@@ -14,6 +14,7 @@ class MovingChannels:
     What grows gets random weights, as large as those of the channels that live, where it is made: a channel that is
     zero behind a ReLU would never get a gradient. What reads it starts at zero, so that the network computes the same
     as before and the gradient says how the channel is used: Evci et al., "GradMax" (2022), section 3, grows neurons so.
+    Channels are ranked by the weights that make them alone: by those that read it, what grew last would leave first.
 
     Args:
         model: The model.
@@ -64,7 +65,7 @@ class MovingChannels:
             generator: A NumPy random generator.
         """
         gone = self._choice.gone(masks)
-        low, high = self._choice.scores(magnitudes), self._choice.scores(growth)
+        low, high = self._choice.made(magnitudes), self._choice.made(growth)
         for free in self._choice.groups:
             live, dead = free[~gone[free]], free[gone[free]]
             count = min(round(fraction * len(live)), len(dead))
