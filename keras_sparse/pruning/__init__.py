@@ -6,7 +6,6 @@ from keras_sparse.pruning.batch_norm import reestimate_batch_norm
 from keras_sparse.pruning.budget import as_target, check_target, final_target
 from keras_sparse.pruning.costs import Budget
 from keras_sparse.pruning.loops import update_masks
-from keras_sparse.pruning.members import Members
 from keras_sparse.pruning.one_shot import prune
 from keras_sparse.pruning.plan import Plan
 from keras_sparse.pruning.regrowth import MovingChannels
@@ -16,7 +15,6 @@ __all__ = [
     *allocation.__all__,
     "Budget",
     "DynamicProgramming",
-    "Members",
     "MovingChannels",
     "Plan",
     "SensitivityReport",

@@ -25,10 +25,12 @@ class Members:
     Example:
 
     >>> import keras, numpy as np, keras_sparse as ks
+    >>> from keras_sparse.identity import IdentityDict
+    >>> from keras_sparse.pruning.members import Members
     >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(2), keras.layers.Dense(1)])
     >>> model.set_weights([np.array([[3.0, -1.0]]), np.zeros(2), np.array([[4.0], [2.0]]), np.zeros(1)])
     >>> channels = ks.graph.Channels(model)
-    >>> members = ks.pruning.Members(model, channels.parts(), channels.roots, ks.criteria.get("magnitude"))
+    >>> members = Members(model, channels.parts(), channels.roots, ks.criteria.get("magnitude"))
     >>> members.scores(IdentityDict())[channels.groups[1].channels].round(2)
     array([5.  , 2.24])
     """
