@@ -1,5 +1,7 @@
 """`ks.prune(pattern="channel", repair=True)` against `numpy.linalg.lstsq` on what is left of the inputs."""
 
+import itertools
+
 import channel_graphs
 import keras
 import numpy as np
@@ -102,14 +104,16 @@ IMAGES = correlated(32, 8, 8, 3)
 
 
 def test_networks_lose_less_and_statistics_are_those_of_the_new_inputs():
-    errors = {}
-    for repair in (False, True):
-        keras.utils.set_random_seed(0)
-        model = network()
+    errors = {False: 0.0, True: 0.0}
+    for seed, repair in itertools.product(range(4), errors):
+        model, rng = network(), np.random.default_rng(seed)
+        for v in model.weights:  # the same on every backend: what there is to repair depends on it
+            if "kernel" in v.path:
+                v.assign(rng.normal(0, np.prod(v.shape[:-1]) ** -0.5, v.shape))
         ks.reestimate_batch_norm(model, IMAGES)
         dense, before = outputs(model, IMAGES), [np.array(ks.graph.as_array(v)) for v in model.weights]
         ks.prune(model, {"body": 0.5}, pattern="channel", data=IMAGES if repair else None, repair=repair, batch_size=8)
-        errors[repair] = np.mean((outputs(model, IMAGES) - dense) ** 2)
+        errors[repair] += np.mean((outputs(model, IMAGES) - dense) ** 2)
     assert errors[True] < 0.3 * errors[False]
     changed = {
         v.path.split("/")[0]
