@@ -227,7 +227,7 @@ class ChannelChoice:
         return self._members.scores(IdentityDict(zip(self._variables, scores, strict=True)))
 
     def made(self, scores):
-        """The sum of such scores over the weights that make each class."""
+        """The score of each class by the kernels alone that make it: the sum of the means over its weights there."""
         return self._members.made(IdentityDict(zip(self._variables, scores, strict=True)))
 
     def _ranking(self, group, values, gone):

@@ -59,10 +59,10 @@ class Members:
         return np.sqrt(self._sums(IdentityDict((v, np.square(_live(score))) for v, score in found.items())))
 
     def made(self, known):
-        """The sum over the weights that make each channel, of those that have scores, as `scores` says."""
-        return self._sums(known, only_made=True)
+        """The sum over the kernels that make each channel and have scores of the mean of its scores there."""
+        return self._sums(known, np.mean, only_made=True)
 
-    def _sums(self, scores, only_made=False):
+    def _sums(self, scores, pool=np.sum, only_made=False):
         found = np.zeros(len(self._roots))
         for part, _ in self._parts:
             if part.variable not in scores:
@@ -70,7 +70,7 @@ class Members:
             score = _live(scores[part.variable])
             for axis in part.made if only_made else part.axes:
                 others = tuple(i for i in range(score.ndim) if i != axis)
-                np.add.at(found, self._roots[part.axes[axis]], score.sum(axis=others))
+                np.add.at(found, self._roots[part.axes[axis]], pool(score, axis=others))
         return found
 
 
