@@ -1,8 +1,9 @@
 """Search against fixed allocations at equal sparsity, on LeNet-5 (caffe) with MNIST and a small CNN with CIFAR-10.
 
 A dense network is trained. Searches then have `--budget` candidates, each trained for an epoch on a few thousand images
-by two worker processes and scored by its loss on 2,000 images that nobody trains on. Then each allocation, found or
-fixed, is trained in full from the same dense weights, in the same way: `Pruning` over the first half, Adam with a
+by two worker processes and scored by its loss on 2,000 images that nobody trains on. `dynamic` divides by what
+`ks.sensitivity` measures on `--samples` of these, with and without labels, and for `"obs"`. Then each allocation, found
+or fixed, is trained in full from the same dense weights, in the same way: `Pruning` over the first half, Adam with a
 cosine decay. The error is that of the last epoch on the test set.
 
 `--data` names a folder with arrays x_train, y_train, x_test, y_test in `cifar10.npz`; else Keras downloads CIFAR-10.
@@ -23,12 +24,14 @@ import regularization_mnist
 
 import keras_sparse as ks
 
-METHODS = ("uniform", "erk", "global", "evolution", "reinforce")
+METHODS = ("uniform", "erk", "global", "evolution", "reinforce", "dynamic", "dynamic, labels", "dynamic, obs")
 SEARCHERS = {
     "random": ks.search.RandomSearch,
     "evolution": lambda: ks.search.Evolution(population=16, sample=6),
     "reinforce": ks.search.Reinforce,
 }
+# Arguments of `ks.sensitivity`, whose losses the dynamic programme divides.
+MEASURED = {"dynamic": {}, "dynamic, labels": {}, "dynamic, obs": {"criterion": "obs"}}
 
 
 def mnist():
@@ -81,6 +84,15 @@ def find(model, data, method, rate, args, seed):
     return results.best.allocation, took
 
 
+def divide(model, data, method, args, rate):
+    """Return the allocation that dynamic programming finds, and how long it took."""
+    x, y = (part[-args.samples :] for part in data)
+    compiled(model, rate)
+    started = time.perf_counter()
+    found = ks.sensitivity(model, (x, y) if "labels" in method else x, **MEASURED[method]).allocate(args.sparsity)
+    return found, time.perf_counter() - started
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", choices=["mnist", "cifar"], default="cifar")
@@ -92,6 +104,8 @@ def main():
     parser.add_argument("--epochs", type=int, default=4, help="of training each allocation")
     parser.add_argument("--budget", type=int, default=96, help="candidates of each search")
     parser.add_argument("--images", type=int, default=3000, help="that a candidate is trained on")
+    parser.add_argument("--train", type=int, help="images that the networks are trained on, all but 2,000 by default")
+    parser.add_argument("--samples", type=int, default=512, help="that dynamic programming measures losses on")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     load = result.load()
@@ -102,7 +116,7 @@ def main():
     for seed in args.seeds:
         keras.utils.set_random_seed(seed)
         model = cifar_allocation.build(rate, 1) if cifar else regularization_mnist.lenet_5()
-        batches = Batches(x[:-2000], y[:-2000], seed, shifts=cifar)
+        batches = Batches(x[:-2000][: args.train], y[:-2000][: args.train], seed, shifts=cifar)
         train(model, batches, rate, args.dense_epochs)
         dense = model.get_weights()
 
@@ -119,16 +133,19 @@ def main():
             target, options = args.sparsity, {"allocation": method}
             if method in SEARCHERS:
                 target, took = find(model, (x, y), method, rate, args, seed)
+            elif method in MEASURED:
+                target, took = divide(model, (x, y), method, args, rate)
+            if target != args.sparsity:
                 options = {}
                 seconds.setdefault(method, []).append(took)
             keras.utils.set_random_seed(seed)
-            batches = Batches(x[:-2000], y[:-2000], seed, shifts=cifar)
+            batches = Batches(x[:-2000][: args.train], y[:-2000][: args.train], seed, shifts=cifar)
             train(model, batches, rate / 2, args.epochs, [ks.callbacks.Pruning(target, end=0.5, **options)])
             record(method)
     rows = []
     for method, found in errors.items():
         each, took = " ".join(f"{error:.2f}" for error in found), seconds.get(method)
-        took = f"{statistics.mean(took):.0f} s" if took else ""
+        took = f"{statistics.mean(took):.1f} s" if took else ""
         rows.append([method, result.mean_and_spread(found), each, took, layers[method]])
     result.show(
         f"Search on {args.dataset} at {args.sparsity:.0%}, {args.budget} candidates, {args.epochs} epochs after",

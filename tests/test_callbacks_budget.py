@@ -61,6 +61,38 @@ def test_ends_with_the_sparsest_epoch_within_the_budget(limit, mode):
     assert budget.reached
 
 
+@pytest.mark.parametrize(("drop", "late", "expected"), [(0.0, 6, 0.8), (0.08, 6, 0.68), (0.0, 99, 0.68)])
+def test_what_failed_early_is_tried_once_more_where_the_budget_has_room(drop, late, expected):
+    """As with a learning rate that falls: 0.8 does not hold before some epoch. `drop` is lost by what holds."""
+
+    def quality(share, epoch):
+        if share == 0:
+            return 1.0
+        return 1.0 - drop if share < (0.82 if epoch >= late else 0.7) else 0.0
+
+    budget = ks.callbacks.AccuracyBudget(0.1, "quality", "max", patience=1, tolerance=0.1)
+    model, history, _ = fit(budget, quality)
+    assert sparsity(model) == pytest.approx(expected, abs=0.03)
+    assert budget.reached
+    closest = min(share for share in history["sparsity"] if share > 0.7)
+    assert history["sparsity"].count(closest) == (1 if drop else 2)
+
+
+@pytest.mark.parametrize(("missing", "holds"), [((0.5, 0.2, 0.05), True), ((0.5, 0.4, 0.05), False)])
+def test_a_sparsity_that_recovers_quickly_gets_more_epochs_than_patience(missing, holds):
+    seen = {}
+
+    def quality(share, epoch):
+        tried = seen[share] = seen.get(share, 0) + 1
+        return 0.9 - (missing[tried - 1] if share > 0.7 and tried <= len(missing) else 0.0)
+
+    budget = ks.callbacks.AccuracyBudget(0.1, "quality", "max", baseline=1.0, max_sparsity=0.75, patience=2)
+    _, history, _ = fit(budget, quality, epochs=6)
+    assert history["sparsity"][:3] == [0.5, 0.75, 0.75]
+    assert (history["sparsity"][3] == 0.75) == holds
+    assert budget.front().totals["sparsity"] == (0.75 if holds else history["sparsity"][3])
+
+
 def test_a_metric_that_never_falls_ends_at_the_cap_and_says_so():
     budget = ks.callbacks.AccuracyBudget(0.0, "quality", "max", max_sparsity=0.9)
     model, history, _ = fit(budget, lambda share, epoch: 1.0)

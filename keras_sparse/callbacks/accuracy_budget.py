@@ -25,9 +25,10 @@ class AccuracyBudget(ScheduledCallback):
     Each epoch trains at one sparsity. While `monitor` stays within `max_drop` of the baseline, the density (what is
     left) is halved; after `patience` epochs out of the budget the best epoch's weights and masks come back and the next
     sparsity lies half-way, in densities, between that and the one that failed. Training stops when the two are
-    within `tolerance`, or `max_sparsity` holds. In the end the model has the weights and masks of the sparsest epoch
-    within the budget (of equal ones the last). It is the accuracy-aware training of NNCF (Kozlov et al., "Neural
-    network compression framework for fast model inference", 2020, section 4.6), on densities.
+    within `tolerance`, or `max_sparsity` holds. If less than half of the budget is spent by then, what failed is tried
+    once more, from the weights that hold. In the end the model has the weights and masks of the sparsest epoch within
+    the budget (of equal ones the last). It is the accuracy-aware training of NNCF (Kozlov et al., "Neural network
+    compression framework for fast model inference", 2020, section 4.6), on densities.
 
     It is meant for a trained model. Give `fit` more epochs than it needs, a low learning rate, and validation data. The
     metric is noisy, and the sparsest of several epochs is a lucky one: measure what the model is worth on other data.
@@ -42,7 +43,8 @@ class AccuracyBudget(ScheduledCallback):
         baseline: The metric to compare with. `None`: that of the first epoch, which trains the model as it is.
         initial_sparsity: What is tried first, in (0, 1); at most `max_sparsity`.
         max_sparsity: What is never exceeded, in (0, 1); for patterns such as `"2:4"` their own by default.
-        patience: Epochs that a sparsity gets to come back into the budget, at least 1.
+        patience: Epochs that a sparsity gets to come back into the budget, at least 1. One that halves what is missing
+            of it, against the epoch before, does not count.
         tolerance: By which factor the density of the result may exceed that of one that failed, above 0.
         criterion: As in `Pruning`.
         pattern: As in `Pruning`.
@@ -173,8 +175,7 @@ class AccuracyBudget(ScheduledCallback):
         level, share = ledger.get("level"), self.share(run)
         if math.isnan(ledger.get("baseline")):
             ledger.put(baseline=quality)
-        drop = ledger.get("baseline") - quality if self._higher else quality - ledger.get("baseline")
-        within = bool(drop <= self.max_drop + 1e-7)  # float32 has less than seven digits
+        within = bool(self._drop(quality) <= self.max_drop + 1e-7)  # float32 has less than seven digits
         self._front.append({"epoch": run.epoch, "sparsity": share, self.monitor: quality, "within": within})
         if self.verbose:
             print(f"\nEpoch {run.epoch + 1}: sparsity {share:.4f}, {'within' if within else 'out of'} the budget")
@@ -183,7 +184,9 @@ class AccuracyBudget(ScheduledCallback):
             ledger.keep()
             self._go_on(run, level)
             return
-        ledger.put(tries=ledger.get("tries") + 1)
+        gap, tries = self._drop(quality) - self.max_drop, ledger.get("tries")
+        recovers = tries > 0 and gap <= ledger.get("gap") / 2
+        ledger.put(tries=tries + (not recovers), gap=gap)
         if ledger.get("tries") >= self.patience:
             ledger.put(failed=level, tries=0, back=1)
             self._go_on(run, ledger.get("kept"))
@@ -197,9 +200,24 @@ class AccuracyBudget(ScheduledCallback):
         else:
             next_level = 1 - math.sqrt((1 - level) * (1 - failed))
             over = (1 - level) <= (1 - failed) * (1 + self.tolerance)
+            if over and self._has_room() and failed != ledger.get("retried"):
+                next_level, over = failed, False
+                ledger.put(failed=math.nan, retried=failed)
         ledger.put(level=next_level, over=over)
         if over:
             run.model.stop_training = True
+
+    def _has_room(self):
+        """Whether the epoch that is kept has lost less than half of the budget: the limit is then not near.
+
+        What failed was a longer step from other weights, and with a learning rate that falls an earlier one.
+        """
+        return self._drop(self._ledger.get("quality")) <= self.max_drop / 2
+
+    def _drop(self, quality):
+        """How much worse a metric is than the baseline."""
+        baseline = self._ledger.get("baseline")
+        return baseline - quality if self._higher else quality - baseline
 
     def _capped(self, level):
         return min(level, self.max_sparsity)
@@ -232,7 +250,20 @@ class _Ledger(optimizers.Part):
     """Where the search stands, and the weights and masks of the epoch to end with."""
 
     name = "accuracy_budget"
-    _NUMBERS = ("begun", "baseline", "level", "kept", "share", "quality", "failed", "tries", "back", "over")
+    _NUMBERS = (
+        "begun",
+        "baseline",
+        "level",
+        "kept",
+        "share",
+        "quality",
+        "failed",
+        "retried",
+        "tries",
+        "gap",
+        "back",
+        "over",
+    )
 
     def __init__(self, parts):
         super().__init__(parts)
