@@ -78,7 +78,9 @@ def test_what_failed_early_is_tried_once_more_where_the_budget_has_room(drop, la
     assert history["sparsity"].count(closest) == (1 if drop else 2)
 
 
-@pytest.mark.parametrize(("missing", "holds"), [((0.5, 0.2, 0.05), True), ((0.5, 0.4, 0.05), False)])
+@pytest.mark.parametrize(
+    ("missing", "holds"), [((0.5, 0.2, 0.05), True), ((0.5, 0.4, 0.05), False), ((np.inf, np.inf, 0.05), False)]
+)
 def test_a_sparsity_that_recovers_quickly_gets_more_epochs_than_patience(missing, holds):
     seen = {}
 

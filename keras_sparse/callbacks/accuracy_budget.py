@@ -185,7 +185,7 @@ class AccuracyBudget(ScheduledCallback):
             self._go_on(run, level)
             return
         gap, tries = self._drop(quality) - self.max_drop, ledger.get("tries")
-        recovers = tries > 0 and gap <= ledger.get("gap") / 2
+        recovers = tries > 0 and gap < ledger.get("gap") / 2
         ledger.put(tries=tries + (not recovers), gap=gap)
         if ledger.get("tries") >= self.patience:
             ledger.put(failed=level, tries=0, back=1)
@@ -250,20 +250,8 @@ class _Ledger(optimizers.Part):
     """Where the search stands, and the weights and masks of the epoch to end with."""
 
     name = "accuracy_budget"
-    _NUMBERS = (
-        "begun",
-        "baseline",
-        "level",
-        "kept",
-        "share",
-        "quality",
-        "failed",
-        "retried",
-        "tries",
-        "gap",
-        "back",
-        "over",
-    )
+    _NUMBERS = ("begun", "baseline", "level", "kept", "share", "quality", "failed", "retried")
+    _NUMBERS += ("tries", "gap", "back", "over")
 
     def __init__(self, parts):
         super().__init__(parts)
