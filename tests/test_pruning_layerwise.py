@@ -1,5 +1,7 @@
 """`ks.prune` with inputs: masks and weights against slow NumPy, layer by layer, for every kind of model."""
 
+import tracemalloc
+
 import keras
 import numpy as np
 import pytest
@@ -348,6 +350,21 @@ def test_training_has_no_inputs_to_look_at():
     model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=keras.backend.backend() != "jax")
     with pytest.raises(ValueError, match="`Obs` ranks weights by the inputs"):
         model.fit(X, np.ones((50, 3)), callbacks=[ks.callbacks.Pruning(0.5, criterion="obs")], verbose=0)
+
+
+@pytest.mark.parametrize(("axis", "shape"), [(-1, (3, 100, 100, 2)), (1, (4, 5, 6, 7)), (-1, (6, 4))])
+def test_the_sums_of_a_normalization_are_of_all_inputs_without_a_copy_of_them(axis, shape):
+    x = np.random.default_rng(0).normal(3, 2, shape).astype("float32")
+    rows = np.moveaxis(x, axis, -1).reshape(-1, shape[axis]).astype(np.float64)
+    found = ks.pruning.batch_norm.measured(keras.layers.BatchNormalization(axis=axis), x)
+    expected = [np.full(shape[axis], len(rows)), rows.sum(axis=0), (rows**2).sum(axis=0)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    large = keras.ops.ones((400_000, 4), "float32")
+    tracemalloc.start()
+    ks.pruning.batch_norm.measured(keras.layers.BatchNormalization(), large)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * 400_000 * 4 * 4  # In float64 it would be twice as large.
 
 
 def test_batch_norm_is_that_of_all_inputs():

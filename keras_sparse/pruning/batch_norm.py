@@ -11,6 +11,8 @@ from keras_sparse.pruning.calibration import blocks
 
 __all__ = ["measured", "reestimate", "reestimate_batch_norm", "set_statistics"]
 
+_ROWS = 1 << 14  # of a normalization's inputs that are looked at together
+
 
 def reestimate_batch_norm(model, data, batch_size=128):
     """Set the moving mean and variance of each `BatchNormalization` to those of its inputs on data, in place.
@@ -100,10 +102,15 @@ def measured(layer, x):
     >>> measured(keras.layers.BatchNormalization(), np.array([[1.0], [3.0]])).tolist()
     [[2.0], [4.0], [10.0]]
     """
-    value = graph.as_array(x).astype(np.float64)
-    others = tuple(axis for axis in range(value.ndim) if axis != layer.axis % value.ndim)
-    total = value.sum(others)
-    return np.stack([np.full_like(total, value.size // len(total)), total, (value**2).sum(others)])
+    value = graph.as_array(x)
+    rows = np.moveaxis(value, layer.axis, -1)
+    rows = rows.reshape(-1, rows.shape[-1])
+    sums = np.zeros((3, rows.shape[1]))
+    # In parts: in float64, all of an early layer's outputs may be the largest array of a whole calibration.
+    for start in range(0, len(rows), _ROWS):
+        part = rows[start : start + _ROWS].astype(np.float64)
+        sums += [np.full(len(sums[0]), len(part)), part.sum(axis=0), (part**2).sum(axis=0)]
+    return sums
 
 
 def set_statistics(layer, sums):
