@@ -179,7 +179,10 @@ def test_erk_in_one_shot_and_gradually(pattern):
     for sparsity in (0.3, 0.5, 0.8):
         ks.update_masks(gradual, sparsity, pattern=pattern, allocation="erk")
     for a, b in zip(kernels(once), kernels(gradual), strict=True):
-        np.testing.assert_array_equal(a, b)
+        if pattern is None:
+            np.testing.assert_array_equal(a, b)
+        else:  # a channel that has lost readers is worth less, so that others may leave
+            assert (a == 0).sum() == (b == 0).sum()
     plan = ks.pruning.Plan(make(30, 20, 10, 5), 0.8, pattern=pattern, allocation="erk")
     masks, fewer = plan.present_masks(), [0, 0, 0]
     for fraction in (0.2, 0.6, 1.0):
