@@ -8,7 +8,7 @@ from keras import layers, ops
 import keras_sparse as ks
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.editing import File
-from keras_sparse.tflite.faults import averaged, grouped, shifted
+from keras_sparse.tflite.faults import averaged, broadcast, grouped, shifted
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.parity import Reference, random_batches
@@ -130,6 +130,67 @@ def test_wrong_groups_are_said_and_refused(tmp_path):
     assert not path.exists() and ks.tflite.check(model, "gpu").verdict == "refused"
     for notes in (ks.tflite.export(model, path).notes, ks.tflite.inspect(path).notes):
         assert any(note.startswith("Not for GPUs: ") for note in notes)
+
+
+def dense(x):
+    return layers.Dense(8)(x)
+
+
+def row(x):
+    return ops.reshape(dense(x)[:, :1], (8,))
+
+
+COMBINED = {  # the input's shape, what is computed from it, and whether a GPU does it wrong in integers
+    "vectors": ((12,), lambda x: dense(x) + dense(x), True),
+    "sequences": ((16, 12), lambda x: dense(x) + dense(x), False),
+    "a row": ((16, 12), lambda x: dense(x) * row(x), True),
+    "the larger of a row": ((16, 12), lambda x: ops.maximum(row(x), dense(x)), True),
+    "difference to a matrix": ((16, 12), lambda x: dense(x) - ops.reshape(dense(x), (16, 8)), True),
+    "squared difference": ((16, 12), lambda x: ops.square(dense(x) - row(x)), True),
+    "a constant": ((16, 12), lambda x: dense(x) + np.arange(8.0, dtype="float32") / 8, False),
+    "pooled": ((6, 6, 4), lambda x: layers.Conv2D(8, 1)(x) * ops.max(layers.Conv2D(8, 1)(x), axis=(1, 2)), True),
+    "pooled, of four": (
+        (6, 6, 4),
+        lambda x: layers.Conv2D(8, 1)(x) * ops.max(layers.Conv2D(8, 1)(x), axis=(1, 2), keepdims=True),
+        False,
+    ),
+    "product of matrices": ((16, 12), lambda x: ops.matmul(dense(x), ops.reshape(dense(x), (8, 16))), False),
+}
+
+
+def combining(name):
+    shape, function, _ = COMBINED[name]
+    x, rng = keras.Input(shape), np.random.default_rng(0)
+    model = keras.Model(x, function(x))
+    for weight in model.weights:
+        weight.assign(rng.normal(size=weight.shape))
+    return model, rng.normal(size=(32, *shape)).astype("float32")
+
+
+@pytest.mark.parametrize("name", COMBINED)
+@pytest.mark.lengthy(2)
+def test_the_gpu_combines_integers_wrong_as_the_rule_says(name):
+    (model, x), wrong = combining(name), COMBINED[name][2]
+    called, samples = signature(model).with_batch(1), [[sample[None]] for sample in x]
+    for mode in (None, "float16", "dynamic", "int8"):
+        content = convert(Job(model, called, mode, samples if mode == "int8" else [])).content
+        assert bool(broadcast(read(content))) == (wrong and mode == "int8")
+        if MISSING["gpu-cpu"] is None:
+            parity = Reference(model, called, samples[:4]).compare_on("gpu-cpu", content)
+            assert (parity.relative > 0.3) == (wrong and mode == "int8")
+
+
+def test_a_wrong_combination_is_said_and_refused(tmp_path):
+    (model, x), path = combining("vectors"), tmp_path / "m.tflite"
+    options = {"quantize": "int8", "representative_data": x}
+    with pytest.raises(ks.tflite.ExportError, match="not for the target 'gpu'.*ADD of 8-bit integers of 2 and of 1"):
+        ks.tflite.export(model, path, target="gpu", **options)
+    assert not path.exists()
+    report = ks.tflite.export(model, path, batch_size=1, **options)
+    assert any(
+        note.startswith("Not for GPUs: LiteRT's GPU accelerator computes zeros from ADD") for note in report.notes
+    )
+    ks.tflite.export(model, path, target="gpu", quantize="float16")
 
 
 AVERAGES = {  # what is computed from images of 6x5 with 8 channels, and whether LiteRT.js does it wrong in integers

@@ -1,11 +1,12 @@
 """Operators from which an accelerator computes wrong numbers without an error, however a file's weights are stored."""
 
-__all__ = ["FAULTS", "averaged", "differs", "grouped", "shifted", "takes_groups"]
+__all__ = ["FAULTS", "averaged", "broadcast", "differs", "grouped", "shifted", "takes_groups"]
 
 _SAME = 0  # in the file's `Padding`
 _AT_ONCE = 4  # channels that a GPU computes
 _SUMS = {"MEAN": "mean", "SUM": "sum"}
 _BYTES = ("int8", "uint8")
+_ELEMENTWISE = ("ADD", "SUB", "MUL", "DIV", "MAXIMUM", "MINIMUM", "SQUARED_DIFFERENCE", "POW")
 
 
 def shifted(model):
@@ -112,6 +113,47 @@ def takes_groups(groups, inputs, outputs):
     return groups == 1 or (inputs, outputs) == (1, 1) or not (inputs % _AT_ONCE or outputs % _AT_ONCE)
 
 
+def broadcast(model):
+    """Why LiteRT's GPU accelerator computes wrong numbers where a file of integers combines tensors, or `None`.
+
+    Measured, ai-edge-litert 2.3.0: sums, products and the like of two computed tensors of 8-bit integers that have
+    another number of dimensions each give zeros. TensorFlow's converter makes such ones at batch size 1, where a Keras
+    model adds vectors: it reshapes one of them to a single dimension. In floats, and with constants, they are right.
+
+    Args:
+        model: A `FlatModel`.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.faults import broadcast
+    >>> from keras_sparse.tflite.flatmodel import read
+    >>> from keras_sparse.tflite.job import Job
+    >>> from keras_sparse.tflite.signatures import signature
+    >>> x = keras.Input((4,))
+    >>> model = keras.Model(x, keras.layers.Dense(3)(x) + keras.layers.Dense(3)(x))
+    >>> samples = [[row[None]] for row in np.random.default_rng(0).normal(size=(9, 4)).astype("float32")]
+    >>> called = signature(model).with_batch(1)
+    >>> jobs = Job(model, called), Job(model, called, "int8", samples)
+    >>> [bool(broadcast(read(convert(job).content))) for job in jobs]
+    [False, True]
+    """
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            if operator.name in _ELEMENTWISE:
+                pair = [graph.tensors[number] for number in operator.inputs[:2]]
+                ranks = [len(tensor.shape) for tensor in pair]
+                if ranks[0] != ranks[-1] and all(one.dtype in _BYTES and one.stored is None for one in pair):
+                    return (
+                        f"LiteRT's GPU accelerator computes zeros from {operator.name} of 8-bit integers of "
+                        f"{ranks[0]} and of {ranks[1]} dimensions, without an error: use quantize='float16'; GPUs "
+                        "compute in floats in any case"
+                    )
+    return None
+
+
 def averaged(model):
     """Why LiteRT.js computes wrong numbers from a file's means and sums of 8-bit integers, or `None`.
 
@@ -151,4 +193,9 @@ def averaged(model):
     return None
 
 
-FAULTS = ((shifted, "GPUs"), (grouped, "GPUs"), (averaged, "browsers"))  # and what users call the accelerator
+FAULTS = (  # and what users call the accelerator
+    (shifted, "GPUs"),
+    (grouped, "GPUs"),
+    (broadcast, "GPUs"),
+    (averaged, "browsers"),
+)

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from keras_sparse.reports import Report
-from keras_sparse.tflite.faults import averaged, grouped, shifted
+from keras_sparse.tflite.faults import averaged, broadcast, grouped, shifted
 
 __all__ = [
     "NOT_SPARSE",
@@ -249,7 +249,12 @@ _DENSE = (  # name, title, what becomes of zeros, and what else is known of targ
             "Removed channels (`ks.shrink`) are faster, and quantize='float16' halves the file",
             "measured, ai-edge-litert 2.3.0",
         ),
-        {"runtimes": ("gpu-cpu",), "measures": ("gpu-cpu",), "fixed_batch": True, "faults": (shifted, grouped)},
+        {
+            "runtimes": ("gpu-cpu",),
+            "measures": ("gpu-cpu",),
+            "fixed_batch": True,
+            "faults": (shifted, grouped, broadcast),
+        },
     ),
     (
         "ynnpack",
