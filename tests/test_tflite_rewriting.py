@@ -30,6 +30,13 @@ def nested(x):
     return layers.Conv2D(6, 3, groups=2, name="groups")(inner(x))
 
 
+def several(x):
+    """Layers of several inputs beside it, and one that takes its input by name."""
+    y = layers.MultiHeadAttention(2, 3)(x, x)
+    y = layers.Conv1D(6, 3, groups=2, padding="same")(inputs=layers.Add()([y, x]))
+    return layers.Concatenate()([y, layers.Attention()([y, y])])
+
+
 REWRITTEN = {  # the input's shape, what is computed from it, and how many layers are written otherwise
     "odd": ((7, 7, 4), up(), 1),
     "even": ((8, 8, 4), up(), 0),
@@ -43,6 +50,7 @@ REWRITTEN = {  # the input's shape, what is computed from it, and how many layer
     "groups, no bias": ((6, 5, 6), layers.Conv2D(6, 3, 2, groups=3, use_bias=False), 1),
     "groups in one dimension": ((9, 6), layers.Conv1D(4, 3, groups=2, padding="causal"), 1),
     "softmax of groups": ((6, 5, 6), layers.Conv2D(4, 3, groups=2, activation="softmax"), 0),
+    "beside others": ((9, 6), several, 1),
     "called twice": ((6, 5, 6), shared, 1),
     "nested": ((7, 7, 4), nested, 2),
 }
@@ -84,6 +92,13 @@ def test_what_is_rewritten_is_right_on_the_gpu(name):
     content = convert(Job(adapted, signature(adapted).with_batch(1))).content
     parity = Reference(model, called, random_batches(model, called)).compare_on("gpu-cpu", content)
     assert parity.accelerated and parity.relative < 1e-3
+
+
+def test_what_cannot_be_split_is_named():
+    model = keras.Sequential([keras.Input((6, 5, 6)), layers.Conv2D(8, 3, groups=2)])
+    model.layers[0].enable_lora(2)
+    adapted, report = ks.tflite.adapt(model, "gpu")
+    assert not report.rows and "LoRA" in report.notes[0] and adapted.layers[-1].groups == 2
 
 
 def test_a_transposed_convolution_with_an_output_padding_is_named():

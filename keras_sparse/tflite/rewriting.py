@@ -10,6 +10,7 @@ from keras_sparse.tflite.faults import differs, grouped, shifted, takes_groups
 
 __all__ = ["REWRITES", "Rewriting"]
 
+_GROUPED = (layers.Conv1D, layers.Conv2D)
 _CROPPING = {layers.Conv1DTranspose: layers.Cropping1D, layers.Conv2DTranspose: layers.Cropping2D}
 
 
@@ -50,8 +51,8 @@ class Rewriting:
     def _call(self, operation, args, kwargs):
         if isinstance(operation, keras.Model):
             return packed(operation, graph.replay(operation, keras.tree.flatten(args), self._call))
-        for rewrite in self._rewrites:
-            rewritten = rewrite(self, operation, *args) if isinstance(operation, keras.layers.Layer) else None
+        for rewrite in self._rewrites if type(operation) in (*_CROPPING, *_GROUPED) else ():
+            rewritten = rewrite(self, operation, *args, *kwargs.values())  # one tensor, whatever it is called
             if rewritten is not None:
                 return rewritten
         return self._new.copy(operation)(*args, **kwargs)
@@ -80,12 +81,13 @@ class Rewriting:
 
     def split(self, layer, x):
         """What a convolution in groups computes, by one for each group; or `None`."""
-        if type(layer) not in (layers.Conv1D, layers.Conv2D) or takes_groups(
+        if type(layer) not in _GROUPED or takes_groups(
             layer.groups, x.shape[-1] // layer.groups, layer.filters // layer.groups
         ):
             return None
-        if layer.activation is keras.activations.softmax:
-            self.notes.append(f"{layer.name}: left as it is, because its activation looks at all groups.")
+        if layer.activation is keras.activations.softmax or layer.lora_enabled:
+            why = "it has LoRA weights" if layer.lora_enabled else "its activation looks at all groups"
+            self.notes.append(f"{layer.name}: left as it is, because {why}.")
             return None
         many = layer.filters // layer.groups
         if layer not in self._parts:
