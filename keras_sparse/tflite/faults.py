@@ -32,20 +32,18 @@ def shifted(model):
     >>> shifted(read(convert(Job(even)).content)), shifted(read(convert(Job(odd)).content))[-19:]
     (None, 'images of even size')
     """
-    for graph in model.subgraphs:
-        for operator in graph.operators:
-            if operator.name == "TRANSPOSE_CONV" and operator.options.get("Padding") == _SAME:
-                kernel, images = (graph.tensors[number].shape for number in operator.inputs[1:3])
-                output = graph.tensors[operator.outputs[0]]
-                strides = operator.options["StrideH"], operator.options["StrideW"]
-                sizes = zip(kernel[1:3], strides, images[1:3], output.shape[1:3], strict=False)
-                if any(differs(*axis) for axis in sizes):
-                    found = "a transposed convolution of {}x{} at stride {}x{} on images of {}x{}"
-                    return (
-                        f"LiteRT's GPU accelerator shifts {found.format(*kernel[1:3], *strides, *images[1:3])} with "
-                        "padding='same', without an error: `ks.tflite.adapt(model, 'gpu')` writes it with "
-                        "padding='valid' and a cropping; or use images of even size"
-                    )
+    for graph, operator in _operators(model, "TRANSPOSE_CONV"):
+        kernel, images = (graph.tensors[number].shape for number in operator.inputs[1:3])
+        output = graph.tensors[operator.outputs[0]]
+        strides = operator.options.get("StrideH"), operator.options.get("StrideW")
+        sizes = zip(kernel[1:3], strides, images[1:3], output.shape[1:3], strict=False)
+        if operator.options.get("Padding") == _SAME and any(differs(*axis) for axis in sizes):
+            found = "a transposed convolution of {}x{} at stride {}x{} on images of {}x{}"
+            return (
+                f"LiteRT's GPU accelerator shifts {found.format(*kernel[1:3], *strides, *images[1:3])} with "
+                "padding='same', without an error: `ks.tflite.adapt(model, 'gpu')` writes it with padding='valid' and "
+                "a cropping; or use images of even size"
+            )
     return None
 
 
@@ -86,18 +84,16 @@ def grouped(model):
     >>> grouped(read(convert(Job(of_four)).content)), grouped(read(convert(Job(of_three)).content))[-41:]
     (None, 'or use groups of a multiple of 4 channels')
     """
-    for graph in model.subgraphs:
-        for operator in graph.operators:
-            if operator.name == "CONV_2D":
-                images, kernel = (graph.tensors[number].shape for number in operator.inputs[:2])
-                groups = images[-1] // max(kernel[-1], 1)
-                inputs, outputs = kernel[-1], kernel[0] // max(groups, 1)
-                if groups > 0 and not takes_groups(groups, inputs, outputs):
-                    return (
-                        f"LiteRT's GPU accelerator computes zeros from a convolution in {groups} groups of {inputs} "
-                        f"channels to {outputs}, without an error, or ends the process: `ks.tflite.adapt(model, "
-                        f"'gpu')` writes one for each group; or use groups of a multiple of {_AT_ONCE} channels"
-                    )
+    for graph, operator in _operators(model, "CONV_2D"):
+        images, kernel = (graph.tensors[number].shape for number in operator.inputs[:2])
+        groups = images[-1] // max(kernel[-1], 1)
+        inputs, outputs = kernel[-1], kernel[0] // max(groups, 1)
+        if groups > 0 and not takes_groups(groups, inputs, outputs):
+            return (
+                f"LiteRT's GPU accelerator computes zeros from a convolution in {groups} groups of {inputs} channels "
+                f"to {outputs}, without an error, or ends the process: `ks.tflite.adapt(model, 'gpu')` writes one for "
+                f"each group; or use groups of a multiple of {_AT_ONCE} channels"
+            )
     return None
 
 
@@ -140,17 +136,14 @@ def broadcast(model):
     >>> [bool(broadcast(read(convert(job).content))) for job in jobs]
     [False, True]
     """
-    for graph in model.subgraphs:
-        for operator in graph.operators:
-            if operator.name in _ELEMENTWISE:
-                pair = [graph.tensors[number] for number in operator.inputs[:2]]
-                ranks = [len(tensor.shape) for tensor in pair]
-                if ranks[0] != ranks[-1] and all(one.dtype in _BYTES and one.stored is None for one in pair):
-                    return (
-                        f"LiteRT's GPU accelerator computes zeros from {operator.name} of 8-bit integers of "
-                        f"{ranks[0]} and of {ranks[1]} dimensions, without an error: use quantize='float16'; GPUs "
-                        "compute in floats in any case"
-                    )
+    for graph, operator in _operators(model, *_ELEMENTWISE):
+        pair = [graph.tensors[number] for number in operator.inputs[:2]]
+        ranks = [len(tensor.shape) for tensor in pair]
+        if ranks[0] != ranks[-1] and all(one.dtype in _BYTES and one.stored is None for one in pair):
+            return (
+                f"LiteRT's GPU accelerator computes zeros from {operator.name} of 8-bit integers of {ranks[0]} and of "
+                f"{ranks[1]} dimensions, without an error: use quantize='float16'; GPUs compute in floats in any case"
+            )
     return None
 
 
@@ -178,19 +171,22 @@ def averaged(model):
     >>> [bool(averaged(read(convert(job).content))) for job in jobs]
     [False, True]
     """
-    for graph in model.subgraphs:
-        for operator in graph.operators:
-            if operator.name in _SUMS:
-                values, axes = (graph.tensors[number] for number in operator.inputs[:2])
-                last = len(values.shape) - 1
-                # Axes that are computed may be any.
-                if values.dtype in _BYTES and (axes.stored is None or {-1, last} & set(axes.values().reshape(-1))):
-                    return (
-                        f"LiteRT.js computes a {_SUMS[operator.name]} of 8-bit integers over the last axis wrong on "
-                        "WebAssembly, without an error (layer normalization has one): use quantize='dynamic' or "
-                        "'float16'"
-                    )
+    for graph, operator in _operators(model, *_SUMS):
+        values, axes = (graph.tensors[number] for number in operator.inputs[:2])
+        last = len(values.shape) - 1
+        # Axes that are computed may be any.
+        if values.dtype in _BYTES and (axes.stored is None or {-1, last} & set(axes.values().reshape(-1))):
+            return (
+                f"LiteRT.js computes a {_SUMS[operator.name]} of 8-bit integers over the last axis wrong on "
+                "WebAssembly, without an error (layer normalization has one): use quantize='dynamic' or 'float16'"
+            )
     return None
+
+
+def _operators(model, *names):
+    """Yield graphs and their operators of some names."""
+    for graph in model.subgraphs:
+        yield from ((graph, operator) for operator in graph.operators if operator.name in names)
 
 
 FAULTS = (  # and what users call the accelerator
