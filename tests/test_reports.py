@@ -64,7 +64,7 @@ def test_pattern_of_every_kind_of_kernel(pattern):
     reads_heads = {row["path"] for row in report.rows if "attention_output" in row["path"] and pattern == "channel"}
     pruned = {row["path"]: row["pattern"] for row in report.rows if row["status"] == "pruned"}
     assert {found for path, found in pruned.items() if path not in reads_heads} == {pattern}
-    assert {pruned[path].split("x")[0] for path in reads_heads & pruned.keys()} <= {"block_1"}
+    assert {pruned[path].split("_")[0] for path in reads_heads & pruned.keys()} <= {"block"}
     assert {row["pattern"] for row in report.rows if row["status"] != "pruned"} == {""}
     assert len(pruned) == 10
     assert pattern in str(report)
