@@ -456,9 +456,11 @@ class _TargetsReport(Report):
         super().__init__("Targets: what runs sparse where", rows, {}, notes, columns=columns)
 
     def to_dict(self):
-        named = [{"faults": [fault.__name__ for fault in target.faults]} for target in TARGETS]
-        targets = [dataclasses.asdict(target) | faults for target, faults in zip(TARGETS, named, strict=True)]
-        return super().to_dict() | {"targets": targets}
+        return super().to_dict() | {"targets": [_as_dict(target) for target in TARGETS]}
+
+
+def _as_dict(target):
+    return dataclasses.asdict(target) | {"faults": [fault.__name__ for fault in target.faults]}
 
 
 def _row(target, what, pattern, sparsity, dtypes, source):

@@ -15,7 +15,7 @@ from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches
 from keras_sparse.tflite.trial import REFUSED, UNKNOWN, compiled
 from keras_sparse.tflite.xnnpack import hazard, touched, uses
 
-__all__ = ["SPARSE_RUNTIMES", "TOLERANCE", "VERIFY", "Verification", "allowed_elsewhere", "sparse_runtimes"]
+__all__ = ["NEAR", "SPARSE_RUNTIMES", "TOLERANCE", "VERIFY", "Verification", "allowed_elsewhere", "sparse_runtimes"]
 
 # How far an output may be from the model's, relative to that output's largest magnitude.
 # float32: two correct programs differ by the order of their sums and by the polynomials they use for exp and tanh: 1e-7
@@ -32,7 +32,7 @@ VERIFY = ("auto", "strict")  # which runtimes to compare on; see `export`
 SPARSE_RUNTIMES = {name: runtime.title for name, runtime in RUNTIMES.items() if runtime.verifies}
 _NATIVE = RUNTIMES["native"]
 _SAMPLES = 16  # of representative data that a file is compared on, one by one, if it was calibrated with them
-_NEAR = 0.05  # that a runtime may differ by where this machine is closer than half of that: kernels round otherwise
+NEAR = 0.05  # that a runtime may differ by where this machine is closer than half of that: kernels round otherwise
 _ALIKE = 0.03  # share of an output's magnitude: one that differs less between samples hardly depends on them
 
 
@@ -87,7 +87,7 @@ def allowed_elsewhere(allowed, here):
     >>> allowed_elsewhere(TOLERANCE["int8"], Parity(absolute=0.5, relative=0.04, worst="y"))
     0.08
     """
-    return min(allowed, max(2 * here.relative, _NEAR))
+    return min(allowed, max(2 * here.relative, NEAR))
 
 
 class Verification:
@@ -198,7 +198,7 @@ class Verification:
         """Why a sparse-encoded file must not be handed out, or `None`; and its parity on this machine."""
         self.verified_on, self.not_verified = [_NATIVE.title], []
         model = read(content)
-        fault = next(filter(None, (rule(model) for rule in self._rules)), None)
+        fault = _first(self._rules, model)
         if fault is not None:
             return fault, None
         if not _same_weights(model, read(self._dense)):
@@ -284,7 +284,7 @@ class Verification:
 
     def _unproven(self, target, content, allowed):
         """What is wrong with a file for a target, or `None`; what could not be found out is kept."""
-        known = next(filter(None, (fault(read(content)) for fault in target.faults)), None)
+        known = _first(target.faults, read(content)) if target.faults else None
         if known is not None:
             return known
         if not target.runtimes:
@@ -337,6 +337,11 @@ class Verification:
                 )
             return None
         return f"output {parity.worst!r} differs by {parity.relative:.3g} of its magnitude"
+
+
+def _first(rules, model):
+    """The first objection of some rules to a `FlatModel`, or `None`."""
+    return next(filter(None, (rule(model) for rule in rules)), None)
 
 
 def _restored(model):
