@@ -1,9 +1,14 @@
-"""What is known of Keras models: their layers, weights and channels, and how the layers are wired."""
+"""What is known of Keras models: their layers, weights and channels, and how the layers are wired.
 
-from keras_sparse.graph.calls import Call, Condition, Part, Tensor
-from keras_sparse.graph.channels import elementwise, scale_of, unit_kernel, unit_variables, unread_channels
-from keras_sparse.graph.classes import Classes
-from keras_sparse.graph.groups import ChannelGroup, Channels
+`__all__` is for layers of your own (`docs/guides/custom_layers.md`); other names serve the modules of this library.
+"""
+
+from keras_sparse.graph.channels import scale_of as scale_of
+from keras_sparse.graph.channels import unit_kernel as unit_kernel
+from keras_sparse.graph.channels import unit_variables as unit_variables
+from keras_sparse.graph.channels import unread_channels as unread_channels
+from keras_sparse.graph.groups import ChannelGroup as ChannelGroup
+from keras_sparse.graph.groups import Channels as Channels
 from keras_sparse.graph.kinds import (
     DEPTHWISE,
     EMBEDDING,
@@ -15,57 +20,39 @@ from keras_sparse.graph.kinds import (
     kernel_of,
     kind_of,
     kinds,
-    operator_axes,
     register_kind,
 )
-from keras_sparse.graph.labels import OUTPUT, Labelled
+from keras_sparse.graph.kinds import operator_axes as operator_axes
+from keras_sparse.graph.labels import OUTPUT as OUTPUT
 from keras_sparse.graph.macs import uses
 from keras_sparse.graph.paths import Paths
 from keras_sparse.graph.rebuilding import Rebuilding, replay
-from keras_sparse.graph.substitution import substituted
-from keras_sparse.graph.weights import Weight, along, as_array, check_model, layers, weights
-from keras_sparse.graph.wiring import consumers, filled, histories, references, wiring
+from keras_sparse.graph.substitution import substituted as substituted
+from keras_sparse.graph.weights import Weight, layers, weights
+from keras_sparse.graph.weights import along as along
+from keras_sparse.graph.weights import as_array as as_array
+from keras_sparse.graph.weights import check_model as check_model
+from keras_sparse.graph.wiring import consumers, wiring
+from keras_sparse.graph.wiring import references as references
 
 __all__ = [
     "DEPTHWISE",
     "EMBEDDING",
     "FOREIGN",
     "NO_KERNELS",
-    "OUTPUT",
-    "Call",
-    "ChannelGroup",
-    "Channels",
-    "Classes",
-    "Condition",
     "Equation",
     "Kernel",
     "Kind",
-    "Labelled",
-    "Part",
     "Paths",
     "Rebuilding",
-    "Tensor",
     "Weight",
-    "along",
-    "as_array",
-    "check_model",
     "consumers",
-    "elementwise",
-    "filled",
-    "histories",
     "kernel_of",
     "kind_of",
     "kinds",
     "layers",
-    "operator_axes",
-    "references",
     "register_kind",
     "replay",
-    "scale_of",
-    "substituted",
-    "unit_kernel",
-    "unit_variables",
-    "unread_channels",
     "uses",
     "weights",
     "wiring",

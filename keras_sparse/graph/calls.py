@@ -134,8 +134,9 @@ class Call:
     Example:
 
     >>> import keras, keras_sparse as ks
+    >>> from keras_sparse.graph.labels import Labelled
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.ReLU()])
-    >>> [type(call).__name__ for call in ks.graph.Labelled(model).calls]
+    >>> [type(call).__name__ for call in Labelled(model).calls]
     ['Linear', 'Elementwise']
     """
 

@@ -413,7 +413,8 @@ def elementwise(layer):
     Example:
 
     >>> import keras, keras_sparse as ks
-    >>> ks.graph.elementwise(keras.layers.Dense(3, activation="softmax"))
+    >>> from keras_sparse.graph.channels import elementwise
+    >>> elementwise(keras.layers.Dense(3, activation="softmax"))
     False
     """
     activation = getattr(layer, "activation", None)

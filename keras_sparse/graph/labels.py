@@ -42,10 +42,11 @@ class Labelled:
     Example:
 
     >>> import keras, keras_sparse as ks
+    >>> from keras_sparse.graph.labels import Labelled
     >>> x = keras.Input((4,))
     >>> a, b = keras.layers.Dense(3, name="a")(x), keras.layers.Dense(3, name="b")(x)
     >>> model = keras.Model(x, keras.layers.Dense(1)(keras.layers.add([a, b])))
-    >>> labelled = ks.graph.Labelled(model)
+    >>> labelled = Labelled(model)
     >>> roots = [labelled.classes.find(call.outputs[0].labels).tolist() for call in labelled.calls[:2]]
     >>> roots[0] == roots[1]
     True

@@ -36,8 +36,9 @@ def is_elementwise(operation, kind, inputs, structure):
     Example:
 
     >>> import keras, keras_sparse as ks
+    >>> from keras_sparse.graph.calls import Tensor
     >>> from keras_sparse.graph.probing import is_elementwise
-    >>> layer, x = keras.layers.ReLU(), ks.graph.Tensor((None, 3), "float32", labels=[[1, 2, 3]])
+    >>> layer, x = keras.layers.ReLU(), Tensor((None, 3), "float32", labels=[[1, 2, 3]])
     >>> is_elementwise(layer, ks.graph.kind_of(layer), [x], x)
     True
     """

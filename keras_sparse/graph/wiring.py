@@ -71,7 +71,8 @@ def histories(value):
     Example:
 
     >>> import keras_sparse as ks
-    >>> ks.graph.histories({"a": ["dense", 0, 0]})
+    >>> from keras_sparse.graph.wiring import histories
+    >>> histories({"a": ["dense", 0, 0]})
     [('dense', 0, 0)]
     """
     if isinstance(value, (list, tuple)) and len(value) == 3 and [type(v) for v in value] == [str, int, int]:
@@ -91,7 +92,8 @@ def filled(value, make):
     Example:
 
     >>> import keras, keras_sparse as ks
-    >>> ks.graph.filled([keras.KerasTensor((None, 4)), 2.0], lambda config: config["shape"])
+    >>> from keras_sparse.graph.wiring import filled
+    >>> filled([keras.KerasTensor((None, 4)), 2.0], lambda config: config["shape"])
     [(None, 4), 2.0]
     """
     if isinstance(value, keras.KerasTensor):
