@@ -131,7 +131,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--dense-epochs", type=int)
     parser.add_argument("--epochs", type=int, help="of one run of `Pruning`")
-    parser.add_argument("--budget-rate", type=float, default=5e-4, help="learning rate of the budget's fit")
+    parser.add_argument("--budget-rate", type=float, default=3e-4, help="learning rate of the budget's fit")
     parser.add_argument("--images", type=int, help="to train on: 15,000 of CIFAR-10, all recordings that are left")
     parser.add_argument("--folder", default="accuracy_budget", help="of dense weights and results")
     args = parser.parse_args()

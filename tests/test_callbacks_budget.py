@@ -164,6 +164,92 @@ def test_resumed_is_uninterrupted(tmp_path):
         np.testing.assert_allclose(value, other, atol=1e-6)
 
 
+class Densities(keras.callbacks.Callback):
+    """The share of weights that are left after each batch, and in the validation after an epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches, self.validation = [], []
+
+    def _density(self):
+        kernels = [v for v in self.model.get_weights() if v.ndim == 2]
+        return sum(np.count_nonzero(k) for k in kernels) / sum(k.size for k in kernels)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches.append(self._density())
+
+    def on_test_begin(self, logs=None):
+        self.validation.append(self._density())
+
+
+@pytest.mark.parametrize("accumulation", [None, 2])
+def test_half_an_epoch_leads_to_a_sparsity_by_equal_factors(accumulation):
+    model, found = make(), Densities()
+    optimizer = keras.optimizers.SGD(0.001, gradient_accumulation_steps=accumulation)
+    model.compile(optimizer, "mse", run_eagerly=keras.backend.backend() != "jax")
+    budget = ks.callbacks.AccuracyBudget(9.0, "val_loss", baseline=30.0, max_sparsity=0.75)
+    each = accumulation or 1
+    model.fit(X, Y, 8 // each, epochs=3, verbose=0, validation_data=(X, Y), callbacks=[budget, found])
+    ways = np.repeat([0.25, 0.5, 0.75, 1, 1, 1, 1, 1], each)
+    ways = np.concatenate([np.zeros(each - 1), ways])[: 8 * each]  # the optimizer steps with the last batch of several
+    expected = np.concatenate([0.5**ways, 0.5 ** (1 + ways)])
+    np.testing.assert_allclose(found.batches[: 16 * each], expected, atol=0.01)
+    np.testing.assert_allclose(found.validation, [0.5, 0.25], atol=0.01)
+    assert len(found.batches) == 16 * each  # the cap holds after two epochs
+
+
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("accumulation", [None, 2])
+def test_statistics_of_batch_normalization_are_those_of_the_pruned_model(validated, accumulation):
+    model = make(batch_norm=True)
+    normalization = model.layers[1]
+    normalization.moving_mean.assign(RNG.normal(size=16))
+    optimizer = keras.optimizers.SGD(0.0, gradient_accumulation_steps=accumulation)
+    model.compile(optimizer, "mse", run_eagerly=keras.backend.backend() != "jax")
+    monitor, data = ("val_loss", {"validation_data": (X, Y)}) if validated else ("loss", {})
+    budget = ks.callbacks.AccuracyBudget(9.0, monitor, baseline=1000.0)
+    history = model.fit(X, Y, 8, epochs=1, shuffle=False, verbose=0, callbacks=[budget], **data).history
+    assert sparsity(model) == pytest.approx(0.5, abs=0.01)
+    kernel, bias = model.get_weights()[:2]
+    hidden = np.maximum(X @ kernel + bias, 0).reshape(8, 8, 16)[4:]  # batches since half of the epoch
+    weights = 0.99 ** np.arange(3, -1, -1)
+    for found, value in ((normalization.moving_mean, hidden.mean(1)), (normalization.moving_variance, hidden.var(1))):
+        np.testing.assert_allclose(found, weights @ value / weights.sum(), rtol=1e-3, atol=1e-4)
+    if validated:
+        assert history["val_loss"][0] == pytest.approx(model.evaluate(X, Y, verbose=0), rel=1e-4)
+
+
+def test_statistics_are_settled_where_a_normalization_runs_once_for_each_batch():
+    def named(name):
+        return keras.layers.BatchNormalization(name=name)
+
+    inner = keras.Sequential([keras.Input((4,)), named("inner")], name="once")
+    shared = keras.Sequential([keras.Input((4,)), named("in shared")], name="twice")
+    inputs, own, both = keras.Input((4,)), named("own"), named("both")
+    outputs = own(inner(shared(both(shared(both(inputs))))))
+    model = keras.Model(inputs, keras.layers.TimeDistributed(named("steps"))(keras.layers.RepeatVector(2)(outputs)))
+    rng = np.random.default_rng(1)
+    for layer in ks.graph.layers(model):
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.moving_mean.assign(rng.normal(size=4))
+            layer.moving_variance.assign(rng.uniform(1, 2, 4))
+    recent = ks.pruning.batch_norm.Recent(model)
+    x = rng.normal(size=(3, 4)).astype("float32")
+    model(x, training=True)
+    before = [np.array(ks.graph.as_array(v)) for v in model.variables]
+    recent.settle(1)
+    pairs = zip(model.variables, before, strict=True)
+    changed = {v.path.split("/")[-2] for v, value in pairs if not np.array_equal(value, ks.graph.as_array(v))}
+    assert changed == {"own", "inner"}
+    frozen = keras.Sequential([keras.Input((4,)), named("frozen")])
+    frozen.trainable = False
+    recent, values = ks.pruning.batch_norm.Recent(frozen), frozen.get_weights()
+    frozen(x, training=True)
+    recent.settle(3)
+    for value, other in zip(frozen.get_weights(), values, strict=True):
+        np.testing.assert_allclose(value, other, atol=1e-6)
+
+
 def test_a_real_metric_on_validation_data():
     budget = ks.callbacks.AccuracyBudget(0.5, "val_loss", baseline=30.0, initial_sparsity=0.3, max_sparsity=0.8)
     model = make()

@@ -10,11 +10,13 @@ from keras import ops
 
 from keras_sparse import criteria, optimizers, patterns, pruning, reports, selection
 from keras_sparse.callbacks.scheduled import ScheduledCallback
+from keras_sparse.pruning import batch_norm
 from keras_sparse.registry import check_whole, is_real, serializable
 
 __all__ = ["AccuracyBudget"]
 
 _HIGHER = ("acc", "auc", "precision", "recall", "f1", "iou", "r2")
+_UPDATES = 8  # on the way from one sparsity to the next
 _LOWER = ("loss", "error", "mse", "mae", "perplexity")
 
 
@@ -22,13 +24,17 @@ _LOWER = ("loss", "error", "mse", "mae", "perplexity")
 class AccuracyBudget(ScheduledCallback):
     """Raises the sparsity from epoch to epoch while a metric holds, and ends with the sparsest epoch within a budget.
 
-    Each epoch trains at one sparsity. While `monitor` stays within `max_drop` of the baseline, the density (what is
-    left) is halved; after `patience` epochs out of the budget the best epoch's weights and masks come back and the next
-    sparsity lies half-way, in densities, between that and the one that failed. Training stops when the two are
-    within `tolerance`, or `max_sparsity` holds. If less than half of the budget is spent by then, what failed is tried
-    once more, from the weights that hold. In the end the model has the weights and masks of the sparsest epoch within
-    the budget (of equal ones the last). It is the accuracy-aware training of NNCF (Kozlov et al., "Neural network
-    compression framework for fast model inference", 2020, section 4.6), on densities.
+    Each epoch trains at one sparsity, which the first half of its first epoch leads to. While `monitor` stays within
+    `max_drop` of the baseline, the density (what is left) is halved; after `patience` epochs out of the budget the best
+    epoch's weights and masks come back and the next sparsity lies half-way, in densities, between that and the one that
+    failed. Training stops when the two are within `tolerance`, or `max_sparsity` holds. If less than half of the budget
+    is spent by then, what failed is tried once more, from the weights that hold. In the end the model has the weights
+    and masks of the sparsest epoch within the budget (of equal ones the last). It is the accuracy-aware training of
+    NNCF (Kozlov et al., "Neural network compression framework for fast model inference", 2020, section 4.6), on
+    densities.
+
+    Moving statistics of batch normalization, which a short epoch hardly moves, forget before each validation what they
+    were before the last step towards the sparsity.
 
     It is meant for a trained model. Give `fit` more epochs than it needs, a low learning rate, and validation data. The
     metric is noisy, and the sparsest of several epochs is a lucky one: measure what the model is worth on other data.
@@ -106,7 +112,7 @@ class AccuracyBudget(ScheduledCallback):
         self.criterion = criteria.get(criterion)
         self.allocation = pruning.allocation.get(allocation)
         self._higher = _higher_is_better(monitor, mode)
-        self._ledger, self._front = None, []
+        self._ledger, self._front, self._recent = None, [], None
 
     @property
     def reached(self):
@@ -162,7 +168,30 @@ class AccuracyBudget(ScheduledCallback):
             ledger.put_back()
             run.parts.masks.apply()
             ledger.put(back=0)
-        run.plan.update(run.parts, ledger.get("level") / self.max_sparsity)
+        steps = (self.params.get("steps") or 0) // (run.optimizer.gradient_accumulation_steps or 1)
+        self._begun, self._span, self._recent = self.clock.now, steps // 2, None
+        self.clock.every = max(1, self._span // _UPDATES)
+        self.update(run, 0.0)
+
+    def update(self, run, progress):
+        """Take the next step from the sparsity that holds to the one that is tried, which half an epoch later is met.
+
+        Densities fall by equal factors. A sparsity that is tried for another epoch has been met.
+        """
+        ledger, way = self._ledger, 1.0
+        if self._span and not ledger.get("tries"):
+            way = min(1.0, (self.clock.now - self._begun) / self._span)
+        density = (1 - ledger.get("kept")) ** (1 - way) * (1 - ledger.get("level")) ** way
+        run.plan.update(run.parts, (1 - density) / self.max_sparsity)
+        if way == 1 and self._recent is None and ledger.get("level"):
+            self._recent = batch_norm.Recent(run.model), self.clock.now
+
+    def validate(self, run):
+        """Let statistics of batch normalization be those of the pruned model, which a short epoch has hardly moved."""
+        if self._recent is not None:
+            recent, since = self._recent
+            recent.settle((self.clock.now - since) * (run.optimizer.gradient_accumulation_steps or 1))
+            self._recent = None
 
     def watch(self, run, logs):
         """Judge an epoch, and decide what the next one tries."""
@@ -171,6 +200,7 @@ class AccuracyBudget(ScheduledCallback):
                 f"`AccuracyBudget` judges epochs by {self.monitor!r}, which is not in the logs. They have "
                 f"{sorted(logs)}; names with val_ need `validation_data`. Received: monitor={self.monitor!r}"
             )
+        self.validate(run)  # for a fit without validation data
         ledger, quality = self._ledger, float(logs[self.monitor])
         level, share = ledger.get("level"), self.share(run)
         if math.isnan(ledger.get("baseline")):

@@ -21,6 +21,7 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
     * `update(run, progress)`: act at a due step of its `clock`, at `progress` in [0, 1] between begin and end;
     * `finish(run)`: act when training has ended;
     * `leave(run)`: act when the fit ends, also if it is interrupted;
+    * `validate(run)`: act before the fit validates the model at the end of an epoch;
     * `watch(run, logs)`: look at the logs of an epoch that has ended;
     * `log(run)`: return what goes into the logs at the end of each epoch beside `"sparsity"`, as a dict;
     * `zeros()`: return which weights it makes zero without a mask;
@@ -70,6 +71,9 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
 
     def leave(self, run):
         """Act when the fit ends, however it ends."""
+
+    def validate(self, run):
+        """Act before the model is validated."""
 
     def watch(self, run, logs):
         """Look at the logs of an epoch that has ended."""
@@ -193,6 +197,10 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
                 raise
             zeros, size = run.fit.count_zeros()
             logs.update(self.log(run) | ({"sparsity": zeros / size} if size else {}))
+
+    def on_test_begin(self, logs=None):
+        if self.running and self._run is not None and self._run.attached:
+            self.validate(self._run)
 
     def on_test_end(self, logs=None):
         if self._run is not None and not self._run.fit.begun:

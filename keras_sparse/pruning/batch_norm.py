@@ -9,7 +9,7 @@ from keras_sparse import graph, selection
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning.calibration import blocks
 
-__all__ = ["measured", "reestimate", "reestimate_batch_norm", "set_statistics"]
+__all__ = ["Recent", "measured", "reestimate", "reestimate_batch_norm", "set_statistics"]
 
 _ROWS = 1 << 14  # of a normalization's inputs that are looked at together
 
@@ -128,6 +128,60 @@ def set_statistics(layer, sums):
     count, total, square = sums
     layer.moving_mean.assign(total / count)
     layer.moving_variance.assign(np.maximum(square / count - (total / count) ** 2, 0))
+
+
+class Recent:
+    """Moving statistics of the batches that training sees from now on, without what they were before.
+
+    A moving average of `momentum` m keeps m**k of its former value after k batches: 54 % after 62 batches with Keras's
+    0.99. That part is taken out as Adam corrects its bias (Kingma & Ba 2015, section 3). It holds for normalizations
+    that run once for each batch; those of which a functional or Sequential model does not say so are left alone.
+
+    Args:
+        model: A built Keras model.
+
+    Example:
+
+    >>> import keras, numpy as np, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.BatchNormalization()])
+    >>> recent = ks.pruning.batch_norm.Recent(model)
+    >>> outputs = model(np.array([[4.0], [6.0]]), training=True)
+    >>> round(float(model.layers[0].moving_mean[0]), 4)
+    0.05
+    >>> recent.settle(batches=1)
+    >>> round(float(model.layers[0].moving_mean[0]), 4)
+    5.0
+    """
+
+    def __init__(self, model):
+        self._before = [
+            (layer, variable, np.array(graph.as_array(variable)))
+            for layer in _running_once(model)
+            for variable in (layer.moving_mean, layer.moving_variance)
+        ]
+
+    def settle(self, batches):
+        """Take the former values out of the statistics, which so many batches have moved since."""
+        for layer, variable, before in self._before:
+            left = layer.momentum**batches
+            if left < 1:
+                recent = (graph.as_array(variable) - left * before) / (1 - left)
+                variable.assign(np.maximum(recent, 0) if variable is layer.moving_variance else recent)
+
+
+def _running_once(model):
+    """The normalizations that a model of models runs once for each batch, as far as that is known."""
+    if not isinstance(model, keras.Sequential) and not getattr(model, "operations", None):
+        return []
+    nodes = [] if isinstance(model, keras.Sequential) else graph.wiring(model)["layers"]
+    repeated = {layer["name"] for layer in nodes if len(layer["inbound_nodes"]) > 1}
+    found = []
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            found += [layer] * (layer.name not in repeated)
+        elif isinstance(layer, keras.Model) and layer.name not in repeated:
+            found += _running_once(layer)
+    return found
 
 
 @contextlib.contextmanager
