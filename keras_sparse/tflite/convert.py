@@ -1,17 +1,22 @@
 """A conversion turns a built Keras model into the bytes of .tflite files, quietly and on every backend.
 
 On the TensorFlow backend it runs in this process. On the others it runs in a fresh Python process under TensorFlow,
-from the model saved as a temporary .keras file: `python -m keras_sparse.tflite.convert FOLDER`.
+from the model saved as a temporary .keras file: `python -m keras_sparse.tflite.convert FOLDER`. Calibration, which may
+end its process, runs in one that is asked for one SavedModel after another: `python -m keras_sparse.tflite.convert`.
 """
 
+import atexit
+import contextlib
 import errno
 import json
 import math
 import os
 import pathlib
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 
 import keras
@@ -27,6 +32,7 @@ __all__ = ["convert"]
 
 _MOST = 2**31 - 1  # bytes: the offsets of flatbuffers and protobuf have 32 bits with a sign
 _WIDTH = 4  # bytes of a float32
+_WAITS = 30.0  # seconds that a process waits for a next calibration
 
 
 def convert(model, signature=None, quantize=None, samples=(), inference_type=None):
@@ -115,28 +121,125 @@ def _convert_elsewhere(job):
     with tempfile.TemporaryDirectory(prefix="keras_sparse-") as folder:
         folder = pathlib.Path(folder)
         job.to_folder(folder)
-        environment = os.environ | {
-            "KERAS_BACKEND": "tensorflow",
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "CUDA_VISIBLE_DEVICES": "-1",  # the graphics card belongs to the caller
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
-        }
-        command = [sys.executable, "-m", "keras_sparse.tflite.convert", str(folder)]
-        run = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if job.is_saved:
+            status, said = _Process.calibrate(folder)
+        else:  # it may import code of the user's, which may be another the next time
+            run = subprocess.run(_command(folder), **_ALONE, env=_environment())
+            status, said = run.returncode, run.stderr
         try:
             result = json.loads((folder / "result.json").read_text())
         except (OSError, ValueError):
-            last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+            last = (said.strip().splitlines() or ["no message"])[-1]
             raise ExportError(
                 f"The conversion process of the model {job.name!r} ended without a result. "
-                + ("TensorFlow crashed; another `quantize` may work. " if run.returncode < 0 else "")
-                + f"Received: exit status {run.returncode} ({last[:300]})"
+                + ("TensorFlow crashed; another `quantize` may work. " if status < 0 else "")
+                + f"Received: exit status {status} ({last[:300]})"
             ) from None
         if "disk" in result:
             raise OSError(errno.ENOSPC, result["disk"])
         if "error" in result:
             raise ExportError(result["error"])
         return Conversion((folder / "model.tflite").read_bytes(), result["fixed_batch"])
+
+
+_ALONE = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+
+
+def _command(*arguments):
+    return [sys.executable, "-m", "keras_sparse.tflite.convert", *map(str, arguments)]
+
+
+def _environment():
+    return os.environ | {
+        "KERAS_BACKEND": "tensorflow",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "CUDA_VISIBLE_DEVICES": "-1",  # the graphics card belongs to the caller
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path),
+    }
+
+
+class _Process:
+    """A Python process that calibrates SavedModels; one is kept for the next, since TensorFlow takes long to start."""
+
+    _kept = None
+
+    def __init__(self):
+        self._owner, self._errors = os.getpid(), tempfile.TemporaryFile("w+")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        self._process = subprocess.Popen(_command(), **pipes, text=True, env=_environment())
+
+    @classmethod
+    def calibrate(cls, folder):
+        """Do the job in a folder. Returns the exit status of a process that it ended, else 0, and what that said."""
+        process, cls._kept = cls._kept, None
+        while True:
+            new = process is None or not process._waits
+            if new:
+                process = cls()
+            try:
+                if process._does(folder):
+                    process, cls._kept = cls._kept, process
+                    return 0, ""
+                status = process._process.wait()
+                process._errors.seek(0)
+                said = process._errors.read()
+            finally:  # of an interrupt as well
+                if process is not None:
+                    process.end()
+            if new or status != 0:
+                return status, said
+            process = None  # it had just ceased to wait
+
+    @property
+    def _waits(self):
+        if self._owner == os.getpid() and self._process.poll() is not None:
+            self.end()
+            return False
+        return self._owner == os.getpid()
+
+    def _does(self, folder):
+        """Whether it has done the job; one that had just ceased to wait has not, and its exit status is 0."""
+        try:
+            print(folder, file=self._process.stdin, flush=True)
+        except OSError:
+            return False
+        return self._process.stdout.readline() == "done\n"
+
+    def end(self):
+        if self._owner == os.getpid():
+            self._process.kill()
+            self._process.wait()
+            with contextlib.suppress(OSError):  # what it has not read
+                self._process.stdin.close()
+            self._process.stdout.close()
+            self._errors.close()
+
+    @classmethod
+    def end_kept(cls):
+        if cls._kept is not None:
+            cls._kept.end()
+
+
+atexit.register(_Process.end_kept)
+
+
+def _serve():
+    """Do the jobs in the folders that are asked for, until nobody asks any more."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what TensorFlow prints is no answer
+    folders = queue.SimpleQueue()
+
+    def read():
+        for line in sys.stdin:
+            folders.put(line.rstrip("\n"))
+        os._exit(0)  # the process that asks has ended
+
+    threading.Thread(target=read, daemon=True).start()
+    with contextlib.suppress(queue.Empty):
+        while True:
+            _main(folders.get(timeout=_WAITS))
+            print("done", file=answers, flush=True)
+    os._exit(0)  # the thread reads on
 
 
 def _main(folder):
@@ -165,4 +268,4 @@ def _convert_saved(job):
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main(*sys.argv[1:]) if sys.argv[1:] else _serve()
