@@ -10,7 +10,6 @@ from keras import ops
 
 from keras_sparse import criteria, optimizers, patterns, pruning, reports, selection
 from keras_sparse.callbacks.scheduled import ScheduledCallback
-from keras_sparse.pruning import batch_norm
 from keras_sparse.registry import check_whole, is_real, serializable
 
 __all__ = ["AccuracyBudget"]
@@ -112,7 +111,7 @@ class AccuracyBudget(ScheduledCallback):
         self.criterion = criteria.get(criterion)
         self.allocation = pruning.allocation.get(allocation)
         self._higher = _higher_is_better(monitor, mode)
-        self._ledger, self._front, self._recent = None, [], None
+        self._ledger, self._front = None, []
 
     @property
     def reached(self):
@@ -169,7 +168,7 @@ class AccuracyBudget(ScheduledCallback):
             run.parts.masks.apply()
             ledger.put(back=0)
         steps = (self.params.get("steps") or 0) // (run.optimizer.gradient_accumulation_steps or 1)
-        self._begun, self._span, self._recent = self.clock.now, steps // 2, None
+        self._begun, self._span, self._met = self.clock.now, steps // 2, False
         self.clock.every = max(1, self._span // _UPDATES)
         self.update(run, 0.0)
 
@@ -183,15 +182,9 @@ class AccuracyBudget(ScheduledCallback):
             way = min(1.0, (self.clock.now - self._begun) / self._span)
         density = (1 - ledger.get("kept")) ** (1 - way) * (1 - ledger.get("level")) ** way
         run.plan.update(run.parts, (1 - density) / self.max_sparsity)
-        if way == 1 and self._recent is None and ledger.get("level"):
-            self._recent = batch_norm.Recent(run.model), self.clock.now
-
-    def validate(self, run):
-        """Let statistics of batch normalization be those of the pruned model, which a short epoch has hardly moved."""
-        if self._recent is not None:
-            recent, since = self._recent
-            recent.settle((self.clock.now - since) * (run.optimizer.gradient_accumulation_steps or 1))
-            self._recent = None
+        if not self._met:
+            self._met = way == 1
+            self.note_pruned(run, self._met)
 
     def watch(self, run, logs):
         """Judge an epoch, and decide what the next one tries."""
@@ -200,7 +193,6 @@ class AccuracyBudget(ScheduledCallback):
                 f"`AccuracyBudget` judges epochs by {self.monitor!r}, which is not in the logs. They have "
                 f"{sorted(logs)}; names with val_ need `validation_data`. Received: monitor={self.monitor!r}"
             )
-        self.validate(run)  # for a fit without validation data
         ledger, quality = self._ledger, float(logs[self.monitor])
         level, share = ledger.get("level"), self.share(run)
         if math.isnan(ledger.get("baseline")):

@@ -176,12 +176,13 @@ class Fit:
             keras.backend.backend() == "tensorflow"
             and not self._settled
             and not self.parts.touched
-            and not self._steps_are_keras_own
+            and not self.steps_are_keras_own
             and not self.model.run_eagerly
         )
 
     @property
-    def _steps_are_keras_own(self):
+    def steps_are_keras_own(self):
+        """Whether the model's class has no `train_step` of its own."""
         return type(self.model).train_step is keras.Model.train_step
 
     def settle(self, epochs, epoch):
@@ -323,7 +324,7 @@ class Fit:
     def _mask_revived(self):
         """Apply the masks again if another callback has put back weights that have none of the zeros."""
         callback_list = self.callback_list()
-        if callback_list is not None and self._steps_are_keras_own:
+        if callback_list is not None and self.steps_are_keras_own:
             others = [callback for callback in callback_list.callbacks if callback not in self.callbacks]
             if all(type(callback) in _HARMLESS for callback in others):
                 return  # After the last step, which masks, nobody can have done it.

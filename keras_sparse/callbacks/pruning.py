@@ -17,6 +17,10 @@ class Pruning(ScheduledCallback):
     are exactly zero after every optimizer step, and stay so: `Pruning` never revives a weight. The share of zeros over
     the selected weights goes into the logs as `sparsity`.
 
+    Moving statistics of batch normalization follow slowly, and after a short fit would be those of the dense network. At
+    the end of each epoch they are made those of the batches since weights were pruned: see
+    `ks.pruning.batch_norm.Recent`, which says for which models. Of others, `ks.reestimate_batch_norm` measures them.
+
     Args:
         target_sparsity: The share of weights to be zero at `end`: a float in [0, 1), or a dict `{regex: sparsity}` or
             `{regex: (sparsity, pattern)}` searched in `variable.path` (first match wins, weights that no key matches
@@ -127,9 +131,12 @@ class Pruning(ScheduledCallback):
             self._statistics = None
         if not self.reached:  # A backup or a file that is resumed may be there already, and so may the weights.
             self.reached = run.plan.reached(run.plan.attached_masks(run.parts))
+        if self.reached and self.clock.updated >= 0:
+            self.note_pruned(run, True, self.clock.updated)
 
     def update(self, run, progress):
         self.reached = run.plan.reached(run.plan.update(run.parts, self.schedule(progress)))
+        self.note_pruned(run, self.reached)
         if self.verbose:
             self.say(run)
 

@@ -5,9 +5,12 @@ import warnings
 from keras_sparse import optimizers, reports, selection
 from keras_sparse.callbacks.clock import Clock
 from keras_sparse.callbacks.sparse_callback import SparseCallback
+from keras_sparse.pruning.batch_norm import Recent
 from keras_sparse.pruning.plan import UNTRAINED
 
 __all__ = ["ScheduledCallback"]
+
+_ENOUGH = 8  # batches to take statistics from
 
 
 class ScheduledCallback(SparseCallback):
@@ -40,6 +43,7 @@ class ScheduledCallback(SparseCallback):
             raise ValueError(f"`verbose` must be 0, 1 or 2. Received: verbose={verbose!r}")
         self.filters = filters
         self.verbose = verbose
+        self._recent = []
 
     def make_plan(self, run, untrained=()):
         """Return the `Plan` for a built model, without the weights that no step changes.
@@ -64,6 +68,25 @@ class ScheduledCallback(SparseCallback):
                 "same.",
                 stacklevel=2,
             )
+
+    def note_pruned(self, run, final, step=None):
+        """Take note that weights were pruned: statistics of batch normalization have been another network's so far.
+
+        Args:
+            run: The `Run`.
+            final: Whether this was the last time for now.
+            step: The step at which it was; `None`: now. The statistics of a step before are those of its epoch's end.
+        """
+        if run.fit.steps_are_keras_own and (final or not self._recent) and run.fit.count_zeros()[0]:
+            self._recent.append((Recent(run.model), self.clock.now if step is None else step))
+
+    def end_epoch(self, run):
+        """Let statistics of batch normalization be those of the batches since weights were pruned."""
+        batches = run.optimizer.gradient_accumulation_steps or 1
+        counted = [(recent, (self.clock.now - step) * batches) for recent, step in self._recent]
+        for recent, count in [pair for pair in reversed(counted) if pair[1] >= _ENOUGH][:1] or counted[:1]:
+            recent.settle(count)
+        self._recent = []
 
     def leave_out_untrained(self, run):
         """Take weights out of the plan that turned out to be trained by no one, once a step has been seen."""

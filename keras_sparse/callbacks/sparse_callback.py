@@ -21,7 +21,7 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
     * `update(run, progress)`: act at a due step of its `clock`, at `progress` in [0, 1] between begin and end;
     * `finish(run)`: act when training has ended;
     * `leave(run)`: act when the fit ends, also if it is interrupted;
-    * `validate(run)`: act before the fit validates the model at the end of an epoch;
+    * `end_epoch(run)`: act after an epoch's last step, before the model is validated or saved; it may be called twice;
     * `watch(run, logs)`: look at the logs of an epoch that has ended;
     * `log(run)`: return what goes into the logs at the end of each epoch beside `"sparsity"`, as a dict;
     * `zeros()`: return which weights it makes zero without a mask;
@@ -72,8 +72,8 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
     def leave(self, run):
         """Act when the fit ends, however it ends."""
 
-    def validate(self, run):
-        """Act before the model is validated."""
+    def end_epoch(self, run):
+        """Act after the last step of an epoch, before the model is validated or saved."""
 
     def watch(self, run, logs):
         """Look at the logs of an epoch that has ended."""
@@ -176,6 +176,9 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
         if self.clock is not None and self._run.attached and not self.finished and self.clock.may_be_due(batch):
             self.model  # noqa: B018 - JAX puts the state of its step into the variables.
             self._update_if_due(self.clock.read(batch))
+        if self.clock is not None and self._run.attached and batch + 1 == self.params.get("steps"):
+            self.model  # noqa: B018 - as above
+            self.end_epoch(self._run)
 
     def _update_if_due(self, now):
         progress = None if self.finished else self.clock.progress(now)
@@ -191,6 +194,7 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
         if logs is not None and run.attached:
             self.model  # noqa: B018 - JAX puts the state of its step into the variables.
             try:
+                self.end_epoch(run)
                 self.watch(run, logs)
             except Exception:
                 run.fit.end()
@@ -200,7 +204,7 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
 
     def on_test_begin(self, logs=None):
         if self.running and self._run is not None and self._run.attached:
-            self.validate(self._run)
+            self.end_epoch(self._run)
 
     def on_test_end(self, logs=None):
         if self._run is not None and not self._run.fit.begun:
