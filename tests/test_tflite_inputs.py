@@ -76,6 +76,24 @@ def test_outputs_depend_on_the_inputs(name):
         assert np.abs(right - wrong).max() > 0.1 * np.abs(right).max()
 
 
+@pytest.mark.parametrize("end", ["softmax", "sigmoid", "tanh"])
+def test_probabilities_are_not_all_0_and_1(end):
+    """Behind a softmax of large numbers, a kernel of half the size changes nothing that a comparison would see."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((32, 32, 3))
+    x = layers.Conv2D(16, 3, 2, activation="relu")(layers.Rescaling(1 / 255)(inputs))
+    x = layers.Dense(3, name="scores")(layers.GlobalAveragePooling2D()(x))
+    model = keras.Model(inputs, layers.Activation(end)(60.0 * x))
+    wrong = keras.models.clone_model(model)
+    wrong.set_weights(model.get_weights())
+    wrong.get_layer("scores").kernel.assign(0.5 * model.get_layer("scores").kernel)
+    called, batches = signature(model), random_batches(model, signature(model))
+    right, other = (
+        np.concatenate([keras.ops.convert_to_numpy(called.call(m, batch)) for batch in batches]) for m in (model, wrong)
+    )
+    assert np.abs(right - other).max() > 0.05 * np.abs(right).max()
+
+
 @pytest.mark.parametrize(
     ("first", "mean", "deviation"),
     [
@@ -127,6 +145,11 @@ def test_spread():
     one, two = np.array([1.0, np.nan, -2.0, 0.0]), np.array([1.0, np.nan, -4.0, np.inf])
     assert spread([[one], [two]]) == [0.25]  # 2 of 4, at half of the places
     assert spread([[np.full(3, np.nan)]] * 2) == [0.0] and spread([[np.zeros(3)]] * 2) == [0.0]
+    near, far = np.array([1e-5, 1 - 1e-5]), np.array([1e-3, 1 - 1e-2])
+    np.testing.assert_allclose(spread([[near], [1 - near]]), [1e-5], rtol=1e-3)  # probabilities at their ends
+    np.testing.assert_allclose(spread([[near], [far]]), [5e-3], rtol=1e-2)
+    assert spread([[near], [-near]])[0] < 1e-4 and spread([[2 * near], [2 - 2 * near]])[0] > 0.9
+    assert spread([[np.array([0.0, 1.0])], [np.array([1.0, 0.0])]]) == [1.0]  # class numbers
 
 
 def wave():

@@ -3,6 +3,9 @@
 A network that begins with `Rescaling(1 / 255)` makes next to nothing of normal numbers, and one for samples of 16 bits
 even less: its outputs are those of its biases, and so may be those of another network. So inputs are drawn as the
 model's own first layers will make normal numbers of them, where these are known, or at several scales, and tried.
+
+Nor do probabilities show it that are all 0 or 1: behind a softmax of large numbers, those of a file with a kernel half as
+large are the same.
 """
 
 from dataclasses import replace
@@ -17,6 +20,8 @@ __all__ = ["random_batches", "spread"]
 
 _OPEN = (32, 128, 512, 2048, 8192, 32768)  # sizes of dimensions that the model leaves open, other than the batch
 _ENOUGH = 0.1  # share of an output's magnitude by which it should differ from sample to sample
+_ENDS = 1 - 1e-3  # an output that reaches as far may end at 1
+_SHRUNKEN = (2**-2, 2**-4)  # of the level and contrast, against outputs that are at their ends
 _SCALES = (16, 2**8, 2**12, 2**16, 2**23, 2**31, 2**-8, 2**-16)
 _INTEGERS = (2, 2**8, 2**12, 2**15, 2**20, 2**31)  # upper bounds
 
@@ -61,6 +66,10 @@ def random_batches(model, signature, seed=0, like=None):
 def spread(outputs):
     """How far each output differs from sample to sample, as a share of its largest magnitude.
 
+    Of outputs that come near 1 and do not exceed it, such as probabilities, it is no more than their distance from 0
+    and 1, where they hardly differ whatever is before them: the mean over the samples of the number that is farthest.
+    Whole numbers are none of these.
+
     Args:
         outputs: List with, for each sample or batch, a list of arrays of the same shapes, one for each output.
 
@@ -81,7 +90,11 @@ def _apart(values):
     if not finite.any():
         return 0.0
     values = values[:, finite]
-    return float(np.ptp(values, axis=0).max() / max(np.abs(values).max(), 1e-20) * finite.mean())
+    apart = float(np.ptp(values, axis=0).max() / max(np.abs(values).max(), 1e-20) * finite.mean())
+    sizes = np.abs(values)
+    if _ENDS <= sizes.max() <= 2 - _ENDS and (sizes % 1).any():
+        apart = min(apart, float(np.minimum(sizes, np.abs(1 - sizes)).reshape(len(sizes), -1).max(axis=1).mean()))
+    return apart
 
 
 def _chosen(model, signature):
@@ -165,6 +178,7 @@ def _draws(leaf, rows, path):
             yield lambda rng, shape, bound=bound: rng.integers(0, bound, shape)
     else:
         kinds = [_normal, _levels, lambda rng, shape: np.abs(_levels(rng, shape))]
+        kinds += [lambda rng, shape, size=size: size * _levels(rng, shape) for size in _SHRUNKEN]
         for kind in kinds if path else ():
             yield lambda rng, shape, kind=kind: _before(path, kind(rng, shape))
         yield from kinds

@@ -158,9 +158,9 @@ class Verification:
         alike = reference.alike(min(tolerance, _ALIKE))
         if alike:
             made.notes.append(
-                f"The comparison says little of {', '.join(alike)}: between the inputs that were tried it differs by "
-                f"less than {min(tolerance, _ALIKE):.1%} of its magnitude, and may do so in a wrong file. Pass inputs "
-                "as the model will meet them, and several, as `representative_data`."
+                f"The comparison says little of {', '.join(alike)}: on the inputs that were tried it differs by less "
+                f"than {min(tolerance, _ALIKE):.1%} of its magnitude, from one to the next or from 0 and 1, and may do "
+                "so in a wrong file. Pass inputs as the model will meet them, and several, as `representative_data`."
             )
         return made
 
