@@ -223,3 +223,21 @@ def test_open_sizes_at_a_fixed_batch(runtime, takes):
     else:
         with pytest.raises(ValueError, match="takes arrays of shape"):
             reference.compare_on(runtime, content)
+
+
+def test_columns_of_a_table_are_representative_data():
+    """Arrays without the last axis of 1, which Keras adds to them wherever else they are data."""
+    model = keras.Model(
+        inputs := {name: keras.Input((1,), name=name) for name in ("area", "rooms")},
+        layers.Dense(2)(layers.Concatenate()(list(inputs.values()))),
+    )
+    columns = {name: np.arange(5.0) + i for i, name in enumerate(inputs)}
+    for data in (columns, (columns, np.zeros(5)), list(columns.values()), iter([columns])):
+        [batch] = representative_batches(data, signature(model))
+        for found, name in zip(batch, inputs, strict=True):
+            np.testing.assert_array_equal(found, columns[name][:, None])
+    image = signature(keras.Sequential([keras.Input((4, 4, 1)), layers.Flatten()]))
+    assert [b[0].shape for b in representative_batches(np.ones((7, 4, 4)), image)] == [(7, 4, 4, 1)]
+    assert [b[0].shape for b in representative_batches(np.ones((4, 4, 1)), image)] == [(1, 4, 4, 1)]
+    with pytest.raises(ValueError, match=r"Received: an array of shape \(7, 3, 4\)"):
+        representative_batches(np.ones((7, 3, 4)), image)

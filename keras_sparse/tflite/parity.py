@@ -322,10 +322,13 @@ def _elements(data, signature):
     if isinstance(data, (dict, np.ndarray)) or hasattr(data, "__array__"):
         return [data]
     if isinstance(data, (list, tuple)):
-        ranks = [len(leaf.shape) for leaf in signature.inputs]
         # A tuple may be (inputs, targets), as for `fit`; a list is either all inputs or one batch after another.
         for structure in (data, *data[:1]) if isinstance(data, tuple) else (data,):
-            if [np.ndim(array) for array in keras.tree.flatten(structure)] == ranks:
+            arrays = keras.tree.flatten(structure)
+            if len(arrays) == len(signature.inputs) and all(
+                np.ndim(array) == len(leaf.shape) - _lacks_last(np.shape(array), leaf)
+                for array, leaf in zip(arrays, signature.inputs, strict=True)
+            ):
                 return [structure]
         return data
     if hasattr(data, "__iter__"):
@@ -368,9 +371,19 @@ def _check_keys(element, signature):
         )
 
 
+def _lacks_last(shape, leaf):
+    """Whether samples lack a last axis of 1, which Keras adds, such as a column of a table; else they may be one."""
+    sample = leaf.shape[1:]
+    if len(shape) != len(sample) or sample[-1:] != (1,):
+        return False
+    return any(want not in (None, have) for want, have in zip(sample, shape, strict=True))
+
+
 def _fitting(array, leaf):
-    array = np.asarray(keras.ops.convert_to_numpy(array)) if keras.ops.is_tensor(array) else np.asarray(array)
-    if array.ndim == len(leaf.shape) - 1:
+    given = array = np.asarray(keras.ops.convert_to_numpy(array) if keras.ops.is_tensor(array) else array)
+    if _lacks_last(array.shape, leaf):
+        array = array[..., None]
+    elif array.ndim == len(leaf.shape) - 1:
         array = array[None]
     fits = array.ndim == len(leaf.shape) and all(
         want is None or want == have for want, have in zip(leaf.shape[1:], array.shape[1:], strict=True)
@@ -378,7 +391,7 @@ def _fitting(array, leaf):
     if not fits:
         raise ValueError(
             f"`representative_data` must fit the model's input {leaf.name!r} of shape {leaf.shape}. "
-            f"Received: an array of shape {array.shape}"
+            f"Received: an array of shape {given.shape}"
         )
     if array.dtype.kind not in "biuf" and array.dtype.name not in HALF:
         raise ValueError(
