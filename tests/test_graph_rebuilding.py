@@ -119,3 +119,19 @@ def test_methods_are_put_back_when_the_block_fails():
         assert float(layer(keras.ops.zeros(()))) == 1
         raise RuntimeError
     assert float(layer(keras.ops.ones(()))) == 1
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="strings are TensorFlow's")
+def test_a_vocabulary_goes_with_the_weights():
+    lookup = layers.StringLookup(name="lookup")
+    lookup.adapt(["Lyon", "Ghent", "Turin"])
+    inputs = {"city": keras.Input((1,), dtype="string", name="city"), "area": keras.Input((1,), name="area")}
+    x = layers.Concatenate()([layers.Flatten()(layers.Embedding(5, 4)(lookup(inputs["city"]))), inputs["area"]])
+    model = keras.Model(inputs, layers.Dense(2, bias_initializer="ones")(layers.Dense(8, "relu")(x)))
+    ks.prune(model, 0.5, pattern="channel")
+    small = ks.shrink(model, verbose=0)
+    assert small.count_params() < model.count_params()
+    words = keras.ops.convert_to_tensor(np.array([["Turin"], ["Lyon"], ["Rome"]]), "string")
+    batch = {"city": words, "area": keras.ops.ones((3, 1))}
+    np.testing.assert_allclose(small(batch), model(batch), atol=1e-6)
+    assert small.get_layer("lookup").get_vocabulary() == lookup.get_vocabulary()

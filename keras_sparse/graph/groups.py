@@ -272,7 +272,8 @@ class Channels:
 
 def _ones(tensor):
     shape = [8 if n is None else n for n in tensor.shape[1:]]
-    return np.zeros((1, *shape), keras.backend.standardize_dtype(tensor.dtype).replace("bfloat16", "float32"))
+    dtype = keras.backend.standardize_dtype(tensor.dtype).replace("bfloat16", "float32")
+    return np.full((1, *shape), "", object) if dtype == "string" else np.zeros((1, *shape), dtype)
 
 
 def _bytes(dtype):

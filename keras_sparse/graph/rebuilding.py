@@ -4,6 +4,8 @@ import collections
 import functools
 import inspect
 import json
+import os
+import tempfile
 
 import keras
 import numpy as np
@@ -11,7 +13,7 @@ import numpy as np
 from keras_sparse.graph.wiring import filled, histories, wiring
 from keras_sparse.identity import IdentityDict
 
-__all__ = ["Rebuilding", "config_of", "is_loadable", "remade", "replay"]
+__all__ = ["Rebuilding", "config_of", "copy_assets", "is_loadable", "remade", "replay"]
 
 
 def replay(model, tensors, call):
@@ -189,10 +191,31 @@ class Rebuilding:
 
     def set_weights(self):
         """Give all copies their weights."""
-        for new, _, values in self._copies.values():
+        for old, (new, _, values) in self._copies.items():
             new.set_weights(values)
+            copy_assets(old, new)
             if hasattr(new, "finalize_state"):  # of Normalization: its statistics are copies of its weights
                 new.finalize_state()
+
+
+def copy_assets(old, new):
+    """Give a layer what its like keeps in files beside its weights: the vocabulary that a `StringLookup` has learned.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.graph.rebuilding import copy_assets
+    >>> old, new = keras.layers.StringLookup(), keras.layers.StringLookup()
+    >>> old.adapt(["Lyon", "Ghent"])
+    >>> copy_assets(old, new)
+    >>> new.get_vocabulary() == old.get_vocabulary()
+    True
+    """
+    if new is not old and hasattr(old, "save_assets") and hasattr(new, "load_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            if os.listdir(folder):  # else it is in the config
+                new.load_assets(folder)
 
 
 def config_of(layer):
