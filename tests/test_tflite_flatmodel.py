@@ -8,6 +8,7 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 from tflite_models import encodings
 
+import keras_sparse as ks
 from keras_sparse.tflite.flatmodel import Tensor, read
 
 
@@ -96,3 +97,10 @@ def test_operators_that_run_in_circles(files):
     builder.Finish(model.Pack(builder), b"TFL3")
     with pytest.raises(ValueError, match="damaged or truncated.*Received: content of"):
         read(bytes(builder.Output()))
+
+
+@pytest.mark.parametrize("function", [ks.tflite.benchmark, ks.tflite.inspect], ids=["benchmark", "inspect"])
+@pytest.mark.parametrize("path", [["a.tflite"], {"a": "a.tflite"}, None], ids=["list", "dict", "nothing"])
+def test_one_path_is_expected(function, path):
+    with pytest.raises(TypeError, match=f"path of one .tflite file.* Received: path of type {type(path).__name__}"):
+        function(path)

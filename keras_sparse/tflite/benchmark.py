@@ -141,8 +141,9 @@ def benchmark(path, baseline=None, runtime=None, threads=1, seconds=1.0, timeout
     for name, value in ("seconds", seconds), ("timeout", timeout):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
-    files = [os.fspath(file) for file in ([baseline] if baseline is not None else []) + [path]]
+    files = ([baseline] if baseline is not None else []) + [path]
     models = [read(file) for file in files]
+    files = [os.fspath(file) for file in files]
     operators = [row for file, model in zip(files, models, strict=True) for row in _operators(file, model, runtimes[0])]
     [measure] = {_MEASURES[runtime.counts] for runtime in runtimes}
     with contextlib.ExitStack() as stack:

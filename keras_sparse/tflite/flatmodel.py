@@ -291,6 +291,11 @@ def gzip_size(content):
 
 
 def _content(path):
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            "Expected the path of one .tflite file; `ks.tflite.export(model, path)` writes one. "
+            f"Received: path of type {type(path).__name__}"
+        )
     path = os.fspath(path)
     if os.path.isdir(path):
         raise ValueError(f"Expected a .tflite file, and this is a folder. Received: path={path!r}")

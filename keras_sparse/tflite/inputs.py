@@ -4,8 +4,8 @@ A network that begins with `Rescaling(1 / 255)` makes next to nothing of normal 
 even less: its outputs are those of its biases, and so may be those of another network. So inputs are drawn as the
 model's own first layers will make normal numbers of them, where these are known, or at several scales, and tried.
 
-Nor do probabilities show it that are all 0 or 1: behind a softmax of large numbers, those of a file with a kernel half as
-large are the same.
+Nor do probabilities show it that are all 0 or 1: behind a softmax of large numbers, those of a file with a kernel half
+as large are the same.
 """
 
 from dataclasses import replace

@@ -369,10 +369,11 @@ def get(name):
     >>> get("xnnpack-wasm").title
     'LiteRT.js in browsers (XNNPACK, WebAssembly)'
     """
-    found = [target for target in TARGETS if target.name == name]
+    found = [target for target in TARGETS if isinstance(name, str) and target.name == name]
     if not found:
         names = ", ".join(repr(target.name) for target in TARGETS)
-        raise ValueError(f"`target` must be one of {names}. Received: target={name!r}")
+        received = f"target={name!r}" if isinstance(name, str) else f"a target of type {type(name).__name__}"
+        raise ValueError(f"`target` must be one of {names}. Received: {received}")
     return found[0]
 
 
