@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_sparse.registry import check_whole
 
-__all__ = ["are_arrays", "check", "count", "labelled", "of", "parts", "whole"]
+__all__ = ["are_arrays", "check", "count", "for_fit", "labelled", "of", "parts", "whole"]
 
 
 def parts(data, name="`data`"):
@@ -200,6 +200,26 @@ def whole(data, name="`data`"):
     ]
 
 
+def for_fit(part):
+    """Return a part of arrays as Keras's `fit` and `evaluate` take it: a list of numbers as an array, words as tensors.
+
+    Example:
+
+    >>> from keras_sparse import batches
+    >>> batches.for_fit([0, 1, 1]).shape
+    (3,)
+    """
+    if part is None:
+        return None
+
+    def taken(leaf):
+        array = _as_array(leaf)
+        words = array.dtype.kind in "US" or (array.dtype.kind == "O" and isinstance(array.flat[0], (str, bytes)))
+        return keras.ops.convert_to_tensor(array, "string") if words else array
+
+    return keras.tree.map_structure(taken, part if _hold_arrays(part) else np.asarray(part))
+
+
 def count(data, batch_size=32):
     """How many batches `of` or `labelled` will yield; `None` where nobody knows.
 
@@ -241,5 +261,7 @@ def _each(data):
 def _as_array(value):
     if value is None:
         return None
+    if hasattr(value, "detach"):  # of torch, on any backend: it may want a gradient
+        value = value.detach()
     array = keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else np.asarray(value)
     return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array

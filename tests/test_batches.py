@@ -180,3 +180,9 @@ def test_targets_are_missed(form):
             ask(WITHOUT[form]())
     keras.utils.set_random_seed(3)
     check_same(sensitive, WITHOUT[form], sensitive(X))
+
+
+def test_tensors_of_torch_that_want_a_gradient():
+    torch = pytest.importorskip("torch")
+    found = list(batches.of(torch.ones(3, 2, requires_grad=True), batch_size=2))
+    assert [type(batch) for batch in found] == [np.ndarray] * 2 and found[1].shape == (1, 2)

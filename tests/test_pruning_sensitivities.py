@@ -184,3 +184,48 @@ def test_targets_that_cannot_be_reached():
 def test_a_budget_of_time_is_none_of_single_weights():
     with pytest.raises(ValueError, match="give one of 'parameters', 'macs', 'bytes'. Received: .*milliseconds"):
         made(0).allocate(ks.Budget(milliseconds=1.0))
+
+
+class Column:
+    """As of a table: it has a shape, is no array, and has labels instead of places."""
+
+    def __init__(self, values):
+        self._values, self.shape, self.dtype = np.asarray(values), np.shape(values), np.asarray(values).dtype
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self._values, dtype)
+
+    def __getitem__(self, index):
+        return Column(self._values[index])
+
+
+@pytest.mark.parametrize("kind", [list, Column])
+def test_targets_that_are_no_array(kind):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(8, "relu"), layers.Dense(3, "softmax")])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    x, y = np.random.default_rng(0).normal(size=(40, 4)), np.arange(40) % 3
+    expected = [ks.sensitivity(model, (x, y), 0.5, criterion=name).rows for name in ("magnitude", "snip")]
+    given = (x, kind(y.tolist()))
+    assert [ks.sensitivity(model, given, 0.5, criterion=name).rows for name in ("magnitude", "snip")] == expected
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="strings are TensorFlow's")
+def test_words_and_numbers_in_columns():
+    lookup = layers.StringLookup()
+    lookup.adapt(["Lyon", "Ghent"])
+    inputs = {"city": keras.Input((1,), dtype="string", name="city"), "area": keras.Input((1,), name="area")}
+    x = layers.Concatenate()([layers.Flatten()(layers.Embedding(4, 4)(lookup(inputs["city"]))), inputs["area"]])
+    model = keras.Model(inputs, layers.Dense(1, "sigmoid")(layers.Dense(8, "relu")(x)))
+    model.compile("sgd", "binary_crossentropy")
+    data = {"city": np.array(["Lyon", "Ghent"] * 10), "area": np.linspace(0, 1, 20)}, np.arange(20) % 2
+    words = {"city": data[0]["city"].astype(object), "area": data[0]["area"]}, data[1]
+    loss = ks.sensitivity(model, data, 0.5, criterion="snip").totals["loss"]
+    assert ks.sensitivity(model, words, 0.5).totals["loss"] == pytest.approx(loss)
+    assert ks.prune(model, 0.5, criterion="snip", data=data).totals["zeros"] == 24
+
+
+def test_inputs_of_another_type():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    for data, kind in (np.full((5, 4), "a"), "<U1"), (np.full((5, 4), None), "object"):
+        with pytest.raises(ValueError, match=rf"Received a batch of shape \(5, 4\) of {kind}"):
+            ks.prune(model, 0.5, criterion="obs", data=data)

@@ -125,10 +125,11 @@ class Probe:
                     f"torch backend has no such loops. Received: {type(self._model).__name__}"
                 ) from error
             shapes = keras.tree.map_structure(lambda array: array.shape, batch)
+            types = sorted({str(array.dtype) for array in keras.tree.flatten(batch)})
             raise ValueError(
                 f"The model {self._model.name!r} cannot run on `data`, which must be batches of its inputs, without "
                 f"targets. It takes inputs of shape {getattr(self._model, 'input_shape', '(see its `call`)')}. "
-                f"Received a batch of shape {shapes}"
+                f"Received a batch of shape {shapes} of {', '.join(types)}"
             ) from error
 
     def _recording(self):

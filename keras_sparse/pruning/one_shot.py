@@ -187,6 +187,8 @@ def gradient_statistics(model, plan, data):
         given = [_with_targets(given[0])]
     elif not len(keras.tree.flatten(given[0])[0]):
         raise ValueError("`data` are empty: at least one sample is needed to take a gradient.")
+    else:
+        given = [batches.for_fit(part) for part in given]
     variables = [goal.weight.variable for goal in plan.goals]
     with optimizers.measuring(model) as sparse, warnings.catch_warnings():
         statistics = sparse.sparse_parts.statistics

@@ -265,7 +265,7 @@ def _loss(model, data, samples):
     if isinstance(data, tuple):
         if not getattr(model, "compiled", False):
             raise ValueError("With targets the loss is the model's own: compile it, or pass inputs alone as `data`.")
-        x, y, *weight = data
+        x, y, *weight = map(batches.for_fit, data)
         return functools.partial(_compiled_loss, model, x, y, weight[0] if weight else None), "loss"
     outputs = _outputs(model, samples)
     power = [float(np.sum((out - out.mean(axis=0)) ** 2)) or float(np.sum(out**2)) or 1.0 for out in outputs]
