@@ -226,6 +226,6 @@ def test_words_and_numbers_in_columns():
 
 def test_inputs_of_another_type():
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
-    for data, kind in (np.full((5, 4), "a"), "<U1"), (np.full((5, 4), None), "object"):
+    for data, kind in (np.full((5, 4), "a"), "<U1"), (np.full((5, 4), "a", object), "object"):
         with pytest.raises(ValueError, match=rf"Received a batch of shape \(5, 4\) of {kind}"):
             ks.prune(model, 0.5, criterion="obs", data=data)
