@@ -1,7 +1,11 @@
 """Runtimes: the same numbers on each, in processes that can do the caller no harm."""
 
 import os
+import pathlib
+import subprocess
+import sys
 import tempfile
+import time
 
 import keras
 import numpy as np
@@ -130,6 +134,39 @@ def test_a_worker_measures_and_leaves_nothing(files, tmp_path, monkeypatch):
         assert 0 < worker.time(10) < 1 and 0 < worker.load < 10 and 0 < worker.memory() < 1 << 30
         assert os.listdir(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+BUSY = """
+import sys
+from keras_sparse.tflite.runtimes import Worker
+with Worker(sys.argv[1], sys.argv[2]) as worker:
+    worker.feed()
+    print("busy", flush=True)
+    worker.time(10**9)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc what runs")
+@each_runtime("native", "x86-no-avx", "wasm", "arm64", "compiled-cpu", "gpu", "micro")
+@pytest.mark.lengthy(1)
+def test_a_worker_ends_with_its_parent(runtime, files):
+    line = [sys.executable, "-c", BUSY, str(files["mlp"]), runtime]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout.readline() == b"busy\n"
+        workers = pathlib.Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while any(map(runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(workers) == 1 and not any(map(runs, workers))
+
+
+def runs(number):
+    """Whether a process is there, and not ended without anyone asking how."""
+    try:
+        return pathlib.Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 @each_runtime("arm64")

@@ -6,10 +6,10 @@ import { createRequire } from 'node:module';
 import os from 'node:os';
 import path from 'node:path';
 import process from 'node:process';
-import readline from 'node:readline';
 import { pathToFileURL } from 'node:url';
 import v8 from 'node:v8';
 import vm from 'node:vm';
+import { Worker } from 'node:worker_threads';
 
 v8.setFlagsFromString('--experimental-wasm-relaxed-simd'); // Node 20 has it behind this flag, as Chrome has it without
 
@@ -91,12 +91,21 @@ const session = {
   },
 };
 
-for await (const line of readline.createInterface({ input: process.stdin })) {
+// A thread reads the requests: it ends the process with the one that asks, even in the middle of a run.
+const reading = `
+const net = require('node:net');
+const readline = require('node:readline');
+const { parentPort } = require('node:worker_threads');
+readline.createInterface({ input: new net.Socket({ fd: 0 }) })
+  .on('line', (line) => parentPort.postMessage(line))
+  .on('close', () => process.kill(process.pid, 'SIGKILL'));
+`;
+
+new Worker(reading, { eval: true }).on('message', async (line) => {
   const { do: name, ...request } = JSON.parse(line);
   try {
     answer(await session[name](request));
   } catch (error) {
     answer({ error: String(error) });
   }
-}
-process.exit(0);
+});

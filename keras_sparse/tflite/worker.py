@@ -8,29 +8,40 @@ files, as raw bytes.
 What runs the file is an engine: LiteRT's interpreter, or the class `Engine` of the script that is named on the command
 line (`compiled.py`, `micro.py`, `vela.py`), which stands alone, too. An engine loads a file and tells what it takes,
 is given inputs, runs until the outputs are there, and hands these out.
+
+A worker ends with the process that asks, even in the middle of a run.
 """
 
+import contextlib
 import importlib
 import json
 import os
+import queue
 import runpy
+import select
+import signal
 import sys
+import threading
 import time
 
 import numpy as np
+
+with contextlib.suppress(ImportError):  # Windows
+    import fcntl
 
 __all__ = ["serve"]
 
 _OPEN = (32, 128, 512, 2048, 8192, 32768)  # sizes that are tried where the file leaves one open
 
 
-def serve(requests, answers, engine=None):
+def serve(requests, answers, engine=None, meanwhile=contextlib.nullcontext):
     """Answer each request, such as the line `{"do": "load", "path": "m.tflite", "threads": 1}`, with a line of JSON.
 
     Args:
         requests: Iterable of lines.
         answers: Where to write the answers: a text stream.
         engine: What runs the file; `None`: LiteRT's interpreter.
+        meanwhile: Function that returns a context in which each request is worked at.
 
     Example:
 
@@ -45,7 +56,8 @@ def serve(requests, answers, engine=None):
     for line in requests:
         request = json.loads(line)
         try:
-            answer = getattr(session, request.pop("do"))(**request)
+            with meanwhile():
+                answer = getattr(session, request.pop("do"))(**request)
         except MemoryError:
             answer = {"error": "out of memory"}
         except Exception as error:  # whatever the runtime's bindings raise goes to the process that asked
@@ -231,9 +243,53 @@ def _peak_memory():
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+@contextlib.contextmanager
+def _leash(requests):
+    """While this holds, the process ends when the one at the other end of a pipe has ended.
+
+    The kernel of Linux sees to it: native code may hold Python's lock for as long as it computes. It acts on anything
+    that happens to the pipe, but the process that asks writes nothing before it has the answer.
+    """
+    flags = fcntl.fcntl(requests, fcntl.F_GETFL)
+    fcntl.fcntl(requests, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(requests, fcntl.F_SETFL, flags | os.O_ASYNC)
+    poll = select.poll()
+    poll.register(requests, 0)
+    if poll.poll(0):  # it has ended before
+        _end()
+    try:
+        yield
+    finally:
+        fcntl.fcntl(requests, fcntl.F_SETFL, flags)
+
+
+def _end():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _read_ahead(requests):
+    """Yield the lines of a pipe; end the process as soon as they end, unless native code holds Python's lock."""
+    lines = queue.SimpleQueue()
+
+    def read():
+        for line in requests:
+            lines.put(line)
+        _end()
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield lines.get()
+
+
 if __name__ == "__main__":
     # Native code may print: only answers go where the answers are read.
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     script, *arguments = sys.argv[1:] or [None]
-    serve(sys.stdin, channel, script and runpy.run_path(script)["Engine"](*arguments))
+    runs = script and runpy.run_path(script)["Engine"](*arguments)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        signal.signal(signal.SIGIO, signal.SIG_DFL)  # which ends the process
+        serve(sys.stdin, channel, runs, lambda: _leash(sys.stdin))
+    else:
+        serve(_read_ahead(sys.stdin), channel, runs)
