@@ -1,6 +1,6 @@
 """Operators from which an accelerator computes wrong numbers without an error, however a file's weights are stored."""
 
-__all__ = ["FAULTS", "averaged", "broadcast", "differs", "grouped", "shifted", "takes_groups"]
+__all__ = ["FAULTS", "averaged", "broadcast", "differs", "grouped", "shifted", "strided", "takes_groups"]
 
 _SAME = 0  # in the file's `Padding`
 _AT_ONCE = 4  # channels that a GPU computes
@@ -147,6 +147,44 @@ def broadcast(model):
     return None
 
 
+def strided(model):
+    """Why LiteRT's GPU accelerator computes wrong numbers from a file's 1x1 convolutions of integers, or `None`.
+
+    Measured, ai-edge-litert 2.3.0: in files of 8-bit integers it overlooks the strides of 1x1 convolutions (those of
+    one step, for sequences), such as the shortcuts of residual networks; outputs are wrong by their magnitude. Other
+    sizes of kernels are right, and so are floats.
+
+    Args:
+        model: A `FlatModel`.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.faults import strided
+    >>> from keras_sparse.tflite.flatmodel import read
+    >>> from keras_sparse.tflite.job import Job
+    >>> model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(3, 1, strides=2)])
+    >>> samples = [[image[None]] for image in np.random.default_rng(0).normal(size=(9, 8, 8, 3)).astype("float32")]
+    >>> jobs = Job(model), Job(model, quantize="int8", samples=samples)
+    >>> [bool(strided(read(convert(job).content))) for job in jobs]
+    [False, True]
+    """
+    for graph, operator in _operators(model, "CONV_2D"):
+        images, kernel = (graph.tensors[number] for number in operator.inputs[:2])
+        strides = operator.options.get("StrideH"), operator.options.get("StrideW")
+        sizes = graph.tensors[operator.outputs[0]].shape[1:3]  # of one row or column, it is the first in any case
+        if images.dtype in _BYTES and tuple(kernel.shape[1:3]) == (1, 1):
+            if any(stride > 1 and size != 1 for stride, size in zip(strides, sizes, strict=True)):
+                return (
+                    "LiteRT's GPU accelerator overlooks the strides of a 1x1 convolution of 8-bit integers "
+                    f"({strides[0]}x{strides[1]}), without an error: use quantize='float16'; GPUs compute in floats in "
+                    "any case"
+                )
+    return None
+
+
 def averaged(model):
     """Why LiteRT.js computes wrong numbers from a file's means and sums of 8-bit integers, or `None`.
 
@@ -193,5 +231,6 @@ FAULTS = (  # and what users call the accelerator
     (shifted, "GPUs"),
     (grouped, "GPUs"),
     (broadcast, "GPUs"),
+    (strided, "GPUs"),
     (averaged, "browsers"),
 )

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from keras_sparse.reports import Report
-from keras_sparse.tflite.faults import averaged, broadcast, grouped, shifted
+from keras_sparse.tflite.faults import averaged, broadcast, grouped, shifted, strided
 
 __all__ = [
     "NOT_SPARSE",
@@ -253,7 +253,7 @@ _DENSE = (  # name, title, what becomes of zeros, and what else is known of targ
             "runtimes": ("gpu-cpu",),
             "measures": ("gpu-cpu",),
             "fixed_batch": True,
-            "faults": (shifted, grouped, broadcast),
+            "faults": (shifted, grouped, broadcast, strided),
         },
     ),
     (
