@@ -171,6 +171,36 @@ def images():
     yield "dense", lambda x: layers.Dense(5)(conv(x))
 
 
+def wide():
+    """Yield shapes, names and functions of 1,024 weights or more: fewer, quantize="dynamic" leaves in floats."""
+    for shape in ((48,), (16, 48)):
+        yield shape, "wide Dense", layers.Dense(32, "relu")
+    for name, layer in {
+        "LSTM": layers.LSTM(32), "GRU": layers.GRU(32), "GRU, sequences": layers.GRU(32, return_sequences=True),
+        "SimpleRNN": layers.SimpleRNN(32), "Conv1D": layers.Conv1D(32, 3), "Conv1D 1/2": layers.Conv1D(32, 1, 2),
+        "Conv1D 3/2": layers.Conv1D(32, 3, 2, padding="same"), "SeparableConv1D": layers.SeparableConv1D(32, 3),
+        "dilated Conv1D": layers.Conv1D(32, 3, dilation_rate=2, padding="causal"),
+        "Conv1DTranspose": layers.Conv1DTranspose(32, 3, 2), "einsum": layers.EinsumDense("btc,cd->btd", (16, 32)),
+    }.items():  # fmt: skip
+        yield (16, 48), f"wide {name}", layer
+    yield (16, 48), "wide attention", lambda x: layers.MultiHeadAttention(2, 16)(x, x)
+    yield (16, 400), "wide DepthwiseConv1D", layers.DepthwiseConv1D(3)
+    for shape in ((8, 8, 36), (9, 7, 36)):
+        for kernel, stride in ((1, 1), (1, 2), (2, 1), (3, 1), (3, 2), (5, 2)):
+            options = {"strides": stride, "padding": "same"}
+            yield shape, f"wide Conv2D {kernel}/{stride}", layers.Conv2D(32, kernel, **options)
+            yield shape, f"wide Conv2DTranspose {kernel}/{stride}", layers.Conv2DTranspose(32, kernel, **options)
+        yield shape, "wide dilated", layers.Conv2D(32, 3, dilation_rate=2, padding="same")
+        yield shape, "wide groups", layers.Conv2D(64, 3, groups=2)
+        yield shape, "wide Dense of images", layers.Dense(32)
+    for stride in (1, 2):
+        yield (9, 8, 128), f"wide depthwise 3/{stride}", layers.DepthwiseConv2D(3, stride, "same")
+    yield (9, 8, 128), "wide depthwise, dilated", layers.DepthwiseConv2D(3, dilation_rate=2)
+    yield (9, 8, 128), "wide depthwise, two each", layers.DepthwiseConv2D(3, depth_multiplier=2)
+    yield (4, 5, 6, 16), "wide Conv3D", layers.Conv3D(32, 2)
+    yield TOKENS, "wide Embedding", layers.Embedding(64, 32)
+
+
 def cases():
     """Yield `(shape of the input, name, function)`."""
     yield from ((SEQUENCE, name, function) for name, function in sequences())
@@ -178,6 +208,7 @@ def cases():
         yield from ((shape, name, function) for name, function in images())
     yield VOLUME, "Conv3D", lambda x: layers.Conv3D(4, 2)(x)
     yield TOKENS, "Embedding", lambda x: layers.Embedding(20, 8)(x)
+    yield from wide()
 
 
 def draw(rng, shape, count):

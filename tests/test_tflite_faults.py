@@ -231,6 +231,12 @@ def test_the_gpu_overlooks_strides_as_the_rule_says(name):
             assert (parity.relative > 0.3) == (wrong and mode == "int8")
 
 
+def test_strides_on_images_of_open_size():
+    model = keras.Sequential([keras.Input((None, None, 8)), layers.Conv2D(7, 1, strides=2)])
+    samples = [[np.ones((1, 8, 8, 8), "float32")]]
+    assert strided(read(convert(Job(model, quantize="int8", samples=samples)).content))
+
+
 def test_strides_are_said_and_refused(tmp_path):
     (model, x), path = striding("1x1"), tmp_path / "m.tflite"
     options = {"quantize": "int8", "representative_data": x}

@@ -174,9 +174,11 @@ def strided(model):
     for graph, operator in _operators(model, "CONV_2D"):
         images, kernel = (graph.tensors[number] for number in operator.inputs[:2])
         strides = operator.options.get("StrideH"), operator.options.get("StrideW")
-        sizes = graph.tensors[operator.outputs[0]].shape[1:3]  # of one row or column, it is the first in any case
+        output = graph.tensors[operator.outputs[0]]
+        # Of one row or column it takes the first, as it should.
+        several = [output.shape[axis] > 1 or axis in output.opened for axis in (1, 2)]
         if images.dtype in _BYTES and tuple(kernel.shape[1:3]) == (1, 1):
-            if any(stride > 1 and size != 1 for stride, size in zip(strides, sizes, strict=True)):
+            if any(stride > 1 and many for stride, many in zip(strides, several, strict=True)):
                 return (
                     "LiteRT's GPU accelerator overlooks the strides of a 1x1 convolution of 8-bit integers "
                     f"({strides[0]}x{strides[1]}), without an error: use quantize='float16'; GPUs compute in floats in "
