@@ -1,13 +1,15 @@
 """What each installed runtime makes of dense and of sparse-encoded files, against what was recorded.
 
 Small networks of each family (tflite_models.py) in each format, dense and stored without zeros, straight from the
-encoder: what `ks.tflite.export` would hold back is run, too. Of each file and runtime: `right`, `wrong`, `refused`, or
+encoder: what `ks.tflite.export` would hold back is run, too; and operators alone that a runtime is known to compute
+wrong, with such beside them that it computes right. Of each file and runtime: `right`, `wrong`, `refused`, or
 `in part` where some of it ran on the CPU instead; of a compiler for NPUs, what it takes and the cycles. The record
 (`certified.json`) is what the rules of `ks.tflite` were written for; after a new version of a runtime, this says what
 of it no longer holds. `--record` writes the record anew.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
@@ -15,7 +17,8 @@ import time
 
 import keras
 import numpy as np
-import result  # first of those that import TensorFlow: it keeps it quiet
+import operators  # first of those that import TensorFlow: it keeps it quiet
+import result
 
 from keras_sparse.tflite import verification
 from keras_sparse.tflite.commands import LITERTJS, RUNTIMES
@@ -42,6 +45,22 @@ NETWORKS = {
     "attention": lambda: models.sparsify(models.attention(), 0.9),
     "several inputs and outputs": lambda: models.sparsify(models.several(), 0.9),
 }
+# Operators that a runtime computes wrong without an error, by a rule of keras_sparse.tflite.faults, and others beside
+# them that it computes right: of the survey in operators.py.
+ALONE_IN = ("float32", "int8")
+ALONE = {
+    operators.ODD: ("Conv2DTranspose 3/2 same", "Conv2DTranspose 4/2 same"),
+    operators.IMAGE: (
+        "Conv2DTranspose 3/2 same", "2 groups of 3 to 4", "2 groups of 4 to 4", "Conv2D 1/2 same", "Conv2D 3/2 same",
+        "mean over 3", "mean over (1, 2)",
+    ),
+    operators.SEQUENCE: ("add a row", "Add of 8"),
+}  # fmt: skip
+OPERATORS = {
+    f"{case[1]} of {'x'.join(map(str, case[0]))}": functools.partial(operators.network, [case])
+    for case in operators.cases()
+    if case[1] in ALONE.get(case[0], ())
+}
 PACKAGES = ("tensorflow", "ai-edge-litert", "ai-edge-litert-nightly", "tflite-micro", "ethos-u-vela")
 NPU = "ethos-u85-128"
 
@@ -49,7 +68,7 @@ NPU = "ethos-u85-128"
 def files(name, mode):
     """`{"dense": bytes, "sparse": bytes}` of a network of fixed batch in a format, and its reference."""
     keras.utils.set_random_seed(0)
-    model, rng = NETWORKS[name](), np.random.default_rng(0)
+    model, rng = (NETWORKS | OPERATORS)[name](), np.random.default_rng(0)
     for weight in model.weights:  # a bias of zero hides that a runtime loses it
         if len(weight.shape) == 1 and weight.dtype == "float32":
             weight.assign(keras.ops.convert_to_numpy(weight) + rng.uniform(0.1, 0.3, weight.shape))
@@ -80,8 +99,9 @@ def outcome(content, reference, runtime, allowed):
 
 
 def main():
+    names = [*NETWORKS, *OPERATORS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=names, choices=names)
     parser.add_argument("--quantize", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--runtimes", nargs="+", default=list(RUNTIMES), choices=list(RUNTIMES))
     parser.add_argument("--record", action="store_true", help="write the record anew; what was not run is kept")
@@ -92,13 +112,13 @@ def main():
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {"versions": "", "found": {}}
     found, changed = {}, []
     for name in args.networks:
-        for mode in args.quantize:
+        for mode in args.quantize if name in NETWORKS else [one for one in args.quantize if one in ALONE_IN]:
             try:
                 made, reference = files(name, mode)
             except ExportError as error:
                 print(f"{name}, {mode}: not converted: {str(error)[:160]}", flush=True)
                 continue
-            if made["sparse"] == made["dense"]:
+            if name in OPERATORS or made["sparse"] == made["dense"]:
                 made.pop("sparse")
             for encoding, content in made.items():
                 for runtime in runtimes:
