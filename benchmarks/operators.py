@@ -1,7 +1,7 @@
 """Each operator alone on each runtime: which ones an accelerator computes otherwise than this machine's CPU.
 
 Layers and operations of Keras in many sizes, a dozen at a time as outputs of one network with random weights and
-biases. A group of which a runtime refuses something or computes it wrong is split until single ones are left. An
+biases. A file of which a runtime refuses something or computes it wrong is cut into one for each operator. An
 operator is wrong if it differs from the Keras model by more than twice of what it does on this machine's CPU, and by
 more than 5 % of its magnitude for integers, 0.2 % for floats; 5 % where a GPU computes in half precision.
 """
@@ -24,6 +24,7 @@ from keras_sparse.tflite.commands import RUNTIMES, available
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.converter import in_order, to_tflite
 from keras_sparse.tflite.converter import save as saved
+from keras_sparse.tflite.editing import File
 from keras_sparse.tflite.encoding import fill
 from keras_sparse.tflite.errors import ExportError, refusal
 from keras_sparse.tflite.faults import FAULTS
@@ -294,20 +295,39 @@ def compared(group, mode, runtimes):
         else:
             yield from halves(group, mode, runtimes)
         return
-    for runtime in runtimes:
-        try:
-            found[runtime] = computed(content, runtime, unseen)
-        except (ValueError, TimeoutError) as error:
-            if len(group) > 1:
-                yield from halves(group, mode, runtimes)
-                return
-            found[runtime] = str(error)
     right = [[np.asarray(y, "float64") for y in keras.tree.flatten(model(sample[None]))] for sample in unseen]
+    found = {runtime: outcome(content, runtime, unseen) for runtime in runtimes}
     differences = [apart(number, found, right) for number in range(len(group))]
-    if len(group) > 1 and any(wrong(values, mode) for values in differences):  # one may spoil the others
-        yield from halves(group, mode, runtimes)
-    else:
-        yield from zip(group, differences, strict=True)
+    told = any(isinstance(outputs, str) for outputs in found.values())
+    if len(group) > 1 and (told or any(wrong(values, mode) for values in differences)):  # one may spoil the others
+        for number in range(len(group)):
+            alone = part(content, f"output_{number}")
+            found = {runtime: outcome(alone, runtime, unseen) for runtime in runtimes}
+            differences[number] = apart(number, found, right)
+    yield from zip(group, differences, strict=True)
+
+
+def outcome(content, runtime, samples):
+    """What a runtime makes of a file: `{name: outputs}`, or why there is nothing."""
+    try:
+        return computed(content, runtime, samples)
+    except (ValueError, TimeoutError) as error:
+        return str(error)
+
+
+def part(content, output):
+    """A file of the operators that one output needs."""
+    file = File(content)
+    (graph,), (called,) = file.model.subgraphs[:1], file.model.signatureDefs
+    called.outputs = [one for one in called.outputs if one.name.decode() == output]
+    needed = {called.outputs[0].tensorIndex}
+    graph.outputs, kept = sorted(needed), []
+    for operator in reversed(graph.operators):
+        if needed & set(operator.outputs):
+            needed |= set(operator.inputs)
+            kept.insert(0, operator)
+    graph.operators = kept
+    return file.pack()
 
 
 def apart(number, found, right):
