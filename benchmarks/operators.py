@@ -299,7 +299,11 @@ def compared(group, mode, runtimes):
     found = {runtime: outcome(content, runtime, unseen) for runtime in runtimes}
     differences = [apart(number, found, right) for number in range(len(group))]
     told = any(isinstance(outputs, str) for outputs in found.values())
-    if len(group) > 1 and (told or any(wrong(values, mode) for values in differences)):  # one may spoil the others
+    spoiled = len(group) > 1 and (told or any(wrong(values, mode) for values in differences))
+    if spoiled and len(read(content).subgraphs) > 1:  # the loops of others would stay in each part
+        yield from halves(group, mode, runtimes)
+        return
+    if spoiled:
         for number in range(len(group)):
             alone = part(content, f"output_{number}")
             found = {runtime: outcome(alone, runtime, unseen) for runtime in runtimes}
