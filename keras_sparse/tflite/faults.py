@@ -150,9 +150,9 @@ def broadcast(model):
 def strided(model):
     """Why LiteRT's GPU accelerator computes wrong numbers from a file's 1x1 convolutions of integers, or `None`.
 
-    Measured, ai-edge-litert 2.3.0: in files of 8-bit integers it overlooks the strides of 1x1 convolutions (those of
-    one step, for sequences), such as the shortcuts of residual networks; outputs are wrong by their magnitude. Other
-    sizes of kernels are right, and so are floats.
+    Measured, ai-edge-litert 2.3.0: it overlooks the strides of 1x1 convolutions (those of one step, for sequences)
+    with weights of 8 bits, such as the shortcuts of residual networks; outputs are wrong by their magnitude. Other
+    sizes of kernels are right, and so are floats, and integers of 16 bits with such weights.
 
     Args:
         model: A `FlatModel`.
@@ -177,10 +177,10 @@ def strided(model):
         output = graph.tensors[operator.outputs[0]]
         # Of one row or column it takes the first, as it should.
         several = [output.shape[axis] > 1 or axis in output.opened for axis in (1, 2)]
-        if images.dtype in _BYTES and tuple(kernel.shape[1:3]) == (1, 1):
+        if kernel.dtype in _BYTES and images.dtype != "int16" and tuple(kernel.shape[1:3]) == (1, 1):
             if any(stride > 1 and many for stride, many in zip(strides, several, strict=True)):
                 return (
-                    "LiteRT's GPU accelerator overlooks the strides of a 1x1 convolution of 8-bit integers "
+                    "LiteRT's GPU accelerator overlooks the strides of a 1x1 convolution with weights of 8 bits "
                     f"({strides[0]}x{strides[1]}), without an error: use quantize='float16'; GPUs compute in floats in "
                     "any case"
                 )
