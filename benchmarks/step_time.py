@@ -14,6 +14,10 @@ With `--also`, more ways: `taylor` and `movement` (Pruning with that criterion),
 pattern), `rigl` (`ks.callbacks.DynamicSparseTraining(0.9, frequency=100)`), `L0 unit` and `L0 weight`
 (`ks.add_l0`), `proximal` (`ks.callbacks.ProximalL1(1e-5)`).
 
+With `--devices`, the same fits on several devices: `mirrored` is `tf.distribute.MirroredStrategy` on 2 logical CPUs;
+`data` and `model` are `keras.distribution.DataParallel` and `ModelParallel` (hidden kernels in 4 parts, batches in 2)
+on 8 virtual CPUs of JAX.
+
 With `--parts`, two ways that show where the time goes: `batch hook` (dense plus a callback with an empty batch hook,
 which makes Keras wait for each step's logs) and `masks` (Pruning whose masks are never updated).
 
@@ -23,6 +27,7 @@ times it hardly moves when others load the machine.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import random
@@ -35,6 +40,7 @@ import result
 BATCH = 128
 FREQUENCY = 100
 SPARSITY = 0.9
+DEVICES = {"mirrored": "tensorflow", "data": "jax", "model": "jax"}
 BASE = {
     "dense again": "dense",
     "Pruning": "dense",
@@ -56,8 +62,8 @@ def architecture(name, layers):
     """Return the layers of the MLP or the CNN and the shape of its input."""
     if name == "mlp":
         return (784,), [
-            layers.Dense(1024, activation="relu"),
-            layers.Dense(1024, activation="relu"),
+            layers.Dense(1024, activation="relu", name="hidden_1"),
+            layers.Dense(1024, activation="relu", name="hidden_2"),
             layers.Dense(10),
         ]
     return (28, 28, 1), [
@@ -66,7 +72,7 @@ def architecture(name, layers):
         layers.Conv2D(64, 3, activation="relu"),
         layers.MaxPooling2D(),
         layers.Flatten(),
-        layers.Dense(128, activation="relu"),
+        layers.Dense(128, activation="relu", name="hidden"),
         layers.Dense(10),
     ]
 
@@ -133,7 +139,29 @@ def keras_callbacks(way, total):
     }[way]()
 
 
-def work(way, model_name, blocks, steps, seed, connection):
+def several(devices):
+    """Set the distribution of JAX, or return the scope of TensorFlow's strategy."""
+    if devices == "mirrored":
+        import tensorflow as tf
+
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+        return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()
+    import keras
+
+    if devices == "data":
+        keras.distribution.set_distribution(keras.distribution.DataParallel())
+    if devices == "model":
+        mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"], keras.distribution.list_devices())
+        layouts = keras.distribution.LayoutMap(mesh)
+        layouts[".*hidden.*/kernel"] = (None, "model")
+        layouts[".*hidden.*/bias"] = ("model",)
+        parallel = keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+        keras.distribution.set_distribution(parallel)
+    return contextlib.nullcontext()
+
+
+def work(way, model_name, devices, blocks, steps, seed, connection):
     """Train in this process, one block per turn."""
     legacy = BASE.get(way, way) == "tf_keras dense"
     if legacy:
@@ -141,28 +169,29 @@ def work(way, model_name, blocks, steps, seed, connection):
     else:
         import keras as framework
     framework.utils.set_random_seed(seed)
-    shape, layers = architecture(model_name, framework.layers)
-    model = framework.Sequential([framework.layers.Input(shape), *layers])
     total = blocks * steps
-    if not legacy:
-        callbacks = keras_callbacks(way, total)
-        if way.startswith("L0"):
-            import keras_sparse as ks
+    with several(devices):
+        shape, layers = architecture(model_name, framework.layers)
+        model = framework.Sequential([framework.layers.Input(shape), *layers])
+        if not legacy:
+            callbacks = keras_callbacks(way, total)
+            if way.startswith("L0"):
+                import keras_sparse as ks
 
-            model = ks.add_l0(model, 1e-6, way.removeprefix("L0 "))
-    elif way == "tfmot":
-        from tensorflow_model_optimization.sparsity import keras as tfmot
+                model = ks.add_l0(model, 1e-6, way.removeprefix("L0 "))
+        elif way == "tfmot":
+            from tensorflow_model_optimization.sparsity import keras as tfmot
 
-        schedule = tfmot.PolynomialDecay(0.0, SPARSITY, 0, total, frequency=FREQUENCY)
-        model = tfmot.prune_low_magnitude(model, schedule)
-        callbacks = [tfmot.UpdatePruningStep()]
-    else:
-        callbacks = []
-    model.compile(
-        framework.optimizers.Adam(1e-4),
-        framework.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
+            schedule = tfmot.PolynomialDecay(0.0, SPARSITY, 0, total, frequency=FREQUENCY)
+            model = tfmot.prune_low_magnitude(model, schedule)
+            callbacks = [tfmot.UpdatePruningStep()]
+        else:
+            callbacks = []
+        model.compile(
+            framework.optimizers.Adam(1e-4),
+            framework.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
     first, last = clocks(framework, connection)
     model.fit(
         batches(shape, steps, seed),
@@ -174,7 +203,7 @@ def work(way, model_name, blocks, steps, seed, connection):
     connection.close()
 
 
-def launch(ways, model_name, rounds, warmup, steps, seed):
+def launch(ways, model_name, devices, rounds, warmup, steps, seed):
     """Start a process for each way and give them their turns; return `{way: [[wall, CPU seconds] of each block]}`."""
     context = multiprocessing.get_context("spawn")
     shuffle = random.Random(seed).shuffle
@@ -183,7 +212,7 @@ def launch(ways, model_name, rounds, warmup, steps, seed):
         for way in ways:
             connections[way], theirs = context.Pipe()
             processes[way] = context.Process(
-                target=work, args=(way, model_name, warmup + rounds, steps, seed, theirs), daemon=True
+                target=work, args=(way, model_name, devices, warmup + rounds, steps, seed, theirs), daemon=True
             )
             processes[way].start()
             theirs.close()
@@ -209,7 +238,7 @@ def launch(ways, model_name, rounds, warmup, steps, seed):
 def measure(model_name, ways, args):
     """Return rows of the table for one model."""
     launches = [
-        launch(ways, model_name, args.rounds, args.warmup, args.steps, args.seed + number)
+        launch(ways, model_name, args.devices, args.rounds, args.warmup, args.steps, args.seed + number)
         for number in range(args.launches)
     ]
     rows = []
@@ -234,24 +263,29 @@ def main():
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], choices=["mlp", "cnn"])
     parser.add_argument("--parts", action="store_true", help="also time what the overhead is made of")
     parser.add_argument("--also", nargs="+", default=[], choices=list(BASE), help="more ways to time")
+    parser.add_argument("--devices", default="one", choices=["one", *DEVICES], help="on how many, and how")
     parser.add_argument("--launches", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=12, help="rounds per launch")
     parser.add_argument("--warmup", type=int, default=2, help="rounds per launch that do not count")
     parser.add_argument("--steps", type=int, default=100, help="steps per block")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.devices != "one" and args.backend != DEVICES[args.devices]:
+        parser.error(f"--devices {args.devices} is for --backend {DEVICES[args.devices]}")
     os.environ["KERAS_BACKEND"] = args.backend
+    if args.devices in ("data", "model"):
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     ways = ["dense", "dense again", "Pruning"]
     ways += args.also
     if args.parts:
         ways += ["batch hook", "masks"]
-    if args.backend == "tensorflow" and not args.also:
+    if args.backend == "tensorflow" and args.devices == "one" and not args.also:
         ways += ["tf_keras dense", "tfmot"]
     load, started = result.load(), time.perf_counter()
     rows = [row for model_name in args.models for row in measure(model_name, ways, args)]
     result.show(
-        f"Training step, {args.backend} backend, batch {BATCH}, {args.launches} launches x {args.rounds} rounds of "
-        f"{args.steps} steps",
+        f"Training step, {args.backend} backend, devices: {args.devices}, batch {BATCH}, {args.launches} launches x "
+        f"{args.rounds} rounds of {args.steps} steps",
         [
             "model",
             "way",
@@ -263,8 +297,8 @@ def main():
         ],
         rows,
         [
-            "Bar for `Pruning` on TensorFlow: median at most 1.03, upper end of the interval at most 1.06; patterns at "
-            "most 1.03, `taylor` and `movement` at most 1.10.",
+            "Bar for `Pruning` on several devices: 1.05; on one, TensorFlow: median at most 1.03, upper end of the "
+            "interval at most 1.06; patterns at most 1.03, `taylor` and `movement` at most 1.10.",
             f"Seed {args.seed}; took {time.perf_counter() - started:.0f} s.",
         ],
         load,

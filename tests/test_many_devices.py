@@ -75,6 +75,44 @@ def test_two_replicas_equal_one_device(name, two_replicas):
         np.testing.assert_allclose(replicas[0], alone.numpy(), atol=1e-4)
 
 
+OPTIMIZERS = ["Adam", "SGD", "Nadam", "Adamax", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Ftrl", "Lion", "Lamb"]
+OPTIMIZERS += ["Muon", "Adafactor", "ScheduleFreeAdamW"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
+def test_compiled_updates_of_two_replicas_are_those_of_plain_operations(name, two_replicas):
+    """The kernel is so large that its update is compiled; an optimizer of a class of one's own is not."""
+    kind, weights, keys = getattr(keras.optimizers, name), [], []
+
+    class Own(kind):
+        pass
+
+    class Look(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            compiled = ks.optimizers.find(self.model).sparse_parts.compiled
+            keys.append([key[1] for key in compiled if key[0] == "update"])
+
+    x = np.random.default_rng(0).normal(size=(48, 512)).astype("float32")
+    for optimizer in (kind, Own):
+        keras.utils.set_random_seed(0)
+        with two_replicas.scope():
+            layers = [keras.layers.Dense(256, "relu", name="large"), keras.layers.Dense(8)]
+            model = keras.Sequential([keras.Input((512,)), *layers])
+            model.compile(optimizer(0.01, clipnorm=1.0), "mse", jit_compile=False)
+        callbacks = [Look(), ks.callbacks.Pruning(0.8, frequency=2)]
+        model.fit(x, x[:, :8], epochs=3, batch_size=16, shuffle=False, verbose=0, callbacks=callbacks)
+        for weight in model.weights:
+            replicas = [replica.numpy() for replica in two_replicas.experimental_local_results(weight.value)]
+            np.testing.assert_array_equal(*replicas)
+        weights.append(model.get_weights())
+    assert [len(set(devices)) for devices in keys] == [2, 0]
+    for compiled, plain in zip(*weights, strict=True):
+        np.testing.assert_array_equal(compiled == 0, plain == 0)
+        np.testing.assert_allclose(compiled, plain, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_mirrored_snippet(two_replicas, monkeypatch):
     import tensorflow as tf

@@ -1,13 +1,14 @@
 """A compiled step is an optimizer's step and what its parts do around it as one XLA function, on TensorFlow.
 
 On a CPU, Keras's TensorFlow trainer runs an optimizer operation by operation: a dozen passes over all weights. XLA
-fuses them, and the masks with them, into one or two.
+fuses them, and the masks with them, into one or two. On the replicas of a `MirroredStrategy` a step is not one
+function: there each weight's update is compiled by itself.
 """
 
 import keras
 import numpy as np
 
-__all__ = ["run_compiled"]
+__all__ = ["run_compiled", "run_update"]
 
 # Compiling takes about a second; with fewer weights than this, a short training does not earn it back.
 _LEAST_WEIGHTS = 2**17
@@ -53,6 +54,50 @@ def run_compiled(optimizer, key, function, tensors, known=True):
         function(tensors)
     else:
         compiled[key](*(tensors[position] for position in present))
+
+
+def run_update(optimizer, update, gradient, variable, learning_rate):
+    """Run `update(gradient, variable, learning_rate)`, an optimizer's for one weight, compiled in a mirrored replica.
+
+    Args:
+        optimizer: The sparse optimizer.
+        update: The `update_step` of its class.
+        gradient: Gradient of the weight, reduced over replicas.
+        variable: The weight; under `tf.distribute` the copy of one replica.
+        learning_rate: Number or tensor.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> optimizer = ks.optimizers.SparseOptimizer("sgd")
+    >>> ks.optimizers.compiled.run_update(optimizer, print, 0.5, "kernel", 0.1)
+    0.5 kernel 0.1
+    """
+    if not _can_compile_update(gradient, variable):
+        update(gradient, variable, learning_rate)
+        return
+    import tensorflow as tf
+
+    key = "update", variable.device, variable.name, id(variable)
+    compiled = optimizer.sparse_parts.compiled
+    if key not in compiled:
+        compiled[key] = tf.function(lambda g, rate: update(g, variable, rate), jit_compile=True, autograph=False)
+    compiled[key](tf.convert_to_tensor(gradient), tf.convert_to_tensor(learning_rate))
+
+
+def _can_compile_update(gradient, variable):
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return (
+        not tf.executing_eagerly()
+        and isinstance(tf.distribute.get_strategy(), tf.distribute.MirroredStrategy)
+        and isinstance(variable, tf.Variable)
+        and tf.is_tensor(gradient)
+        and not isinstance(gradient, tf.IndexedSlices)
+        and int(np.prod(variable.shape)) >= _LEAST_WEIGHTS
+    )
 
 
 def _can_compile(optimizer, tensors):

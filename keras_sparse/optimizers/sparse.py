@@ -7,7 +7,7 @@ every attribute, method, override and `isinstance` is that of the optimizer, bec
 
 import keras
 
-from keras_sparse.optimizers.compiled import run_compiled
+from keras_sparse.optimizers.compiled import run_compiled, run_update
 from keras_sparse.optimizers.masks import Masks
 from keras_sparse.optimizers.parts import Parts, SparseState
 from keras_sparse.optimizers.proximal import Proximal
@@ -133,6 +133,17 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._around(inner, grads, variables, whole=False)
         return results[0]
 
+    def update_step(self, gradient, variable, learning_rate):
+        if self._is_of_keras:
+            run_update(self, super().update_step, gradient, variable, learning_rate)
+        else:
+            super().update_step(gradient, variable, learning_rate)
+
+    @property
+    def _is_of_keras(self):
+        plain = type(self).plain_class
+        return plain is getattr(keras.optimizers, plain.__name__, None)
+
     def _around(self, inner, grads, variables, whole=True):
         """Run the parts around `inner(grads, variables)`, and compile all of it if it is the `whole` step."""
         parts = self.sparse_parts
@@ -158,10 +169,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             for part in active:
                 part.after()
 
-        plain = type(self).plain_class
-        of_keras = plain is getattr(keras.optimizers, plain.__name__, None)
         key = (*(part.name for part in active), *indices) if whole else None
-        run_compiled(self, key, step, grads, of_keras and all(isinstance(part, _PARTS) for part in active))
+        run_compiled(self, key, step, grads, self._is_of_keras and all(isinstance(part, _PARTS) for part in active))
 
     def _position(self, variable):
         index = self.sparse_parts.index(variable)
