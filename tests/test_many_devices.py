@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -22,24 +23,38 @@ PAGE = (ROOT / "docs/guides/many_devices.md").read_text(encoding="utf-8")
 SETUP = re.search(r"<!-- setup\n(.*?)-->", PAGE, re.S)[1]
 
 
-def snippet(heading):
+def snippet(heading, number=0):
     """The Python below a heading of the page."""
-    return re.search(rf"^## {heading}.*?^```python\n(.*?)^```", PAGE, re.S | re.M)[1]
+    section = re.search(rf"^## {heading}.*?(?=^## )", PAGE, re.S | re.M)[0]
+    return re.findall(r"^```python\n(.*?)^```", section, re.S | re.M)[number]
 
 
-def start(arguments, backend, **environment):
+def start(arguments, backend, group=None, folder=None, **environment):
     """Start Python in a process of its own, without accelerators."""
     environment = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "KERAS_BACKEND": backend, **environment}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, *arguments], env=os.environ | environment, **streams)
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, env=os.environ | environment, cwd=folder, process_group=group, **streams)
 
 
-def ended(process):
+def ended(process, code=0):
     """Wait for a program's end and return what it printed."""
     output = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, output[-3000:]
+    assert process.returncode == code, output[-3000:]
     return output
+
+
+def started_in_processes(program, processes, folder):
+    """Start a program of torch in several processes of one group, which know of each other."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    started = []
+    for rank in range(processes):
+        group = started[0].pid if started else 0
+        started.append(start(["-c", program, str(folder)], "torch", group, folder, RANK=str(rank), **where))
+    return started
 
 
 CALLBACKS = {
@@ -197,13 +212,7 @@ def test_torch_snippet_in_two_processes(tmp_path):
     end = "import sys\nnp.savez(f'{sys.argv[1]}/{processes}_{rank}.npz', *model.get_weights())\n"
     program = SETUP + snippet("Torch") + end
     for processes in (1, 2):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-        ranks = range(processes)
-        where["WORLD_SIZE"] = str(processes)
-        started = [start(["-c", program, str(tmp_path)], "torch", RANK=str(rank), **where) for rank in ranks]
-        for process in started:
+        for process in started_in_processes(program, processes, tmp_path):
             ended(process)
     one, first, second = (np.load(tmp_path / f"{name}.npz") for name in ("1_0", "2_0", "2_1"))
     assert (first["arr_0"] == 0).mean() == pytest.approx(0.8, abs=0.01)
@@ -211,3 +220,116 @@ def test_torch_snippet_in_two_processes(tmp_path):
         np.testing.assert_array_equal(first[name], second[name])
         np.testing.assert_array_equal(first[name] == 0, one[name] == 0)
         np.testing.assert_allclose(first[name], one[name], atol=1e-4)
+
+
+# What is run one after the other in one process: a fit that ends, that is killed, that goes on with a killed one.
+RESUMING = """
+import contextlib, os, pathlib, signal, sys
+import keras_sparse as ks
+
+def scope(way):
+    if way == "mirrored":
+        import tensorflow as tf
+
+        return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()
+    devices = keras.distribution.list_devices()
+    mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"], devices)
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts[".*hidden/kernel"] = (None, "model")
+    parallel = keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+    keras.distribution.set_distribution(keras.distribution.DataParallel() if way == "data" else parallel)
+    return contextlib.nullcontext()
+
+class Kill(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if not begun:
+            print(what, way, "begins at epoch", epoch, flush=True)
+        begun.append(epoch)
+
+    def on_train_batch_end(self, batch, logs=None):
+        if what == "kill" and begun[-1] == 7 and batch == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    tf.config.experimental.enable_op_determinism()
+folder = pathlib.Path(sys.argv[1])
+for task in sys.argv[2:]:
+    what, way = task.split("-")
+    begun, name = [], f"{'whole' if what == 'whole' else 'killed'}-{way}"
+    keras.utils.clear_session()
+    (folder / name).mkdir(exist_ok=True)
+    os.chdir(folder / name)
+    with scope(way):
+        model = build()
+        model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy", jit_compile=False)
+    exec(SNIPPET.replace("[ks.callbacks", "[Kill(), ks.callbacks"))
+    state = [*model.weights, *model.optimizer.variables]
+    np.savez("end.npz", *(np.asarray(keras.ops.convert_to_numpy(variable.value)) for variable in state))
+"""
+CHAINS = {
+    "mirrored": ("tensorflow", [["whole-mirrored", "kill-mirrored"], ["resume-mirrored"]]),
+    "jax": ("jax", [["whole-data", "whole-model", "kill-data"], ["resume-data", "kill-model"], ["resume-model"]]),
+}
+
+
+def assert_same_end(whole, killed):
+    whole, killed = np.load(whole), np.load(killed)
+    assert 0.7 < (whole["arr_0"] == 0).mean() < 0.9
+    assert whole.files == killed.files
+    for name in whole.files:
+        np.testing.assert_array_equal(whole[name], killed[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", CHAINS)
+def test_killed_fit_resumes_bit_for_bit(chain, tmp_path):
+    backend, tasks = CHAINS[chain]
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    program = SETUP + f"SNIPPET = {snippet('Resume')!r}\n" + RESUMING
+    for several in tasks:
+        process = start(["-c", program, str(tmp_path), *several], backend, XLA_FLAGS=flags)
+        printed = ended(process, -signal.SIGKILL if several[-1].startswith("kill") else 0)
+        for task in several:
+            epoch = 7 if task.startswith("resume") else 0
+            assert f"{task.replace('-', ' ')} begins at epoch {epoch}" in printed
+    for way in {task.split("-")[1] for several in tasks for task in several}:
+        assert_same_end(tmp_path / f"whole-{way}/end.npz", tmp_path / f"killed-{way}/end.npz")
+
+
+# A step is a call of the model: after so many calls all processes end.
+KILLING = """
+import os, signal
+
+calls, plain = [], build
+
+def build():
+    model = plain()
+
+    def hook(*_):
+        calls.append(1)
+        if len(calls) == 31:
+            os.killpg(0, signal.SIGKILL)
+
+    model.register_forward_pre_hook(hook)
+    return model
+"""
+
+
+@pytest.mark.slow
+def test_killed_loop_of_two_processes_resumes_bit_for_bit(tmp_path):
+    end = "import sys\nstate = [*model.weights, *optimizer.variables, *(mask for _, mask in optimizer.masks)]\n"
+    end += "np.savez(f'{sys.argv[1]}/{rank}.npz', *(keras.ops.convert_to_numpy(v) for v in state))\n"
+    program = snippet("Resume", 1)
+    for name, kill in (("whole", False), ("killed", True), ("killed", False)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        text = SETUP + KILLING * kill + program + end
+        for process in started_in_processes(text, 2, tmp_path / name):
+            ended(process, -signal.SIGKILL if kill else 0)
+        if kill:
+            assert (tmp_path / name / "backup.weights.h5").exists()
+    for rank in (0, 1):
+        assert_same_end(tmp_path / "whole/0.npz", tmp_path / f"killed/{rank}.npz")
