@@ -9,10 +9,10 @@ Ways, each in processes of its own, with virtual devices of this CPU:
 
 Each trains a small network with `Pruning` (in the loop: `ks.update_masks`) every 50 steps. After each update the masks
 and the weights of all replicas are compared, and in shards the layout of a mask with its weight's. The same batches on
-one device give the masks to compare with; sums over replicas are in another order, and with `--precision float64` it
-can be seen that nothing else differs. Then the run is done again, ended by SIGKILL (all its processes) after a random
-step, and started again: it resumes from `BackupAndRestore`, or from the file that the loop writes every 100 steps. All
-its weights, state of the optimizer and masks must be those of the uninterrupted run, bit for bit.
+one device give the masks to compare with; only sums over replicas are in another order. Then the run is done again,
+ended by SIGKILL (all its processes) after a random step, and started again: it resumes from `BackupAndRestore`, or from
+the file that the loop writes every 100 steps. All its weights, state of the optimizer and masks must be those of the
+uninterrupted run, bit for bit.
 
 What a step costs is measured by `step_time.py --devices`.
 """
@@ -44,7 +44,7 @@ def network():
     layers = [keras.layers.Dense(64, activation="relu", name=f"hidden_{number}") for number in (1, 2)]
     model = keras.Sequential([keras.Input((16,)), *layers, keras.layers.Dense(8, activation="softmax")])
     model.compile(keras.optimizers.Adam(3e-3), "sparse_categorical_crossentropy", jit_compile=False)
-    x = np.random.default_rng(0).normal(size=(EPOCH * BATCH, 16)).astype(keras.config.floatx())
+    x = np.random.default_rng(0).normal(size=(EPOCH * BATCH, 16)).astype("float32")
     return model, x, x[:, :8].argmax(axis=1)
 
 
@@ -170,9 +170,6 @@ def loop(folder, steps, watch):
 
 def work(way, folder, devices, args):
     """Train in this process."""
-    import keras
-
-    keras.config.set_floatx(args.precision[0])
     watch = Watch(folder, devices, args.kill)
     if way == "ddp":
         loop(folder, args.steps, watch)
@@ -180,22 +177,22 @@ def work(way, folder, devices, args):
         fit("one" if devices == 1 else way, folder, args.steps, args.criterion, watch)
 
 
-def run(way, folder, devices, precision, args, kill=0):
+def run(way, folder, devices, args, kill=0):
     """Run a training in processes of their own; return whether it came to its end."""
     folder.mkdir(exist_ok=True)
-    environment = os.environ | {"KERAS_BACKEND": BACKENDS[way], "JAX_ENABLE_X64": str(int(precision == "float64"))}
+    environment = os.environ | {"KERAS_BACKEND": BACKENDS[way]}
     # What takes time is to compile, again in each process.
     cheap = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment["XLA_FLAGS"] = f"{cheap} --xla_force_host_platform_device_count={devices}"
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder.parent), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, __file__, "--work", way, str(folder), str(devices), "--kill", str(kill)]
-    command += ["--steps", str(args.steps), "--precision", precision, "--criterion", args.criterion]
+    command += ["--steps", str(args.steps), "--criterion", args.criterion]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     started, count = [], devices if way == "ddp" else 1
     for rank in range(count):
-        ranks = environment | {"RANK": str(rank), "WORLD_SIZE": str(count)}
+        ranks = environment | {"RANK": str(rank), "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
         group = started[0].pid if started else 0
         started.append(subprocess.Popen(command, env=ranks, process_group=group))
     codes = [process.wait() for process in started]
@@ -211,16 +208,16 @@ def agreement(one, several):
     return sum(share == 1 for share in shares), len(steps), shares[-1]
 
 
-def measure(way, precision, root, args):
+def measure(way, root, args):
     """Return a row of the table."""
     devices = 8 if BACKENDS[way] == "jax" else 2
     kill = random.Random(f"{args.seed} {way}").randint(EPOCH + 1, args.steps - 1)
-    folders = {name: root / f"{way}-{precision}-{name}" for name in ("one", "whole", "killed")}
+    folders = {name: root / f"{way}-{name}" for name in ("one", "whole", "killed")}
     started = time.perf_counter()
-    run(way, folders["one"], 1, precision, args)
-    run(way, folders["whole"], devices, precision, args)
-    run(way, folders["killed"], devices, precision, args, kill)
-    run(way, folders["killed"], devices, precision, args)
+    run(way, folders["one"], 1, args)
+    run(way, folders["whole"], devices, args)
+    run(way, folders["killed"], devices, args, kill)
+    run(way, folders["killed"], devices, args)
     one, whole, killed = (np.load(folder / "masks.npz") for folder in folders.values())
     alone, end, resumed = (np.load(folder / "state.npz") for folder in folders.values())
     same = end.files == resumed.files and all(np.array_equal(end[name], resumed[name]) for name in end.files)
@@ -229,7 +226,7 @@ def measure(way, precision, root, args):
     equal, updates, share = agreement(one, whole)
     zeros = 1 - np.mean(np.concatenate([whole[n].ravel() for n in whole.files if n.startswith(f"{args.steps:06d}")]))
     furthest = max(np.abs(alone[name] - end[name]).max() for name in end.files)
-    row = [way, BACKENDS[way], str(devices), precision, f"{zeros:.3f}", f"{updates} of {updates}"]
+    row = [way, BACKENDS[way], str(devices), f"{zeros:.3f}", f"{updates} of {updates}"]
     row += [f"{equal} of {updates}", f"{share:.2%}", f"{furthest:.1e}", str(kill)]
     row += [("equal" if same and same_masks else "DIFFERS") if fewer else "BEGAN ANEW"]
     row += [f"{time.perf_counter() - started:.0f} s"]
@@ -241,7 +238,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", default=list(BACKENDS), choices=list(BACKENDS))
     parser.add_argument("--steps", type=int, default=2000, help=f"a multiple of {EPOCH}")
-    parser.add_argument("--precision", nargs="+", default=["float32", "float64"], choices=["float32", "float64"])
     parser.add_argument("--criterion", default="magnitude", help="of the fits; the loop has magnitude")
     parser.add_argument("--seed", type=int, default=0, help="of the steps after which processes are killed")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
@@ -253,14 +249,13 @@ def main():
         return
     load = result.load()
     with tempfile.TemporaryDirectory() as root:
-        rows = [measure(way, precision, Path(root), args) for way in args.ways for precision in args.precision]
+        rows = [measure(way, Path(root), args) for way in args.ways]
     result.show(
         f"{args.steps} steps on several devices, masks updated every {FREQUENCY}, {args.criterion}",
         [
             "way",
             "backend",
             "devices",
-            "precision",
             "zeros at the end",
             "updates after which all replicas agree",
             "after which masks are those of one device",

@@ -50,6 +50,7 @@ def started_in_processes(program, processes, folder):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    where["OMP_NUM_THREADS"] = "1"  # Threads of torch spin while they wait.
     started = []
     for rank in range(processes):
         group = started[0].pid if started else 0
