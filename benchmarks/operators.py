@@ -7,10 +7,7 @@ more than 5 % of its magnitude for integers, 0.2 % for floats; 5 % where a GPU c
 """
 
 import argparse
-import concurrent.futures
 import functools
-import multiprocessing
-import tempfile
 
 import result  # isort: skip - sets the environment that TensorFlow reads
 
@@ -18,15 +15,11 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from keras_sparse.quiet import quiet
 from keras_sparse.tflite import signatures
 from keras_sparse.tflite.commands import RUNTIMES, available
 from keras_sparse.tflite.convert import convert
-from keras_sparse.tflite.converter import in_order, to_tflite
-from keras_sparse.tflite.converter import save as saved
 from keras_sparse.tflite.editing import File
-from keras_sparse.tflite.encoding import fill
-from keras_sparse.tflite.errors import ExportError, refusal
+from keras_sparse.tflite.errors import ExportError
 from keras_sparse.tflite.faults import FAULTS
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import CALIBRATED, INTEGERS, Job
@@ -241,46 +234,11 @@ def computed(content, runtime, samples):
     return found
 
 
-class Calibrating:
-    """A process that stays and calibrates one model after another: `convert` takes a new one for each.
-
-    Calibration may end it: then there is no file, and the next model meets a new process.
-    """
-
-    def __init__(self):
-        self._pool = None
-
-    def __call__(self, job):
-        if self._pool is None:
-            self._pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        with tempfile.TemporaryDirectory(prefix="keras_sparse-") as folder:
-            with quiet():
-                saved_job, outputs = saved(job, folder, None)
-            plain = (saved_job.model, saved_job.quantize, saved_job.samples, saved_job.signature.inputs)
-            try:
-                content = self._pool.submit(calibrated, *plain).result()
-            except concurrent.futures.process.BrokenProcessPool as error:
-                self._pool = None
-                raise ExportError("the converter's process ended") from error
-            except Exception as error:
-                raise refusal(job.name, error) from error
-        return fill(in_order(content, [leaf.name for leaf in job.signature.inputs], outputs))
-
-
-def calibrated(folder, quantize, samples, inputs):
-    with quiet():
-        return to_tflite(Job(folder, signatures.Signature(inputs, None, False, True), quantize, samples, name="m"))
-
-
-calibrating = Calibrating()
-
-
 def file_of(group, mode, x):
     """The model of a group, and its file."""
     model = network(group)
     samples = [[sample[None]] for sample in x] if mode in CALIBRATED else []
-    job = Job(model, signatures.signature(model).with_batch(1), mode, samples)
-    return model, calibrating(job) if samples else convert(job).content
+    return model, convert(Job(model, signatures.signature(model).with_batch(1), mode, samples)).content
 
 
 def compared(group, mode, runtimes):

@@ -17,8 +17,8 @@ class Pruning(ScheduledCallback):
     are exactly zero after every optimizer step, and stay so: `Pruning` never revives a weight. The share of zeros over
     the selected weights goes into the logs as `sparsity`.
 
-    Moving statistics of batch normalization follow slowly, and after a short fit would be those of the dense network. At
-    the end of each epoch they are made those of the batches since weights were pruned: see
+    Moving statistics of batch normalization follow slowly, and after a short fit would be those of the dense network.
+    At the end of each epoch they are made those of the batches since weights were pruned: see
     `ks.pruning.batch_norm.Recent`, which says for which models. Of others, `ks.reestimate_batch_norm` measures them.
 
     Args:
