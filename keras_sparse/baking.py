@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_sparse import graph, reports, selection
+from keras_sparse.graph.rebuilding import complete
 from keras_sparse.identity import IdentityDict
 from keras_sparse.layers import L0, gated_layers
 
@@ -179,6 +180,9 @@ def _copy_weights(source, target):
         new.assign(np.where(value == 0, 0, value))  # A gate of 0 makes -0.0 of a negative weight.
         if old in folded:
             changed[new] = True
+    layers = ([one for one in selection.layers(model) if not isinstance(one, L0)] for model in (source, target))
+    for old, new in zip(*layers, strict=True):
+        complete(old, new)
     return changed
 
 

@@ -252,3 +252,28 @@ def test_export(tmp_path):
     assert report.totals["zeros_kept"] == report.totals["zeros_model"] > 20
     with pytest.raises(ValueError, match=r"Fold the gates in first: `export\(ks.bake\(model\)"):
         ks.tflite.export(gated, tmp_path / "m.tflite", target="xnnpack")
+
+
+@pytest.mark.parametrize(
+    "words", [False, pytest.param(True, marks=pytest.mark.skipif(BACKEND != "tensorflow", reason="strings"))]
+)
+def test_what_layers_have_learned_beside_their_weights_goes_with_them(words):
+    rng = np.random.default_rng(0)
+    x = [rng.normal(5, 3, size=(64, 4)).astype("float32")]
+    normalization = layers.Normalization()
+    normalization.adapt(x[0])
+    inputs = [keras.Input((4,), name="numbers")]
+    parts = [normalization(inputs[0])]
+    if words:
+        lookup = layers.StringLookup(output_mode="one_hot")
+        lookup.adapt(np.array(["Lyon", "Ghent", "Turin"]))
+        inputs.append(keras.Input((1,), dtype="string", name="words"))
+        parts.append(lookup(inputs[1]))
+        x.append(keras.ops.convert_to_tensor(np.array([["Lyon"], ["Ghent"], ["Turin"], ["Bonn"]] * 16), "string"))
+    x = [keras.ops.convert_to_tensor(one) for one in x]
+    hidden = layers.Dense(8, "relu")(layers.Concatenate()(parts) if words else parts[0])
+    model = keras.Model(inputs, layers.Dense(2)(hidden))
+    gated = ks.add_l0(model, 1e-9, open_probability=1 - 1e-6, filters="dense")
+    expected = keras.ops.convert_to_numpy(model(x))
+    for copy in (gated, ks.bake(gated)):
+        np.testing.assert_allclose(keras.ops.convert_to_numpy(copy(x)), expected, rtol=1e-5, atol=1e-5)

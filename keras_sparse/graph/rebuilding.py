@@ -13,7 +13,7 @@ import numpy as np
 from keras_sparse.graph.wiring import filled, histories, wiring
 from keras_sparse.identity import IdentityDict
 
-__all__ = ["Rebuilding", "config_of", "copy_assets", "is_loadable", "remade", "replay"]
+__all__ = ["Rebuilding", "complete", "config_of", "is_loadable", "remade", "replay"]
 
 
 def replay(model, tensors, call):
@@ -193,29 +193,33 @@ class Rebuilding:
         """Give all copies their weights."""
         for old, (new, _, values) in self._copies.items():
             new.set_weights(values)
-            copy_assets(old, new)
-            if hasattr(new, "finalize_state"):  # of Normalization: its statistics are copies of its weights
-                new.finalize_state()
+            complete(old, new)
 
 
-def copy_assets(old, new):
-    """Give a layer what its like keeps in files beside its weights: the vocabulary that a `StringLookup` has learned.
+def complete(old, new):
+    """Give a layer that has the weights of its like what that has beside them.
+
+    These are the vocabulary that a `StringLookup` has learned, and what a `Normalization` computes of its weights.
 
     Example:
 
     >>> import keras
-    >>> from keras_sparse.graph.rebuilding import copy_assets
+    >>> from keras_sparse.graph.rebuilding import complete
     >>> old, new = keras.layers.StringLookup(), keras.layers.StringLookup()
     >>> old.adapt(["Lyon", "Ghent"])
-    >>> copy_assets(old, new)
+    >>> complete(old, new)
     >>> new.get_vocabulary() == old.get_vocabulary()
     True
     """
-    if new is not old and hasattr(old, "save_assets") and hasattr(new, "load_assets"):
+    if new is old:
+        return
+    if hasattr(old, "save_assets") and hasattr(new, "load_assets"):
         with tempfile.TemporaryDirectory() as folder:
             old.save_assets(folder)
             if os.listdir(folder):  # else it is in the config
                 new.load_assets(folder)
+    if isinstance(new, keras.layers.Normalization):
+        new.finalize_state()
 
 
 def config_of(layer):

@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -161,63 +162,66 @@ def _environment():
 class _Process:
     """A Python process that calibrates SavedModels; one is kept for the next, since TensorFlow takes long to start."""
 
-    _kept = None
+    kept = None
 
     def __init__(self):
-        self._owner, self._errors = os.getpid(), tempfile.TemporaryFile("w+")
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
-        self._process = subprocess.Popen(_command(), **pipes, text=True, env=_environment())
+        self.owner, self.errors = os.getpid(), tempfile.TemporaryFile("w+")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.popen = subprocess.Popen(_command(), **pipes, text=True, env=_environment())
 
     @classmethod
     def calibrate(cls, folder):
-        """Do the job in a folder. Returns the exit status of a process that it ended, else 0, and what that said."""
-        process, cls._kept = cls._kept, None
+        """Do the job in a folder. Returns the exit status of a new process that it ended, else 0, and what that said."""
+        process, cls.kept = cls.kept, None
         while True:
-            new = process is None or not process._waits
+            new = process is None or not process.waits
             if new:
                 process = cls()
             try:
-                if process._does(folder):
-                    process, cls._kept = cls._kept, process
+                if process.does(folder):
+                    process, cls.kept = cls.kept, process
                     return 0, ""
-                status = process._process.wait()
-                process._errors.seek(0)
-                said = process._errors.read()
+                status = process.popen.wait()
+                process.errors.seek(0)
+                said = process.errors.read()
             finally:  # of an interrupt as well
                 if process is not None:
                     process.end()
-            if new or status != 0:
+            if new:
                 return status, said
-            process = None  # it had just ceased to wait
+            process = None  # it may have ceased to wait, or was ended while it did
 
     @property
-    def _waits(self):
-        if self._owner == os.getpid() and self._process.poll() is not None:
+    def waits(self):
+        """Whether it takes a job."""
+        if self.owner == os.getpid() and self.popen.poll() is not None:
             self.end()
             return False
-        return self._owner == os.getpid()
+        return self.owner == os.getpid()
 
-    def _does(self, folder):
-        """Whether it has done the job; one that had just ceased to wait has not, and its exit status is 0."""
+    def does(self, folder):
+        """Whether it has done the job, and not ended before."""
         try:
-            print(folder, file=self._process.stdin, flush=True)
+            print(folder, file=self.popen.stdin, flush=True)
         except OSError:
             return False
-        return self._process.stdout.readline() == "done\n"
+        return self.popen.stdout.readline() == "done\n"
 
     def end(self):
-        if self._owner == os.getpid():
-            self._process.kill()
-            self._process.wait()
+        """End it, if it is a process of this one's."""
+        if self.owner == os.getpid():
+            self.popen.kill()
+            self.popen.wait()
             with contextlib.suppress(OSError):  # what it has not read
-                self._process.stdin.close()
-            self._process.stdout.close()
-            self._errors.close()
+                self.popen.stdin.close()
+            self.popen.stdout.close()
+            self.errors.close()
 
     @classmethod
     def end_kept(cls):
-        if cls._kept is not None:
-            cls._kept.end()
+        """End the one that waits."""
+        if cls.kept is not None:
+            cls.kept.end()
 
 
 atexit.register(_Process.end_kept)
@@ -232,14 +236,19 @@ def _serve():
     def read():
         for line in sys.stdin:
             folders.put(line.rstrip("\n"))
-        os._exit(0)  # the process that asks has ended
+        _end()  # as has the process that asks
 
     threading.Thread(target=read, daemon=True).start()
     with contextlib.suppress(queue.Empty):
         while True:
             _main(folders.get(timeout=_WAITS))
             print("done", file=answers, flush=True)
-    os._exit(0)  # the thread reads on
+    _end()
+
+
+def _end():
+    """End this process at once: a thread reads on."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _main(folder):
