@@ -171,7 +171,7 @@ class _Process:
 
     @classmethod
     def calibrate(cls, folder):
-        """Do the job in a folder. Returns the exit status of a new process that it ended, else 0, and what that said."""
+        """Do the job in a folder. Returns the exit status of a new process that it ended, else 0, and its words."""
         process, cls.kept = cls.kept, None
         while True:
             new = process is None or not process.waits
