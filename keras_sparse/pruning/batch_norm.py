@@ -163,9 +163,9 @@ class Recent:
     def settle(self, batches):
         """Take the former values out of the statistics, which so many batches have moved since."""
         for layer, variable, before in self._before:
-            left = layer.momentum**batches
-            if left < 1:
-                recent = (graph.as_array(variable) - left * before) / (1 - left)
+            left, now = layer.momentum**batches, graph.as_array(variable)
+            if left < 1 and not np.array_equal(now, before):  # as of a frozen layer
+                recent = (now - left * before) / (1 - left)
                 variable.assign(np.maximum(recent, 0) if variable is layer.moving_variance else recent)
 
 
