@@ -305,3 +305,13 @@ def test_outputs_that_do_not_depend_on_the_inputs_are_said(tmp_path):
     )
     noted = [note for note in report.notes if "The comparison says little of output_0:" in note]
     assert len(noted) == 1 and "output_1" not in noted[0] and "representative_data" in noted[0]
+
+
+def test_strings_are_no_input_of_a_file(tmp_path):
+    words = keras.Input((1,), dtype="string", name="city")
+    lookup = keras.layers.StringLookup(vocabulary=["Lyon", "Ghent"])
+    model = keras.Model(words, keras.layers.Dense(2)(keras.layers.Embedding(3, 4)(lookup(words))))
+    for call in (lambda: ks.tflite.export(model, tmp_path / "m.tflite"), lambda: ks.tflite.check(model)):
+        with pytest.raises(ks.tflite.ExportError, match="behind its `StringLookup`.*'city' of .*takes strings"):
+            call()
+    assert not list(tmp_path.iterdir())

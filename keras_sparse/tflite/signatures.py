@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import keras
 
+from keras_sparse.tflite.errors import ExportError
+
 __all__ = ["HALF", "Input", "Signature", "output_names", "signature"]
 
 # Half precision, as a type or as a policy, and what the file has in its place.
@@ -84,6 +86,7 @@ def signature(model):
 
     Raises:
         ValueError: If the model has not recorded the shapes of its inputs.
+        ExportError: If one of them takes strings.
 
     Example:
 
@@ -116,6 +119,12 @@ def signature(model):
         structure = _inputs_of_shapes(shapes, "inputs")
     taken, inputs = set(), []
     for leaf in keras.tree.flatten(structure):
+        if leaf.dtype == "string":
+            raise ExportError(
+                "A .tflite file takes numbers. Export the part of the model behind its `StringLookup` or "
+                "`TextVectorization`, and let the app do what these do. "
+                f"Received: the input {leaf.name!r} of {model.name!r}, which takes strings"
+            )
         name = re.sub(r"\W", "_", leaf.name)
         while name in taken:
             name += "_1"
