@@ -1,9 +1,10 @@
 """Pruning in one shot: test accuracy without a training step, by criterion, on 1,024 unlabelled training samples.
 
 Models: LeNet-300-100 and LeNet-5 (Caffe's: 20 and 50 filters of 5x5, 500 units) on MNIST, trained here with Adam
-(0.001, batch 128), one for each seed; with `--resnet8` and `--cifar10` the trained ResNet-8 of MLPerf Tiny on CIFAR-10,
-whose seeds are those of the samples; with `--channels`, it loses channels. `--time` measures
-what `ks.prune` takes in a process of its own, for 1,024 images of MNIST, or 128 of noise at 224 pixels for MobileNetV2.
+(0.001, batch 128), one for each seed; a small transformer on the last 120 words of IMDB's reviews; with `--resnet8` and
+`--cifar10` the trained ResNet-8 of MLPerf Tiny on CIFAR-10, whose seeds are those of the samples; with `--channels`, it
+loses channels. `--time` measures what `ks.prune` takes in a process of its own, for 1,024 images of MNIST, or 128 of
+noise at 224 pixels for MobileNetV2.
 
 `"obs"` and repair see the samples and no labels; `"magnitude"` alone sees nothing. `erk` allocates by shape.
 """
@@ -37,6 +38,8 @@ TWO_OF_FOUR = {
     "obs, 2:4": ({"pattern": "2:4", "criterion": "obs"}, True),
 }
 
+WORDS, LENGTH = 5000, 120  # of IMDB's vocabulary, and of a review
+
 CHANNELS = {
     "magnitude": ({"pattern": "channel"}, False),
     "magnitude, repair": ({"pattern": "channel", "repair": True}, True),
@@ -64,6 +67,25 @@ def lenet_5():
     body = [layers.Conv2D(20, 5), layers.MaxPooling2D(), layers.Conv2D(50, 5), layers.MaxPooling2D()]
     head = [layers.Flatten(), layers.Dense(500, activation="relu"), layers.Dense(10)]
     return keras.Sequential([keras.Input((28, 28, 1)), *body, *head])
+
+
+def imdb():
+    """Return `(x, y, x_test, y_test)`, reviews as the numbers of their last words."""
+    (x, y), (x_test, y_test) = keras.datasets.imdb.load_data(num_words=WORDS)
+    x, x_test = (keras.utils.pad_sequences(part, LENGTH) for part in (x, x_test))
+    return x, y, x_test, y_test
+
+
+def transformer():
+    """An encoder of one block, whose attention, feed-forward and output kernels are pruned."""
+    layers, width = keras.layers, 64
+    inputs = keras.Input((LENGTH,), dtype="int32")
+    x = layers.Embedding(WORDS, width)(inputs)
+    x = x + layers.Embedding(LENGTH, width)(keras.ops.arange(LENGTH))
+    x = layers.LayerNormalization()(x + layers.MultiHeadAttention(4, width // 4)(x, x))
+    x = layers.LayerNormalization()(x + layers.Dense(width)(layers.Dense(2 * width, activation="relu")(x)))
+    x = layers.Dense(width, activation="relu")(layers.GlobalAveragePooling1D()(x))
+    return keras.Model(inputs, layers.Dense(2)(x))
 
 
 def trained(build, seed, epochs, data):
@@ -182,6 +204,11 @@ def main():
             models = [trained(build, seed, args.epochs, data) for seed in range(args.seeds)]
             sparsities = args.sparsities or [0.8, 0.9, 0.95]
             measure(title, models, data, [*sparsities, *more], methods, args.samples)
+    if "transformer" in args.models:
+        data = imdb()
+        models = [trained(transformer, seed, args.epochs, data) for seed in range(args.seeds)]
+        sparsities = args.sparsities or [0.5, 0.7]
+        measure("A transformer on IMDB", models, data, sparsities, methods, args.samples)
     if args.resnet8:
         models = [keras.models.load_model(args.resnet8, compile=False)] * args.seeds
         measure(
