@@ -377,3 +377,14 @@ def test_a_floor_is_a_number(floor):
 def test_a_floor_is_a_share_or_a_count(floor):
     with pytest.raises(ValueError, match="a share in"):
         ks.pruning.Global(floor)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_the_report_says_whose_the_statistics_of_batch_normalization_are(count):
+    layers = [keras.layers.BatchNormalization() for _ in range(count)]
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5), *layers, keras.layers.Dense(3)])
+    notes = ks.prune(model, 0.5).notes
+    assert len(notes) == min(count, 1)
+    if count:
+        assert f"of {count} batch normalization{'s' * (count - 1)} are still" in notes[0] and "reestimate" in notes[0]
+    assert not ks.prune(model, 0.6, data=np.ones((8, 6), "float32") * np.arange(8)[:, None], repair=True).notes

@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 
-from keras_sparse import batches, criteria, optimizers, reports, selection, zeros
+from keras_sparse import batches, criteria, graph, optimizers, reports, selection, zeros
 from keras_sparse.pruning import allocation as allocations
 from keras_sparse.pruning import calibration
 from keras_sparse.pruning.batch_norm import reestimate, unchanged_on_failure
@@ -128,7 +128,8 @@ def prune(
         warnings.warn(sentence, stacklevel=2)
     reports.remember(model, plan.skipped)
     times = plan.times(masks)
-    report = reports.report(model, _kept_notes(plan, present) + ([_TIMES.format(**times)] if times else []))
+    notes = _kept_notes(plan, present) + ([_TIMES.format(**times)] if times else [])
+    report = reports.report(model, notes + ([] if repair else _stale_notes(model)))
     report.totals |= {f"milliseconds_{name}": value for name, value in times.items()}
     return report
 
@@ -213,6 +214,17 @@ def _with_targets(data):
             f"targets. Received: {type(data).__name__} without targets"
         )
     return (batch for batch in itertools.chain([first], data)) if once else data
+
+
+def _stale_notes(model):
+    """A sentence about statistics that nobody has measured since."""
+    count = sum(isinstance(layer, keras.layers.BatchNormalization) for layer in graph.layers(model))
+    if not count:
+        return []
+    return [
+        f"The moving statistics of {count} batch normalization{'s' if count > 1 else ''} are still those of the denser "
+        "model: `ks.reestimate_batch_norm(model, x)` measures them, and so does training on."
+    ]
 
 
 def _kept_notes(plan, masks):
