@@ -107,3 +107,23 @@ def test_where_nothing_is_pruned_and_in_steps_of_ones_own_they_are_what_keras_ma
         fit(model, ks.callbacks.Pruning(target, filters="dense"))  # behind the normalization
         for value, other in zip(statistics(model), statistics(plain), strict=True):
             np.testing.assert_allclose(value, other, rtol=1e-5)
+
+
+def test_in_a_loop_of_ones_own_they_are_what_it_makes_of_them():
+    found = []
+    for own in (False, True):
+        model = make()
+        pruning = [ks.callbacks.Pruning(0.5, begin=1, end=4, filters="dense")] if own else []
+        callbacks = keras.callbacks.CallbackList(pruning, model=model, epochs=1, steps=BATCHES)
+        callbacks.on_train_begin()
+        callbacks.on_epoch_begin(0)
+        for batch in range(BATCHES):
+            callbacks.on_train_batch_begin(batch)
+            for _ in range(2):  # twice each
+                model.train_on_batch(X[4 * batch : 4 * batch + 4], Y[4 * batch : 4 * batch + 4])
+            callbacks.on_train_batch_end(batch)
+        callbacks.on_epoch_end(0, {})
+        callbacks.on_train_end()
+        found.append(statistics(model))
+    for value, other in zip(*found, strict=True):
+        np.testing.assert_allclose(value, other, rtol=1e-5)

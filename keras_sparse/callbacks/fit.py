@@ -89,6 +89,7 @@ class Fit:
         callbacks: The sparse callbacks that have joined, in order.
         callback_list: Function that returns the list of the callbacks, as long as it lives.
         by_hand: Whether there is no list of callbacks, so that callbacks must end the fit themselves.
+        in_call: Whether it is one call of a method of the model, and no loop of the user's.
         resumed: Whether it goes on with a fit that was broken off.
         begun: Whether training has begun.
         ended: Whether it is over.
@@ -109,7 +110,7 @@ class Fit:
     def __init__(self, model, callback_list, in_call=False):
         self.model = model
         self.callbacks, self._runs = [], []
-        self.by_hand = callback_list is None
+        self.by_hand, self.in_call = callback_list is None, in_call
         self.callback_list = (lambda: None) if self.by_hand else weakref.ref(callback_list)
         self.begun = self._settled = self.ended = False
         self.resumed = False

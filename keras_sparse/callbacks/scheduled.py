@@ -77,7 +77,8 @@ class ScheduledCallback(SparseCallback):
             final: Whether this was the last time for now.
             step: The step at which it was; `None`: now. The statistics of a step before are those of its epoch's end.
         """
-        if run.fit.steps_are_keras_own and (final or not self._recent) and run.fit.count_zeros()[0]:
+        once = run.fit.in_call and run.fit.steps_are_keras_own  # else nobody knows how often a batch runs the model
+        if once and (final or not self._recent) and run.fit.count_zeros()[0]:
             self._recent.append((Recent(run.model), self.clock.now if step is None else step))
 
     def end_epoch(self, run):
