@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_sparse.registry import check_whole
 
-__all__ = ["are_arrays", "check", "count", "for_fit", "labelled", "of", "parts", "whole"]
+__all__ = ["are_arrays", "check", "count", "for_fit", "labelled", "misfit", "of", "parts", "whole"]
 
 
 def parts(data, name="`data`"):
@@ -218,6 +218,26 @@ def for_fit(part):
         return keras.ops.convert_to_tensor(array, "string") if words else array
 
     return keras.tree.map_structure(taken, part if _hold_arrays(part) else np.asarray(part))
+
+
+def misfit(model, batch):
+    """The error of `data` of which the model cannot run a batch, a `ValueError` to raise.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_sparse import batches
+    >>> model = keras.Sequential([keras.Input((4,), name="x"), keras.layers.Dense(3)])
+    >>> str(batches.misfit(model, np.ones((2, 5)))).endswith("Received a batch of shape (2, 5) of float64")
+    True
+    """
+    shapes = keras.tree.map_structure(lambda array: array.shape, batch)
+    types = sorted({str(array.dtype) for array in keras.tree.flatten(batch)})
+    return ValueError(
+        f"The model {model.name!r} cannot run on `data`, which must be batches of its inputs, without targets. It "
+        f"takes inputs of shape {getattr(model, 'input_shape', '(see its `call`)')}. Received a batch of shape "
+        f"{shapes} of {', '.join(types)}"
+    )
 
 
 def count(data, batch_size=32):

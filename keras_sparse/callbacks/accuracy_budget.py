@@ -15,8 +15,8 @@ from keras_sparse.registry import check_whole, is_real, serializable
 __all__ = ["AccuracyBudget"]
 
 _HIGHER = ("acc", "auc", "precision", "recall", "f1", "iou", "r2")
-_UPDATES = 8  # on the way from one sparsity to the next
 _LOWER = ("loss", "error", "mse", "mae", "perplexity")
+_UPDATES = 8  # on the way from one sparsity to the next
 
 
 @serializable

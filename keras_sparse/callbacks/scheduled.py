@@ -78,14 +78,16 @@ class ScheduledCallback(SparseCallback):
             step: The step at which it was; `None`: now. The statistics of a step before are those of its epoch's end.
         """
         once = run.fit.in_call and run.fit.steps_are_keras_own  # else nobody knows how often a batch runs the model
-        if once and (final or not self._recent) and run.fit.count_zeros()[0]:
-            self._recent.append((Recent(run.model), self.clock.now if step is None else step))
+        recent = Recent(run.model) if once and (final or not self._recent) else None
+        if recent is not None and recent.layers and run.fit.count_zeros()[0]:
+            self._recent.append((recent, self.clock.now if step is None else step))
 
     def end_epoch(self, run):
         """Let statistics of batch normalization be those of the batches since weights were pruned."""
         batches = run.optimizer.gradient_accumulation_steps or 1
         counted = [(recent, (self.clock.now - step) * batches) for recent, step in self._recent]
-        for recent, count in [pair for pair in reversed(counted) if pair[1] >= _ENOUGH][:1] or counted[:1]:
+        enough = [(recent, count) for recent, count in counted if count >= _ENOUGH]
+        for recent, count in enough[-1:] or counted[:1]:
             recent.settle(count)
         self._recent = []
 

@@ -124,13 +124,7 @@ class Probe:
                     "or a branch that the backend compiles for itself (`keras.ops.scan`, `while_loop`, `cond`). The "
                     f"torch backend has no such loops. Received: {type(self._model).__name__}"
                 ) from error
-            shapes = keras.tree.map_structure(lambda array: array.shape, batch)
-            types = sorted({str(array.dtype) for array in keras.tree.flatten(batch)})
-            raise ValueError(
-                f"The model {self._model.name!r} cannot run on `data`, which must be batches of its inputs, without "
-                f"targets. It takes inputs of shape {getattr(self._model, 'input_shape', '(see its `call`)')}. "
-                f"Received a batch of shape {shapes} of {', '.join(types)}"
-            ) from error
+            raise batches.misfit(self._model, batch) from error
 
     def _recording(self):
         """Let every layer tell the present trace what it was called on and what it returned."""

@@ -9,7 +9,7 @@ from keras_sparse import graph, selection
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning.calibration import blocks
 
-__all__ = ["Recent", "measured", "reestimate", "reestimate_batch_norm", "set_statistics"]
+__all__ = ["Recent", "measured", "normalizations", "reestimate", "reestimate_batch_norm", "set_statistics"]
 
 _ROWS = 1 << 14  # of a normalization's inputs that are looked at together
 
@@ -58,9 +58,8 @@ def reestimate(model, data, without=()):
     >>> ks.pruning.batch_norm.reestimate(model, [np.ones((2, 1))])
     0
     """
-    normalizations = [one for one in graph.layers(model) if isinstance(one, keras.layers.BatchNormalization)]
-    normalizations = [one for one in normalizations if one not in IdentityDict.fromkeys(without)]
-    if not normalizations:
+    observing = [one for one in normalizations(model) if one not in IdentityDict.fromkeys(without)]
+    if not observing:
         return 0
     sums = IdentityDict()
 
@@ -75,7 +74,7 @@ def reestimate(model, data, without=()):
         return run
 
     with unchanged_on_failure(model):
-        with graph.substituted([(layer, "call", observed(layer, layer.call)) for layer in normalizations]):
+        with graph.substituted([(layer, "call", observed(layer, layer.call)) for layer in observing]):
             for batch in data:
                 model(batch, training=False)
         for layer, own in sums.items():
@@ -83,6 +82,19 @@ def reestimate(model, data, without=()):
                 raise ValueError(f"The inputs of {layer.path} are not finite on `data`. Received: {model.name!r}")
             set_statistics(layer, own)
     return len(sums)
+
+
+def normalizations(model):
+    """List the `BatchNormalization` layers of a model, nested ones too.
+
+    Example:
+
+    >>> import keras, keras_sparse as ks
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(name="norm")])
+    >>> [layer.name for layer in ks.pruning.batch_norm.normalizations(model)]
+    ['norm']
+    """
+    return [layer for layer in graph.layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
 
 
 def measured(layer, x):
@@ -140,6 +152,9 @@ class Recent:
     Args:
         model: A built Keras model.
 
+    Attributes:
+        layers: The normalizations whose statistics these are.
+
     Example:
 
     >>> import keras, numpy as np, keras_sparse as ks
@@ -154,9 +169,10 @@ class Recent:
     """
 
     def __init__(self, model):
+        self.layers = _running_once(model) if normalizations(model) else []
         self._before = [
             (layer, variable, np.array(graph.as_array(variable)))
-            for layer in _running_once(model)
+            for layer in self.layers
             for variable in (layer.moving_mean, layer.moving_variance)
         ]
 

@@ -106,13 +106,7 @@ class Calibration:
             with Watch(of_layer, record, count).on(model):
                 model(one, training=False)
         except Exception as error:  # each backend has its own
-            shapes = keras.tree.map_structure(lambda array: array.shape, data[0])
-            types = sorted({str(array.dtype) for array in keras.tree.flatten(data[0])})
-            raise ValueError(
-                f"The model {model.name!r} cannot run on `data`, which must be batches of its inputs, without "
-                f"targets. It takes inputs of shape {getattr(model, 'input_shape', '(see its `call`)')}. "
-                f"Received a batch of shape {shapes} of {', '.join(types)}"
-            ) from error
+            raise batches.misfit(model, data[0]) from error
         self.unknown = IdentityDict()
         for weight in kernels:
             if not understood.get(weight.variable, False):

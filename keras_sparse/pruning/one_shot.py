@@ -6,10 +6,10 @@ import warnings
 import keras
 import numpy as np
 
-from keras_sparse import batches, criteria, graph, optimizers, reports, selection, zeros
+from keras_sparse import batches, criteria, optimizers, reports, selection, zeros
 from keras_sparse.pruning import allocation as allocations
 from keras_sparse.pruning import calibration
-from keras_sparse.pruning.batch_norm import reestimate, unchanged_on_failure
+from keras_sparse.pruning.batch_norm import normalizations, reestimate, unchanged_on_failure
 from keras_sparse.pruning.budget import final_target
 from keras_sparse.pruning.layerwise import prune_layerwise
 from keras_sparse.pruning.plan import Plan
@@ -218,7 +218,7 @@ def _with_targets(data):
 
 def _stale_notes(model):
     """A sentence about statistics that nobody has measured since."""
-    count = sum(isinstance(layer, keras.layers.BatchNormalization) for layer in graph.layers(model))
+    count = len(normalizations(model))
     if not count:
         return []
     return [

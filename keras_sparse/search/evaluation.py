@@ -24,6 +24,7 @@ import numpy as np
 
 from keras_sparse import batches, graph, optimizers, patterns, pruning, selection
 from keras_sparse.identity import IdentityDict
+from keras_sparse.pruning.batch_norm import normalizations
 from keras_sparse.quiet import quiet
 from keras_sparse.search import custom
 from keras_sparse.search.goals import MEASURES
@@ -329,7 +330,7 @@ class _Copy:
 
     def estimate(self, batch_size, deadline):
         """Give batch normalizations the mean statistics of some batches, now that the weights are others."""
-        layers = [x for x in selection.layers(self.model) if isinstance(x, keras.layers.BatchNormalization)]
+        layers = normalizations(self.model)
         if not layers:
             return
         before = [layer.momentum for layer in layers]

@@ -12,12 +12,10 @@ import json
 import math
 import os
 import pathlib
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from dataclasses import replace
 
 import keras
@@ -28,6 +26,7 @@ from keras_sparse.tflite.encoding import fill
 from keras_sparse.tflite.errors import ExportError, first_line, raise_if_disk_full, refusal
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import CALIBRATED, Conversion, Job
+from keras_sparse.tflite.worker import read_ahead
 
 __all__ = ["convert"]
 
@@ -125,7 +124,8 @@ def _convert_elsewhere(job):
         if job.is_saved:
             status, said = _Process.calibrate(folder)
         else:  # it may import code of the user's, which may be another the next time
-            run = subprocess.run(_command(folder), **_ALONE, env=_environment())
+            alone = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+            run = subprocess.run(_command(folder), **alone, env=_environment())
             status, said = run.returncode, run.stderr
         try:
             result = json.loads((folder / "result.json").read_text())
@@ -141,9 +141,6 @@ def _convert_elsewhere(job):
         if "error" in result:
             raise ExportError(result["error"])
         return Conversion((folder / "model.tflite").read_bytes(), result["fixed_batch"])
-
-
-_ALONE = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
 
 
 def _command(*arguments):
@@ -173,8 +170,10 @@ class _Process:
     def calibrate(cls, folder):
         """Do the job in a folder. Returns the exit status of a new process that it ended, else 0, and its words."""
         process, cls.kept = cls.kept, None
+        if process is not None and process.owner != os.getpid():
+            process = None  # of the process that this one was forked from
         while True:
-            new = process is None or not process.waits
+            new = process is None
             if new:
                 process = cls()
             try:
@@ -189,15 +188,7 @@ class _Process:
                     process.end()
             if new:
                 return status, said
-            process = None  # it may have ceased to wait, or was ended while it did
-
-    @property
-    def waits(self):
-        """Whether it takes a job."""
-        if self.owner == os.getpid() and self.popen.poll() is not None:
-            self.end()
-            return False
-        return self.owner == os.getpid()
+            process = None  # it had ceased to wait, or was ended while it did
 
     def does(self, folder):
         """Whether it has done the job, and not ended before."""
@@ -231,24 +222,10 @@ def _serve():
     """Do the jobs in the folders that are asked for, until nobody asks any more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what TensorFlow prints is no answer
-    folders = queue.SimpleQueue()
-
-    def read():
-        for line in sys.stdin:
-            folders.put(line.rstrip("\n"))
-        _end()  # as has the process that asks
-
-    threading.Thread(target=read, daemon=True).start()
-    with contextlib.suppress(queue.Empty):
-        while True:
-            _main(folders.get(timeout=_WAITS))
-            print("done", file=answers, flush=True)
-    _end()
-
-
-def _end():
-    """End this process at once: a thread reads on."""
-    os.kill(os.getpid(), signal.SIGTERM)
+    for line in read_ahead(sys.stdin, _WAITS):
+        _main(line.rstrip("\n"))
+        print("done", file=answers, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)  # at once: a thread reads on
 
 
 def _main(folder):

@@ -29,7 +29,7 @@ import numpy as np
 with contextlib.suppress(ImportError):  # Windows
     import fcntl
 
-__all__ = ["serve"]
+__all__ = ["read_ahead", "serve"]
 
 _OPEN = (32, 128, 512, 2048, 8192, 32768)  # sizes that are tried where the file leaves one open
 
@@ -267,8 +267,21 @@ def _end():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _read_ahead(requests):
-    """Yield the lines of a pipe; end the process as soon as they end, unless native code holds Python's lock."""
+def read_ahead(requests, seconds=None):
+    """Yield the lines of a pipe; end the process as soon as they end, unless native code holds Python's lock.
+
+    Args:
+        requests: Iterable of lines.
+        seconds: How long to wait for a line before there are no more; `None`: for ever.
+
+    Example:
+
+    >>> import itertools, threading
+    >>> from keras_sparse.tflite.worker import read_ahead
+    >>> open_still = itertools.chain(["a line"], iter(threading.Event().wait, None))
+    >>> list(read_ahead(open_still, seconds=0.5))
+    ['a line']
+    """
     lines = queue.SimpleQueue()
 
     def read():
@@ -277,8 +290,9 @@ def _read_ahead(requests):
         _end()
 
     threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield lines.get()
+    with contextlib.suppress(queue.Empty):
+        while True:
+            yield lines.get(timeout=seconds)
 
 
 if __name__ == "__main__":
@@ -292,4 +306,4 @@ if __name__ == "__main__":
         signal.signal(signal.SIGIO, signal.SIG_DFL)  # which ends the process
         serve(sys.stdin, channel, runs, lambda: _leash(sys.stdin))
     else:
-        serve(_read_ahead(sys.stdin), channel, runs)
+        serve(read_ahead(sys.stdin), channel, runs)
