@@ -128,8 +128,8 @@ def prune(
         warnings.warn(sentence, stacklevel=2)
     reports.remember(model, plan.skipped)
     times = plan.times(masks)
-    notes = _kept_notes(plan, present) + ([_TIMES.format(**times)] if times else [])
-    report = reports.report(model, notes + ([] if repair else _stale_notes(model)))
+    notes = _kept_notes(plan, present) + ([] if repair else _stale_notes(model))
+    report = reports.report(model, notes + ([_TIMES.format(**times)] if times else []))
     report.totals |= {f"milliseconds_{name}": value for name, value in times.items()}
     return report
 
