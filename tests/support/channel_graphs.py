@@ -181,9 +181,10 @@ class Builder:
         if name == "time":
             return layers.TimeDistributed(layers.Dense(6, self.pick("relu", "sigmoid")))(x)
         if name == "attention":
-            layer = layers.MultiHeadAttention(
-                3, 4, value_dim=int(self.pick(4, 3)), use_bias=bool(self.rng.random() < 0.7), **bias
-            )
+            width = int(self.pick(4, 3))
+            if keras.backend.backend() == "jax":
+                width = 4  # Keras on JAX computes no attention with values of another width than its keys
+            layer = layers.MultiHeadAttention(3, 4, value_dim=width, use_bias=bool(self.rng.random() < 0.7), **bias)
             return layers.add([x, layer(x, x)])
         if name == "grouped":
             return layers.GroupQueryAttention(4, 4, int(self.pick(2, 4)), **bias)(x, x)
