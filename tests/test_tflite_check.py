@@ -103,6 +103,9 @@ def test_other_targets(target, sparse):
     assert sparse or (
         "Nothing would run sparse" in report.notes[-1] and report.pattern is None and report.filters == []
     )
+    # What takes no weights that are stored without zeros gets none.
+    assert (report.bytes_sparse < report.bytes_dense) == sparse
+    assert ("dense" in {row["runs"] for row in report.rows}) != sparse
 
 
 @pytest.mark.parametrize("target", ["gpu", "xnnpack-wasm"])

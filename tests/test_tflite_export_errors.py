@@ -122,6 +122,17 @@ def test_int8_needs_data(tmp_path):
         )
 
 
+def test_a_table_whose_columns_one_scale_cannot_hold(tmp_path):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(64, 6)) * 10.0 ** np.arange(-2, 4)).astype("float32")
+    normalize = layers.Normalization()
+    normalize.adapt(x)
+    model = keras.Sequential([keras.Input((6,), name="table"), normalize, layers.Dense(4, "tanh"), layers.Dense(1)])
+    with pytest.raises(ks.tflite.ExportError, match="'table' reach from 0.0.* share one scale .*Normalization out"):
+        ks.tflite.export(model, tmp_path / "m.tflite", quantize="int8", representative_data=x)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_paths(tmp_path):
     (tmp_path / "folder.tflite").mkdir()
     with pytest.raises(ValueError, match=r"must end in '\.tflite'"):

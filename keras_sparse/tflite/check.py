@@ -41,7 +41,8 @@ class CheckReport(Report):
             `"runs dense"`, `"in part on the CPU"` or `"refused"`, found by running it where the target's runtime is
             installed; else `"not tried"`. Wrong numbers count as refused.
         bytes_dense: Predicted size of the file with dense weights.
-        bytes_sparse: Predicted size with the weights of `target_sparsity` pruned.
+        bytes_sparse: Predicted size with the weights of `target_sparsity` pruned; `bytes_dense` where the target takes no
+            weights that are stored without their zeros.
         cycles: For an NPU whose compiler is installed, `(dense, sparse)`: cycles of one inference by its estimate, of
             the network as it is and with each weight of a Dense layer or convolution pruned to `sparsity`; else `None`.
 
@@ -129,7 +130,7 @@ def check(model, target="xnnpack", sparsity=0.9):
     flat = read(encoded.content)
     whole = {tensor.name: tensor for graph in read(dense).subgraphs for tensor in graph.tensors}
     how = {use.tensor.name: use for use in uses(flat, fixed_batch=True)}
-    names = LayerNames(model)
+    names, stores = LayerNames(model), wanted.takes_sparse
     kernels = _kernels(flat)
     weights = [weight for weight in selection.weights(model) if weight.kernel]
     held = match(model, [(operator, whole[tensor.name]) for operator, tensor in kernels], weights)
@@ -144,7 +145,7 @@ def check(model, target="xnnpack", sparsity=0.9):
                 "operator": operator,
                 "shape": list(tensor.shape),
                 "size": tensor.size,
-                "runs": "sparse" if runs else "stored compressed" if use is not None else "dense",
+                "runs": "sparse" if runs else "stored compressed" if use is not None and stores else "dense",
                 "pattern": kind.pattern if runs else "",
                 "from_sparsity": kind.sparsity if runs else None,
             }
@@ -158,13 +159,14 @@ def check(model, target="xnnpack", sparsity=0.9):
             row = {"layer": names.layer(operator, name), "violation": violation, "mend": mend}
             found += [] if row in found else [row]
     trial, pruned = _trial(model, wanted, dense, sparsity)
+    pruned_size = len(encode(_pruned(dense, shapes, sparsity, able)).content)
     totals = {
         "target": wanted.name,
         "verdict": SPARSE if goals and trial.verdict not in (REFUSED, PARTLY) else trial.verdict,
         "runs_sparse": sum(row["size"] for row in rows if row["runs"] == "sparse")
         / max(1, sum(r["size"] for r in rows)),
         "bytes_dense": len(dense),
-        "bytes_sparse": min(len(encode(_pruned(dense, shapes, sparsity, able)).content), len(dense)),
+        "bytes_sparse": min(pruned_size, len(dense)) if stores else len(dense),
     }
     if pruned.made:
         totals |= {"cycles_dense": trial.made["cycles"], "cycles_sparse": pruned.made["cycles"]}

@@ -8,6 +8,8 @@ Nor do probabilities show it that are all 0 or 1: behind a softmax of large numb
 as large are the same.
 """
 
+import itertools
+import math
 from dataclasses import replace
 
 import keras
@@ -23,6 +25,8 @@ _ENOUGH = 0.1  # share of an output's magnitude by which it should differ from s
 _ENDS = 1 - 1e-3  # an output that reaches as far may end at 1
 _SHRUNKEN = (2**-2, 2**-4)  # of the level and contrast, against outputs that are at their ends
 _SCALES = (16, 2**8, 2**12, 2**16, 2**23, 2**31, 2**-8, 2**-16)
+_SAMPLES = 4  # by which it is measured how far outputs depend on an input
+_TOGETHER = 2**21  # numbers that a batch of such samples may have
 _INTEGERS = (2, 2**8, 2**12, 2**15, 2**20, 2**31)  # upper bounds
 
 
@@ -105,11 +109,11 @@ def _chosen(model, signature):
     chosen = [draws[0] for draws in own]
     enough = _ENOUGH / len(own)
     for place, draws in enumerate(own):
-        found = []
-        for draw in draws if len(draws) > 1 else ():
-            found.append(_effect(model, signature, [*chosen[:place], draw, *chosen[place + 1 :]], place))
-            if found[-1] >= enough:
-                break
+        found, ways = [], [[*chosen[:place], draw, *chosen[place + 1 :]] for draw in draws] if len(draws) > 1 else []
+        together = max(1, _TOGETHER // _numbers(signature))
+        while len(found) < len(ways) and max(found, default=0) < enough:  # mostly the first will do
+            some = ways[len(found) :][: together if found else 1]
+            found += _effects(model, signature, some, place)
         if found:
             wanted = min(enough, max(found) / 2)
             chosen[place] = next(draw for draw, effect in zip(draws, found, strict=False) if effect >= wanted)
@@ -146,20 +150,56 @@ def _runs(model, signature):
     return all(array.size and not np.isnan(array).all() for array in arrays)  # a mean of no steps is NaN
 
 
-def _effect(model, signature, draws, place):
-    """How far outputs differ if one input does and the others do not."""
-    rng, outputs = np.random.default_rng(0), []
-    batch = [_drawn(rng, draw, leaf, 2) for draw, leaf in zip(draws, signature.inputs, strict=True)]
+def _numbers(signature):
+    """How many numbers the inputs have by which an effect is measured."""
+    return sum(_SAMPLES * math.prod(n or 1 for n in leaf.shape) for leaf in signature.inputs)
+
+
+def _effects(model, signature, ways, place):
+    """How far outputs differ if one input does and the others do not, for each of several ways to draw all inputs."""
+    pairs = [_pair(signature, draws, place) for draws in ways]
     try:
-        with quiet():
-            for _ in range(2):
-                found = keras.tree.flatten(signature.call(model, batch))
-                outputs.append([keras.ops.convert_to_numpy(keras.ops.cast(y, "float32")) for y in found])
-                batch[place] = _drawn(rng, draws[place], signature.inputs[place], 2)
+        outputs = list(zip(*_joined(model, signature, pairs), strict=True))
+        return [_apart_most(outputs[i : i + 2]) for i in range(0, len(outputs), 2)]
+    except Exception:  # not all of them can be taken, or outputs are not one for each sample
+        return [_effect(model, signature, pair) for pair in pairs]
+
+
+def _joined(model, signature, pairs):
+    """Each output of the batches of all pairs, from one call: a large model is called a few times, not two dozen."""
+    taken = getattr(model, "inputs", None) or signature.inputs
+    if any(leaf.shape[:1] != (None,) for leaf in taken):
+        raise ValueError("The model takes batches of one size.")
+    batch = [np.concatenate(arrays) for arrays in zip(*itertools.chain(*pairs), strict=True)]
+    outputs = _outputs(model, signature, batch)
+    if any(output.shape[:1] != (len(batch[0]),) for output in outputs):
+        raise ValueError("An output has no row for each sample.")
+    return [np.split(output, 2 * len(pairs)) for output in outputs]
+
+
+def _effect(model, signature, pair):
+    try:
+        return _apart_most([_outputs(model, signature, batch) for batch in pair])
     except Exception:  # it takes no such numbers; if it takes none, the comparison says so
         return 0.0
-    # Some outputs are not meant to depend on this input.
-    return max(spread(outputs), default=0.0)
+
+
+def _apart_most(outputs):
+    return max(spread(outputs), default=0.0)  # some outputs are not meant to depend on this input
+
+
+def _pair(signature, draws, place):
+    """Two batches that differ in one input."""
+    rng = np.random.default_rng(0)
+    batch = [_drawn(rng, draw, leaf, 2) for draw, leaf in zip(draws, signature.inputs, strict=True)]
+    other = _drawn(rng, draws[place], signature.inputs[place], 2)
+    return batch, [*batch[:place], other, *batch[place + 1 :]]
+
+
+def _outputs(model, signature, batch):
+    with quiet():
+        found = keras.tree.flatten(signature.call(model, batch))
+        return [keras.ops.convert_to_numpy(keras.ops.cast(y, "float32")) for y in found]
 
 
 def _drawn(rng, draw, leaf, size):

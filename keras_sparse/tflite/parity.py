@@ -16,6 +16,7 @@ from keras_sparse.tflite.signatures import HALF, output_names
 
 __all__ = ["KnownOutputs", "Parity", "Reference", "in_batches_of", "random_batches", "representative_batches"]
 
+_STEPS = 256  # of a scale of 8 bits
 _MAX_SAMPLES = 128  # of representative data: a check, not an evaluation
 
 
@@ -101,6 +102,20 @@ class Reference:
             samples = [[y] for value in values for y in (value if first.ndim else [value])]
             samples = [[y] for [y] in samples if y.shape == samples[0][0].shape]
             found += [name] if spread(samples)[0] < tolerance else []
+        return found
+
+    def uneven(self):
+        """`{input: (smallest, largest)}`: magnitudes of features that one scale of 256 steps cannot hold together.
+
+        Of inputs of shape `(batch, features)`, a table's: the largest magnitude of a feature over all samples.
+        """
+        found = {}
+        for name, first in self._inputs[0].items():
+            if first.ndim == 2 and first.dtype.kind == "f":
+                sizes = np.abs(np.concatenate([inputs[name] for inputs in self._inputs])).max(axis=0)
+                sizes = sizes[sizes > 0]
+                if sizes.size and sizes.max() > _STEPS * sizes.min():
+                    found[name] = float(sizes.min()), float(sizes.max())
         return found
 
     def compare(self, content):

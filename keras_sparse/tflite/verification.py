@@ -233,12 +233,17 @@ class Verification:
 
     def why_wrong(self, parity):
         """The sentences that say that the dense file, of this `Parity`, does not compute what the model computes."""
+        uneven = "".join(
+            f"The features of input {name!r} reach from {least:.2g} to {most:.2g} and share one scale of 8 bits: "
+            "normalize them before the model, and leave its Normalization out. "
+            for name, (least, most) in self._reference.uneven().items()
+        )
         return (
             f"The .tflite file of model {self._reference.name!r} does not compute what the model computes, so it was "
             "not kept. "
             + (
                 "Eight bits are too few for it, or the representative data do not cover what it meets: try "
-                "quantize='float16'. "
+                f"quantize='float16'. {uneven}"
                 if self._integers
                 else "Report this model to keras_sparse if it has no random layer that is active in inference. "
             )
