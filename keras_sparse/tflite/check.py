@@ -41,8 +41,8 @@ class CheckReport(Report):
             `"runs dense"`, `"in part on the CPU"` or `"refused"`, found by running it where the target's runtime is
             installed; else `"not tried"`. Wrong numbers count as refused.
         bytes_dense: Predicted size of the file with dense weights.
-        bytes_sparse: Predicted size with the weights of `target_sparsity` pruned; `bytes_dense` where the target takes no
-            weights that are stored without their zeros.
+        bytes_sparse: Predicted size with the weights of `target_sparsity` pruned; `bytes_dense` where the target
+            takes no weights that are stored without their zeros.
         cycles: For an NPU whose compiler is installed, `(dense, sparse)`: cycles of one inference by its estimate, of
             the network as it is and with each weight of a Dense layer or convolution pruned to `sparsity`; else `None`.
 
