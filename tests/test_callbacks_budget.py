@@ -95,6 +95,26 @@ def test_a_sparsity_that_recovers_quickly_gets_more_epochs_than_patience(missing
     assert budget.front().totals["sparsity"] == (0.75 if holds else history["sparsity"][3])
 
 
+def test_what_is_spent_of_the_budget_is_won_back_at_the_sparsity_that_holds():
+    """At 0.7 the metric rises by 0.01 from epoch to epoch, to the third that comes after the search, and then falls."""
+    seen = {}
+
+    def quality(share, epoch):
+        tried = seen[share] = seen.get(share, 0) + 1
+        if share == 0:
+            return 1.0
+        return 0.0 if share > 0.74 else 0.9 + 0.01 * (tried if tried <= 4 else 1)
+
+    budget = ks.callbacks.AccuracyBudget(0.12, "quality", "max", patience=2, tolerance=0.35, initial_sparsity=0.7)
+    model, history, script = fit(budget, quality)
+    shares, best = history["sparsity"], max(history["quality"][1:])
+    kept = shares[1]
+    assert shares[-5:] == [kept] * 5 and max(shares) > 0.74 and budget.reached
+    assert best == pytest.approx(0.94) and budget.front().totals["quality"] == pytest.approx(best)
+    for value, other in zip(model.get_weights(), script.weights[history["quality"].index(best)], strict=True):
+        np.testing.assert_array_equal(value, other)
+
+
 def test_a_metric_that_never_falls_ends_at_the_cap_and_says_so():
     budget = ks.callbacks.AccuracyBudget(0.0, "quality", "max", max_sparsity=0.9)
     model, history, _ = fit(budget, lambda share, epoch: 1.0)

@@ -26,11 +26,12 @@ class AccuracyBudget(ScheduledCallback):
     Each epoch trains at one sparsity, which the first half of its first epoch leads to. While `monitor` stays within
     `max_drop` of the baseline, the density (what is left) is halved; after `patience` epochs out of the budget the best
     epoch's weights and masks come back and the next sparsity lies half-way, in densities, between that and the one that
-    failed. Training stops when the two are within `tolerance`, or `max_sparsity` holds. If less than half of the budget
-    is spent by then, what failed is tried once more, from the weights that hold. In the end the model has the weights
-    and masks of the sparsest epoch within the budget (of equal ones the last). It is the accuracy-aware training of
-    NNCF (Kozlov et al., "Neural network compression framework for fast model inference", 2020, section 4.6), on
-    densities.
+    failed. The search ends when the two are within `tolerance`, or `max_sparsity` holds. If less than half of the
+    budget is spent by then, what failed is tried once more, from the weights that hold. If some of it is spent,
+    training goes on at the sparsity that holds, until the metric has not become better for `patience` epochs. In the
+    end the model has the weights and masks of the sparsest epoch within the budget: of those in the search the last, or
+    a better one after it. It is the accuracy-aware training of NNCF (Kozlov et al., "Neural network compression
+    framework for fast model inference", 2020, section 4.6), on densities.
 
     Moving statistics of batch normalization, which a short epoch hardly moves, forget before each validation what they
     were before the last step towards the sparsity.
@@ -49,7 +50,7 @@ class AccuracyBudget(ScheduledCallback):
         initial_sparsity: What is tried first, in (0, 1); at most `max_sparsity`.
         max_sparsity: What is never exceeded, in (0, 1); for patterns such as `"2:4"` their own by default.
         patience: Epochs that a sparsity gets to come back into the budget, at least 1. One that halves what is missing
-            of it, against the epoch before, does not count.
+            of it, against the epoch before, does not count. After the search: epochs without a better metric.
         tolerance: By which factor the density of the result may exceed that of one that failed, above 0.
         criterion: As in `Pruning`.
         pattern: As in `Pruning`.
@@ -201,6 +202,9 @@ class AccuracyBudget(ScheduledCallback):
         self._front.append({"epoch": run.epoch, "sparsity": share, self.monitor: quality, "within": within})
         if self.verbose:
             print(f"\nEpoch {run.epoch + 1}: sparsity {share:.4f}, {'within' if within else 'out of'} the budget")
+        if ledger.get("settles"):
+            self._settle(run, share, quality)
+            return
         if within:
             ledger.put(kept=level, share=share, quality=quality, tries=0)
             ledger.keep()
@@ -225,9 +229,27 @@ class AccuracyBudget(ScheduledCallback):
             if over and self._has_room() and failed != ledger.get("retried"):
                 next_level, over = failed, False
                 ledger.put(failed=math.nan, retried=failed)
-        ledger.put(level=next_level, over=over)
+            if over and self._drop(ledger.get("quality")) > 0:
+                ledger.put(settles=1, tries=0, back=1)
+                next_level, over = level, False
+        ledger.put(level=next_level)
         if over:
-            run.model.stop_training = True
+            self._stop(run)
+
+    def _settle(self, run, share, quality):
+        """Keep what has become better at the sparsity that holds, or stop."""
+        ledger, tries = self._ledger, self._ledger.get("tries") + 1
+        if self._drop(quality) < self._drop(ledger.get("quality")):
+            ledger.put(share=share, quality=quality)
+            ledger.keep()
+            tries = 0
+        ledger.put(tries=tries)
+        if tries >= self.patience:
+            self._stop(run)
+
+    def _stop(self, run):
+        self._ledger.put(over=1)
+        run.model.stop_training = True
 
     def _has_room(self):
         """Whether the epoch that is kept has lost less than half of the budget: the limit is then not near.
@@ -273,7 +295,7 @@ class _Ledger(optimizers.Part):
 
     name = "accuracy_budget"
     _NUMBERS = ("begun", "baseline", "level", "kept", "share", "quality", "failed", "retried")
-    _NUMBERS += ("tries", "gap", "back", "over")
+    _NUMBERS += ("tries", "gap", "back", "settles", "over")
 
     def __init__(self, parts):
         super().__init__(parts)
