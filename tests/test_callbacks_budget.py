@@ -115,6 +115,20 @@ def test_what_is_spent_of_the_budget_is_won_back_at_the_sparsity_that_holds():
         np.testing.assert_array_equal(value, other)
 
 
+def test_what_is_won_back_pays_for_another_try_of_what_failed():
+    """At 0.7 the metric rises with each epoch; 0.75 and more hold from the tenth epoch on, up to 0.86."""
+
+    def quality(share, epoch):
+        if share == 0:
+            return 1.0
+        return 0.87 + 0.01 * min(epoch, 12) if share < 0.75 else 0.95 if share < 0.86 and epoch >= 10 else 0.0
+
+    budget = ks.callbacks.AccuracyBudget(0.12, "quality", "max", patience=2, tolerance=0.35, initial_sparsity=0.7)
+    model, history, _ = fit(budget, quality)
+    assert sparsity(model) == pytest.approx(max(s for s in history["sparsity"] if s < 0.86))
+    assert sparsity(model) > 0.77 and budget.reached and len(history["sparsity"]) < 30
+
+
 def test_a_metric_that_never_falls_ends_at_the_cap_and_says_so():
     budget = ks.callbacks.AccuracyBudget(0.0, "quality", "max", max_sparsity=0.9)
     model, history, _ = fit(budget, lambda share, epoch: 1.0)

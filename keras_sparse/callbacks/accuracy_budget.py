@@ -26,12 +26,12 @@ class AccuracyBudget(ScheduledCallback):
     Each epoch trains at one sparsity, which the first half of its first epoch leads to. While `monitor` stays within
     `max_drop` of the baseline, the density (what is left) is halved; after `patience` epochs out of the budget the best
     epoch's weights and masks come back and the next sparsity lies half-way, in densities, between that and the one that
-    failed. The search ends when the two are within `tolerance`, or `max_sparsity` holds. If less than half of the
-    budget is spent by then, what failed is tried once more, from the weights that hold. If some of it is spent,
-    training goes on at the sparsity that holds, until the metric has not become better for `patience` epochs. In the
-    end the model has the weights and masks of the sparsest epoch within the budget: of those in the search the last, or
-    a better one after it. It is the accuracy-aware training of NNCF (Kozlov et al., "Neural network compression
-    framework for fast model inference", 2020, section 4.6), on densities.
+    failed. The search ends when the two are within `tolerance`, or `max_sparsity` holds. If some of the budget is spent
+    by then, training goes on at the sparsity that holds, until the metric has not become better for `patience` epochs.
+    Whenever less than half of it is spent, what failed is tried once more, from the weights that hold. In the end the
+    model has the weights and masks of the sparsest epoch within the budget: the last in which the search tried that
+    sparsity, or a better one after it. It is the accuracy-aware training of NNCF (Kozlov et al., "Neural network
+    compression framework for fast model inference", 2020, section 4.6), on densities.
 
     Moving statistics of batch normalization, which a short epoch hardly moves, forget before each validation what they
     were before the last step towards the sparsity.
@@ -226,12 +226,11 @@ class AccuracyBudget(ScheduledCallback):
         else:
             next_level = 1 - math.sqrt((1 - level) * (1 - failed))
             over = (1 - level) <= (1 - failed) * (1 + self.tolerance)
-            if over and self._has_room() and failed != ledger.get("retried"):
-                next_level, over = failed, False
-                ledger.put(failed=math.nan, retried=failed)
-            if over and self._drop(ledger.get("quality")) > 0:
-                ledger.put(settles=1, tries=0, back=1)
-                next_level, over = level, False
+            if over and self._may_retry():
+                next_level, over = self._retried(), False
+        if over and self._drop(ledger.get("quality")) > 0:
+            ledger.put(settles=1, tries=0, back=1)
+            next_level, over = level, False
         ledger.put(level=next_level)
         if over:
             self._stop(run)
@@ -239,24 +238,35 @@ class AccuracyBudget(ScheduledCallback):
     def _settle(self, run, share, quality):
         """Keep what has become better at the sparsity that holds, or stop."""
         ledger, tries = self._ledger, self._ledger.get("tries") + 1
+        quality = float(np.float32(quality))  # as what is kept
         if self._drop(quality) < self._drop(ledger.get("quality")):
             ledger.put(share=share, quality=quality)
             ledger.keep()
             tries = 0
         ledger.put(tries=tries)
-        if tries >= self.patience:
+        if tries >= self.patience and self._may_retry():
+            ledger.put(level=self._retried(), settles=0, tries=0, back=1)
+        elif tries >= self.patience:
             self._stop(run)
 
     def _stop(self, run):
         self._ledger.put(over=1)
         run.model.stop_training = True
 
-    def _has_room(self):
-        """Whether the epoch that is kept has lost less than half of the budget: the limit is then not near.
+    def _may_retry(self):
+        """Whether the sparsity that failed deserves another try: less than half of the budget is spent without it.
 
         What failed was a longer step from other weights, and with a learning rate that falls an earlier one.
         """
-        return self._drop(self._ledger.get("quality")) <= self.max_drop / 2
+        failed = self._ledger.get("failed")
+        has_room = self._drop(self._ledger.get("quality")) <= self.max_drop / 2
+        return has_room and not math.isnan(failed) and failed != self._ledger.get("retried")
+
+    def _retried(self):
+        """The sparsity that failed, which gets its second try."""
+        failed = self._ledger.get("failed")
+        self._ledger.put(failed=math.nan, retried=failed)
+        return failed
 
     def _drop(self, quality):
         """How much worse a metric is than the baseline."""
