@@ -12,6 +12,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # It announces itself, and makes sums depend on the CPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of torch and NumPy spin while they wait, and here processes share the cores: most of torch's time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests compile thousands of small functions that run a few times: XLA's optimizations cost more than they save.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 # Exports are compared on this machine's CPU: an emulator takes seconds for what that does in milliseconds.
