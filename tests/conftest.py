@@ -93,6 +93,8 @@ _NOT_ON_JAX = ["test_comparison*.py", "test_neurons*.py", "test_patterns.py", "t
 _ONE_CASE_ON_JAX = [
     "test_batches.py",
     "test_channels.py",
+    "test_channels_special.py",
+    "test_channels_together.py",
     "test_graph.py",
     "test_graph_kinds.py",
     "test_graph_rebuilding.py",
@@ -101,10 +103,13 @@ _ONE_CASE_ON_JAX = [
     "test_pruning_layerwise.py",
     "test_pruning_operands.py",
     "test_pruning_sensitivities.py",
+    "test_quantized.py",
     "test_search.py",
     "test_search_evaluation.py",
     "test_search_journals.py",
     "test_search_space.py",
+    "test_selection.py",
+    "test_selection_filters.py",
     "test_zeros.py",
 ]
 _TENSORFLOW_ONLY = ["test_tflite_*.py", "test_quickstart.py", "test_end_to_end.py"]
