@@ -289,7 +289,7 @@ def test_sequential():
 @pytest.mark.lengthy(0)
 def test_training_goes_on():
     model = text(Encoder(name="block"))
-    model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=False)
+    model.compile(keras.optimizers.Adam(0.01), "mse")
     x, y = tokens(), np.zeros((3, 7, 2))
     pruning = ks.callbacks.Pruning(0.5, pattern="channel", filters="wide|attention", end=0.5)
     model.fit(x, y, epochs=4, verbose=0, callbacks=[pruning])
