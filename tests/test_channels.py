@@ -20,6 +20,7 @@ def test_a_generated_graph_that_once_cost_more_than_promised():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", range(100, 180, 20))
+@pytest.mark.thorough(2)
 def test_more_generated_graphs(start):
     removed = sum(channel_graphs.check_shrunk(seed)[0] for seed in range(start, start + 20))
     assert removed > 40

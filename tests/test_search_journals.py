@@ -292,6 +292,7 @@ def test_killed_and_started_again(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # as below, in a cluster that Dask starts itself
 @pytest.mark.filterwarnings("ignore")  # Dask's own
 def test_dask_finds_the_same(monkeypatch):
     distributed = pytest.importorskip("distributed")
