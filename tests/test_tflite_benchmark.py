@@ -16,10 +16,19 @@ MISSING = ks.tflite.runtimes.available()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
-    for build in (mlp, lstm, several, qualifying):
+    for build in (mlp, lstm, several):
         (folder / f"{build.__name__}.tflite").write_bytes(exported(build))
-        (folder / f"{build.__name__}_dense.tflite").write_bytes(exported(build, sparse=False))
+    (folder / "mlp_dense.tflite").write_bytes(exported(mlp, sparse=False))
     return folder
+
+
+@pytest.fixture(scope="module")
+def convolutions(tmp_path_factory):
+    """A sparse file that engages XNNPACK's sparse convolutions, and the dense one."""
+    files = [tmp_path_factory.mktemp("files") / f"{name}.tflite" for name in ("sparse", "dense")]
+    for path, sparse in zip(files, (True, False), strict=True):
+        path.write_bytes(exported(qualifying, sparse))
+    return files
 
 
 @pytest.mark.parametrize("kind", ["mlp", "lstm", "several"])
@@ -45,8 +54,8 @@ def test_baseline(folder):
 
 @pytest.mark.skipif(MISSING["wasm"] is not None, reason=str(MISSING["wasm"]))
 @pytest.mark.lengthy(0)
-def test_wasm(folder):
-    report = ks.tflite.benchmark(folder / "qualifying.tflite", folder / "qualifying_dense.tflite", runtime="wasm")
+def test_wasm(convolutions):
+    report = ks.tflite.benchmark(*convolutions, runtime="wasm")
     base, row = report.rows
     assert all(0 < one["p25"] <= one["median"] <= one["p75"] for one in (base, row))
     assert base["ratio"] == 1 and row["ratio"] > 0
@@ -55,8 +64,8 @@ def test_wasm(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(MISSING["arm64"] is not None, reason=str(MISSING["arm64"]))
-def test_arm64(folder):
-    report = ks.tflite.benchmark(folder / "qualifying.tflite", folder / "qualifying_dense.tflite", runtime="arm64")
+def test_arm64(convolutions):
+    report = ks.tflite.benchmark(*convolutions, runtime="arm64")
     base, row = report.rows
     assert sorted(row) == ["bytes", "file", "instructions", "load", "ratio", "runtime"], (
         "no times: they would mean nothing"
