@@ -107,6 +107,11 @@ def each_module(test):
     return pytest.mark.parametrize("module", sorted(MODULES))(test)
 
 
+# Their examples adapt a network, make many files, or measure one.
+LENGTHY = {"tflite.adapt", "tflite.faults", "tflite.timing"}
+BY_LENGTH = [pytest.param(name, marks=[pytest.mark.slow] * (name in LENGTHY)) for name in sorted(MODULES)]
+
+
 def test_the_package_was_found():
     assert {"schedules", "optimizers.sparse", "pruning.plan", "callbacks.fit", "tflite.export"} <= set(MODULES)
 
@@ -250,7 +255,7 @@ def test_each_public_docstring_has_an_example(module):
         assert ">>> " in (ast.get_docstring(node) or ""), f"keras_sparse.{module}.{name} has no example"
 
 
-@each_module
+@pytest.mark.parametrize("module", BY_LENGTH)
 def test_examples_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)

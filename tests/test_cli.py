@@ -71,7 +71,7 @@ def test_sensitivity(saved, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "obs"])
-@pytest.mark.lengthy(1)
+@pytest.mark.lengthy(0)
 def test_what_is_measured_on_labels_is_the_loss(saved, tmp_path, capsys, criterion):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(50, 40)).astype("float32"), rng.normal(size=(50, 5)).astype("float32")

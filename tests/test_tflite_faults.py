@@ -49,7 +49,7 @@ CASES = [  # (rows, columns), layers, whether it is shifted
 
 
 @pytest.mark.parametrize(("size", "body", "wrong"), CASES)
-@pytest.mark.lengthy(2)
+@pytest.mark.lengthy(1)
 def test_the_gpu_shifts_what_the_rule_says(size, body, wrong):
     model = network((*size, 4), *[type(layer).from_config(layer.get_config()) for layer in body])
     called = signature(model).with_batch(1)
@@ -108,7 +108,7 @@ def in_groups(groups, inputs, outputs):
 
 
 @pytest.mark.parametrize(("groups", "inputs", "outputs", "wrong"), GROUPS)
-@pytest.mark.lengthy(2)
+@pytest.mark.lengthy(1)
 def test_the_gpu_computes_groups_wrong_as_the_rule_says(groups, inputs, outputs, wrong):
     model = in_groups(groups, inputs, outputs)
     called = signature(model).with_batch(1)
@@ -168,7 +168,7 @@ def combining(name):
 
 
 @pytest.mark.parametrize("name", COMBINED)
-@pytest.mark.lengthy(2)
+@pytest.mark.lengthy(1)
 def test_the_gpu_combines_integers_wrong_as_the_rule_says(name):
     (model, x), wrong = combining(name), COMBINED[name][2]
     called, samples = signature(model).with_batch(1), [[sample[None]] for sample in x]
@@ -180,6 +180,7 @@ def test_the_gpu_combines_integers_wrong_as_the_rule_says(name):
             assert (parity.relative > 0.3) == (wrong and mode == "int8")
 
 
+@pytest.mark.slow
 def test_a_wrong_combination_is_said_and_refused(tmp_path):
     (model, x), path = combining("vectors"), tmp_path / "m.tflite"
     options = {"quantize": "int8", "representative_data": x}
@@ -219,7 +220,7 @@ def striding(name):
 
 
 @pytest.mark.parametrize("name", STRIDES)
-@pytest.mark.lengthy(2)
+@pytest.mark.lengthy(1)
 def test_the_gpu_overlooks_strides_as_the_rule_says(name):
     (model, x), wrong = striding(name), STRIDES[name][2]
     called, samples = signature(model).with_batch(1), [[sample[None]] for sample in x]
@@ -237,6 +238,7 @@ def test_strides_on_images_of_open_size():
     assert strided(read(convert(Job(model, quantize="int8", samples=samples)).content))
 
 
+@pytest.mark.slow
 def test_strides_are_said_and_refused(tmp_path):
     (model, x), path = striding("1x1"), tmp_path / "m.tflite"
     options = {"quantize": "int8", "representative_data": x}
@@ -274,7 +276,7 @@ def averaging(name):
 
 
 @pytest.mark.parametrize("name", AVERAGES)
-@pytest.mark.lengthy(2)
+@pytest.mark.lengthy(1)
 def test_browsers_average_wrong_what_the_rule_says(name):
     (model, x), wrong = averaging(name), AVERAGES[name][1]
     called, samples = signature(model).with_batch(1), [[row[None]] for row in x]
@@ -287,6 +289,7 @@ def test_browsers_average_wrong_what_the_rule_says(name):
         assert (reference.compare_on("wasm", content).relative > 0.2) == wrong
 
 
+@pytest.mark.slow
 def test_a_wrong_average_is_said_and_refused(tmp_path):
     """Without a runtime for browsers as well."""
     (model, x), path = averaging("layer normalization"), tmp_path / "m.tflite"
