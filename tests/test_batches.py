@@ -153,7 +153,7 @@ def check_same(ask, make, expected):
 
 
 @in_any_structure
-@pytest.mark.lengthy(4)
+@pytest.mark.lengthy(1)
 @pytest.mark.parametrize("form", [*WITHOUT, *WITH_TARGETS])
 def test_functions_that_look_at_inputs_take_all_forms_of_data(form):
     make = (WITHOUT | WITH_TARGETS)[form]
@@ -163,7 +163,7 @@ def test_functions_that_look_at_inputs_take_all_forms_of_data(form):
 
 
 @in_any_structure
-@pytest.mark.lengthy(4)
+@pytest.mark.lengthy(1)
 @pytest.mark.parametrize("form", WITH_TARGETS)
 def test_functions_that_look_at_targets_take_all_forms_of_data(form):
     for ask in (pruned_by_gradients, pruned_by_gradients_and_repaired, sensitive, compared, searched):
@@ -172,7 +172,7 @@ def test_functions_that_look_at_targets_take_all_forms_of_data(form):
 
 
 @in_any_structure
-@pytest.mark.lengthy(4)
+@pytest.mark.lengthy(1)
 @pytest.mark.parametrize("form", WITHOUT)
 def test_targets_are_missed(form):
     for ask in (pruned_by_gradients, pruned_by_gradients_and_repaired, searched):

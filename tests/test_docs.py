@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 BLOCK = re.compile(
     r"<!-- setup\n(?P<setup>.*?)-->|(?P<excuse><!-- not run -->\n+)?^```python\n(?P<code>.*?)^```", re.S | re.M
 )
-LONG = ("benchmarking", "failures", "tflite", "search", "regularization")  # to run
+LONG = ("android", "benchmarking", "failures", "tflite", "search", "regularization")  # to run
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if BLOCK.search(path.read_text(encoding="utf-8")))
 
 
