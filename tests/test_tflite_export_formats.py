@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from ai_edge_litert.interpreter import Interpreter
 from exported_files import clean, tensorflow_only
 from keras import layers
 from tflite_models import attention, cnn, lstm, mlp, several, sparsify, transposed
@@ -207,9 +208,28 @@ def test_a_constant_that_is_not_finite(tmp_path):
 
 
 @tensorflow_only
-def test_an_output_that_is_one_number(tmp_path):
+@pytest.mark.parametrize(("quantize", "within"), [(None, 1e-5), ("int8", 0.1)])
+def test_an_output_that_is_one_number(quantize, within, tmp_path):
     inputs = keras.Input((4,))
-    report = ks.tflite.export(
-        keras.Model(inputs, keras.ops.sum(layers.Dense(4)(inputs))), tmp_path / "m.tflite", target="xnnpack"
-    )
-    assert report.parity_relative < 1e-5
+    model, x = keras.Model(inputs, keras.ops.sum(layers.Dense(4)(inputs))), np.random.default_rng(0).normal(size=(9, 4))
+    report = ks.tflite.export(model, tmp_path / "m.tflite", target="xnnpack", quantize=quantize, representative_data=x)
+    assert report.parity_relative < within
+
+
+@tensorflow_only
+def test_a_stateful_layer_begins_anew_and_is_left_as_it_was(tmp_path):
+    """The file goes on from run to run as the model does, from its initial state, and not from where a fit ended."""
+    inputs = keras.Input((5, 4), batch_size=1, name="x")
+    memory = layers.GRU(3, stateful=True, bias_initializer="random_normal")
+    model = keras.Model(inputs, layers.Dense(2)(memory(inputs)))
+    x = np.random.default_rng(0).normal(size=(4, 1, 5, 4)).astype("float32")
+    right = [np.array(model(one)) for one in x]
+    before = np.array(memory.states[0])
+    report = ks.tflite.export(model, tmp_path / "m.tflite", representative_data=x[:, 0])
+    np.testing.assert_array_equal(memory.states[0], before)
+    assert np.abs(before).max() > 0.01 and "load it anew" in " ".join(report.notes)
+    runner = Interpreter(str(tmp_path / "m.tflite")).get_signature_runner()
+    for one, expected in zip(x, right, strict=True):
+        np.testing.assert_allclose(runner(x=one)["output_0"], expected, rtol=1e-4, atol=1e-5)
+    assert ks.tflite.verify(str(tmp_path / "m.tflite"), model).right
+    np.testing.assert_array_equal(memory.states[0], before)

@@ -120,6 +120,25 @@ def test_bad_representative_data(data, message):
     assert "Received" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "values", "said"),
+    [("uint8", [0.0, 0.25], "0.25"), ("uint8", [7, 256], "256"), ("int8", [7, 200], "200"), ("bool", [0, 2], "2"),
+     ("int32", [2.0**40, 1.0], "1.09951e.12"), ("float32", [1.0, 1e300], "1e.300")],
+)  # fmt: skip
+def test_numbers_that_the_type_does_not_hold(dtype, values, said):
+    called = signature(keras.Sequential([keras.Input((2,), dtype=dtype, name="x"), layers.Rescaling(1 / 255)]))
+    with pytest.raises(ValueError, match=rf"numbers of the type {dtype} for the input 'x'.*with {said}$"):
+        representative_batches(np.array([values]), called)
+    assert representative_batches(np.array([[0.0, 1.0]]), called)[0][0].shape == (1, 2)  # whole numbers are
+
+
+def test_tensors_of_torch_that_want_a_gradient():
+    torch = pytest.importorskip("torch")
+    called = signature(keras.Sequential([keras.Input((2,)), layers.Dense(3)]))
+    [[found]] = representative_batches(torch.ones((5, 2), requires_grad=True), called)
+    np.testing.assert_array_equal(found, np.ones((5, 2)))
+
+
 def test_differing_batch_sizes():
     with pytest.raises(ValueError, match="same batch size"):
         representative_batches({"image": IMAGE, "age": AGE[:2]}, signature(several()))
@@ -175,8 +194,20 @@ def test_a_difference_is_found():
     found = Reference(second, called, batches).compare(content)
     pairs = [[keras.ops.convert_to_numpy(m(batch[0])) for m in (first, second)] for batch in batches]
     assert found.absolute == pytest.approx(max(np.abs(a - b).max() for a, b in pairs), rel=1e-4)
-    assert found.relative == pytest.approx(max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs), rel=1e-4)
+    typical = np.median([np.abs(b).max() for _, b in pairs])
+    ratios = [np.abs(a - b).max() / max(np.abs(b).max(), typical) for a, b in pairs]
+    assert found.relative == pytest.approx(max(ratios), rel=1e-4)
     assert found.worst == "output_0"
+
+
+def test_a_sample_whose_only_output_is_near_zero():
+    """What is rounded for the others is not all that is there: integers of 8 bits know nothing smaller."""
+    inputs = keras.Input((1,), name="x")
+    model = keras.Model(inputs, layers.Dense(1, kernel_initializer="ones")(inputs))
+    x = np.array([0.5, -0.5, 0.4, -0.3, 1e-4, 0.25], "float32")[:, None, None]
+    job = Job(model, quantize="int8", samples=[[one] for one in x])
+    found = Reference(model, job.signature, job.samples).compare_on("native", convert(job).content)
+    assert found.absolute <= 1 / 250 and found.relative <= found.absolute / 0.25
 
 
 def test_a_model_that_fails_on_random_inputs():

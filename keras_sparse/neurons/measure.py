@@ -1,11 +1,10 @@
 """Neuron sparsity: the share of a model's units that are inactive on data."""
 
-import contextlib
 
 import keras
 import numpy as np
 
-from keras_sparse import batches, graph, patterns, reports, selection
+from keras_sparse import batches, graph, patterns, reports, selection, states
 from keras_sparse.neurons.activity import Trace
 
 __all__ = ["Probe", "neuron_sparsity"]
@@ -100,7 +99,7 @@ class Probe:
         """Return the `Report` on `data`; see `neuron_sparsity`."""
         batches.check(data, batch_size)
         samples, totals = 0, None
-        with self._recording(), _restored(self._model):
+        with self._recording(), states.put_back(self._model):
             for batch in batches.of(data, batch_size):
                 sizes = [array.shape[0] if array.ndim else 0 for array in keras.tree.flatten(batch)]
                 if not any(sizes):
@@ -210,20 +209,6 @@ class _Counter(keras.Model):
 
     def call(self, inputs, training=False):
         return self.count(lambda: self.counted(inputs, training=training))
-
-
-@contextlib.contextmanager
-def _restored(model):
-    """Put back the state that running a model changes: that of stateful layers, and seeds."""
-    kernels = {id(weight.variable) for weight in selection.weights(model) if weight.kernel}
-    variables = [v for v in model.non_trainable_variables if id(v) not in kernels]
-    before = [np.array(selection.as_array(v)) for v in variables]
-    try:
-        yield
-    finally:
-        for variable, value in zip(variables, before, strict=True):
-            if not np.array_equal(selection.as_array(variable), value):
-                variable.assign(value)
 
 
 def _dead_units(weights, units, gates):

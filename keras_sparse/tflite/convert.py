@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import keras
 
+from keras_sparse import states
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite import converter
 from keras_sparse.tflite.encoding import fill
@@ -66,7 +67,7 @@ def convert(model, signature=None, quantize=None, samples=(), inference_type=Non
     job = model if isinstance(model, Job) else Job(model, signature, quantize, samples or (), inference_type)
     _check_size(job.model)
     if keras.config.backend() == "tensorflow":
-        with quiet():
+        with quiet(), states.put_back(job.model, begin=True):  # as from a .keras file, which has no states either
             conversion = _convert_here(job)
     else:
         conversion = _convert_elsewhere(job)

@@ -15,7 +15,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 
-from keras_sparse import graph
+from keras_sparse import graph, states
 from keras_sparse.quiet import quiet
 
 __all__ = ["random_batches", "spread"]
@@ -61,8 +61,9 @@ def random_batches(model, signature, seed=0, like=None):
     True
     """
     rng = np.random.default_rng(seed)
-    signature = _with_sizes(model, signature, like)
-    draws = _chosen(model, signature)
+    with states.put_back(model):
+        signature = _with_sizes(model, signature, like)
+        draws = _chosen(model, signature)
     drawn = list(zip(draws, signature.inputs, strict=True))
     return [[_drawn(rng, draw, leaf, size) for draw, leaf in drawn] for size in (1, 2, 3)]
 

@@ -13,6 +13,7 @@ from keras_sparse.tflite.targets import NOT_SPARSE, OPEN_BATCH
 __all__ = ["inspect", "limits"]
 
 _COUNTING = ("int32", "int64", "uint32", "uint64", "bool")  # shapes, axes, indices; and the biases of int8 kernels
+_KEEPS = "ASSIGN_VARIABLE"  # the operator that writes state
 _FEW = 0.02  # single zeros up to this share are no pattern: quantisation to int8 rounds some weights to zero
 _MOST = 1024  # elements for each stored byte: a hostile file may describe an array that fills the memory
 
@@ -89,7 +90,7 @@ def inspect(path):
 
 
 def limits(model):
-    """Sentences on where a file does not run right as it is, however its weights are stored.
+    """Sentences on where a file does not run right as it is, however its weights are stored, and on what it keeps.
 
     Args:
         model: A `FlatModel`.
@@ -107,6 +108,8 @@ def limits(model):
     """
     faults = [(where, fault(model)) for fault, where in FAULTS]
     found = [f"Not for {where}: {why}." for where, why in faults if why is not None]
+    if any(operator.name == _KEEPS for graph in model.subgraphs for operator in graph.operators):
+        found.append("It keeps state from one run to the next, as stateful layers do: load it anew to begin anew.")
     return [*found, f"{OPEN_BATCH}."] if model.has_open_batch else found
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import keras
 import numpy as np
 
+from keras_sparse import states
 from keras_sparse.batches import parts
 from keras_sparse.quiet import quiet
 from keras_sparse.tflite.commands import get
@@ -26,7 +27,8 @@ class Parity:
 
     Attributes:
         absolute: Largest absolute difference over all outputs and inputs tried.
-        relative: Largest difference of an output divided by that output's largest magnitude. An output of whole numbers
+        relative: Largest difference of an output in a batch divided by that output's largest magnitude there, or by the
+            median of these over the batches if that is more. An output of whole numbers
             may be one of class numbers, of which the next is not nearer than another: if that is less, the share of
             numbers that are others, of the share that would be by chance, to the power of three (where other outputs
             may differ by 1e-3, one number in ten may be another; by 3e-2, three in ten). Beside outputs of other
@@ -79,11 +81,12 @@ class Reference:
         self._inputs = [dict(zip([i.name for i in signature.inputs], batch, strict=True)) for batch in batches]
         self._outputs = []
         try:
-            with quiet():
+            with quiet(), states.put_back(model, begin=True) as changed:
                 for batch in batches:
                     outputs = signature.call(model, batch)
                     arrays = [_numbers(keras.ops.convert_to_numpy(y)) for y in keras.tree.flatten(outputs)]
                     self._outputs.append(dict(zip(output_names(outputs), arrays, strict=True)))
+                self._remembers = changed()
         except Exception as error:
             raise ExportError(
                 f"The model {model.name!r} fails on the inputs it should be checked with. If it takes only certain "
@@ -137,7 +140,7 @@ class Reference:
 
         Args:
             runtime: One of `runtimes.RUNTIMES`. Slow ones (all but `"native"`) run the first batch, the third and the
-                last, of those whose size they take.
+                last, of those whose size they take; the first three of a model that keeps state.
             content: The file.
             timeout: Seconds that loading and each run may take.
 
@@ -165,6 +168,8 @@ class Reference:
         """Numbers of a few batches that a worker takes: of several sizes, and of inputs as the model will meet them."""
         names = [leaf["name"] for leaf in worker.inputs]
         fit = [i for i, inputs in enumerate(self._inputs) if worker.fits(_renamed(inputs, names))]
+        if self._remembers:  # each output depends on the inputs before
+            return range(min(3, len(self._inputs)))
         return sorted({fit[i] for i in (0, 2, -1) if i < len(fit)}) if fit else [0]
 
     def _parity(self, outputs, results):
@@ -176,7 +181,8 @@ class Reference:
         whole = {name for name, pairs in found.items() if all(_are_whole(y) for pair in pairs for y in pair)}
         differences = {}
         for name, pairs in found.items():
-            differences[name] = [_difference(*pair) for pair in pairs]
+            typical = float(np.median([_magnitude(expected) for expected, _ in pairs]))
+            differences[name] = [_difference(*pair, typical) for pair in pairs]
             if name in whole:
                 labels = _labels_apart(pairs) / (1 if len(whole) == len(found) else 3)
                 differences[name] = [(largest, min(ratio, labels)) for largest, ratio in differences[name]]
@@ -202,7 +208,7 @@ class KnownOutputs(Reference):
     """
 
     def __init__(self, name, inputs, outputs):
-        self.name, self._inputs = name, inputs
+        self.name, self._inputs, self._remembers = name, inputs, False
         self._outputs = [{name: _numbers(values) for name, values in batch.items()} for batch in outputs]
 
 
@@ -249,18 +255,24 @@ def _labels_apart(pairs):
     return float(min(1.0, share / max(by_chance, 1e-20))) ** 3
 
 
-def _difference(expected, found):
-    """Largest difference, absolute and relative to the largest magnitude; NaN equals NaN and nothing else."""
+def _magnitude(values):
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+
+
+def _difference(expected, found, typical):
+    """Largest difference, absolute and relative to the largest magnitude; NaN equals NaN and nothing else.
+
+    A batch whose magnitude is less than `typical` is measured by that: the only output of one sample may be near zero.
+    """
     if expected.shape != found.shape:
         return np.inf, np.inf
     with np.errstate(invalid="ignore"):
         apart = np.atleast_1d(np.abs(expected - found))
     apart[np.atleast_1d((expected == found) | (np.isnan(expected) & np.isnan(found)))] = 0.0
     apart[np.isnan(apart)] = np.inf
-    finite = np.abs(expected[np.isfinite(expected)])
     largest = float(apart.max(initial=0.0))
     # The floor keeps an output of zeros from turning rounding noise into an infinite ratio.
-    return largest, largest / max(float(finite.max(initial=0.0)), 1e-20)
+    return largest, largest / max(_magnitude(expected), typical, 1e-20)
 
 
 def in_batches_of(size, batches):
@@ -395,6 +407,8 @@ def _lacks_last(shape, leaf):
 
 
 def _fitting(array, leaf):
+    if hasattr(array, "detach"):  # of torch, on any backend: it may want a gradient
+        array = array.detach()
     given = array = np.asarray(keras.ops.convert_to_numpy(array) if keras.ops.is_tensor(array) else array)
     if _lacks_last(array.shape, leaf):
         array = array[..., None]
@@ -418,4 +432,18 @@ def _fitting(array, leaf):
             f"`representative_data` must be finite: leave out samples with NaN or infinity. Received: "
             f"{int(np.sum(~np.isfinite(_numbers(array)))):,} such numbers for the input {leaf.name!r}"
         )
+    _check_cast(array, leaf)
     return array
+
+
+def _check_cast(array, leaf):
+    """Images of 0 to 1 would all be zeros as integers, and 256 is 0 in 8 bits."""
+    with np.errstate(all="ignore"):
+        changed = _numbers(array.astype(leaf.dtype))
+    exact = np.dtype(leaf.dtype).kind in "biu"
+    lost = changed != _numbers(array) if exact else ~np.isfinite(changed)
+    if lost.any():
+        raise ValueError(
+            f"`representative_data` must hold numbers of the type {leaf.dtype} for the input {leaf.name!r}, as the "
+            f"model takes them. Received: an array of {array.dtype} with {float(_numbers(array)[lost][0]):g}"
+        )

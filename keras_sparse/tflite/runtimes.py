@@ -196,7 +196,7 @@ class Worker:
         with open(self._folder / "inputs", "wb") as file:
             for name, values in inputs.items():
                 leaf = known[name]
-                values = np.ascontiguousarray(np.asarray(values).astype(leaf["dtype"]))
+                values = np.asarray(values).astype(leaf["dtype"])
                 free = [0, *self._open.get(name, [])] if self._runtime.resizes else []
                 wanted = [None if axis in free else n for axis, n in enumerate(leaf["shape"])]
                 fits = len(wanted) == values.ndim and all(

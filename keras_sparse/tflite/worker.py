@@ -215,7 +215,7 @@ def _write(values, path):
     arrays, offset = [], 0
     with open(path, "wb") as file:
         for name, value in values.items():
-            value = np.ascontiguousarray(value)
+            value = np.asarray(value)  # `ascontiguousarray` would give a single number an axis
             file.write(value.tobytes())
             arrays.append({"name": name, "dtype": value.dtype.name, "shape": value.shape, "offset": offset})
             offset += value.nbytes

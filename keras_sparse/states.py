@@ -1,0 +1,70 @@
+"""State is what a model keeps from one call to the next: of stateful recurrent layers, random layers, and others."""
+
+import contextlib
+
+import keras
+import numpy as np
+
+from keras_sparse import selection
+
+__all__ = ["put_back", "recurrent"]
+
+
+def recurrent(model):
+    """The stateful recurrent layers of a model.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse import states
+    >>> inputs = keras.Input((5, 4), batch_size=1)
+    >>> model = keras.Model(inputs, keras.layers.GRU(3, stateful=True, name="memory")(inputs))
+    >>> [layer.name for layer in states.recurrent(model)]
+    ['memory']
+    """
+    layers = [layer for layer in selection.layers(model) if getattr(layer, "stateful", False)]
+    return [layer for layer in layers if isinstance(layer, keras.layers.RNN)]
+
+
+@contextlib.contextmanager
+def put_back(model, begin=False):
+    """Leave the state of a model as it was, whatever runs inside.
+
+    Args:
+        model: A built Keras model.
+        begin: Whether recurrent layers begin with their initial states, as those of a model that was just loaded do.
+
+    Yields:
+        A function that says whether the state has changed.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse import states
+    >>> inputs = keras.Input((5, 4), batch_size=1)
+    >>> layer = keras.layers.GRU(3, stateful=True)
+    >>> model = keras.Model(inputs, layer(inputs))
+    >>> with states.put_back(model) as changed:
+    ...     _ = model(keras.ops.ones((1, 5, 4)))
+    ...     print(changed())
+    True
+    >>> float(abs(keras.ops.convert_to_numpy(layer.states[0])).max())
+    0.0
+    """
+    kernels = {id(weight.variable) for weight in selection.weights(model) if weight.kernel}
+    # Keras does not count the states of recurrent layers as variables of theirs. One that was never called has none.
+    memory = [v for v in keras.tree.flatten([layer.states for layer in recurrent(model)]) if v is not None]
+    variables = [v for v in model.non_trainable_variables if id(v) not in kernels] + memory
+    before = [np.array(selection.as_array(variable)) for variable in variables]
+    try:
+        for variable in memory if begin else ():  # `reset_state` fails on stacked cells (Keras 3.15)
+            variable.assign(np.zeros(variable.shape))
+        yield lambda: any(_differs(*pair) for pair in zip(variables, before, strict=True))
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            if _differs(variable, value):
+                variable.assign(value)
+
+
+def _differs(variable, value):
+    return not np.array_equal(selection.as_array(variable), value)
