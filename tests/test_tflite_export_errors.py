@@ -137,6 +137,9 @@ def test_bad_paths(tmp_path):
     (tmp_path / "folder.tflite").mkdir()
     with pytest.raises(ValueError, match=r"must end in '\.tflite'"):
         ks.tflite.export(mlp(), tmp_path / "m.lite", target="xnnpack")
+    for path in (None, 3, b"m.tflite"):
+        with pytest.raises(TypeError, match=r"`path` must be a string or a `pathlib.Path`.*Received: path="):
+            ks.tflite.export(mlp(), path, target="xnnpack")
     with pytest.raises(ValueError, match="folder of that name"):
         ks.tflite.export(mlp(), tmp_path / "folder.tflite", target="xnnpack")
     with pytest.raises(FileNotFoundError, match="does not exist; create it first"):
@@ -292,7 +295,7 @@ def test_streams_are_restored(tmp_path, monkeypatch):
 def test_a_batch_size_for_the_file(tmp_path):
     """A model of any batch size; on data that do not fill whole batches, too."""
     report = ks.tflite.export(
-        mlp(), tmp_path / "m.tflite", target="xnnpack", batch_size=2, representative_data=np.ones((5, 64))
+        mlp(), tmp_path / "m.tflite", target="xnnpack", batch_size=np.int64(2), representative_data=np.ones((5, 64))
     )
     assert not report.notes or "batch" not in report.notes[0]
     assert run(report.path, pixels=np.ones((2, 64), "float32"))["output_0"].shape == (2, 64)
@@ -326,3 +329,14 @@ def test_strings_are_no_input_of_a_file(tmp_path):
         with pytest.raises(ks.tflite.ExportError, match="behind its `StringLookup`.*'city' of .*takes strings"):
             call()
     assert not list(tmp_path.iterdir())
+
+
+@tensorflow_only
+def test_channels_that_follow_from_open_sizes(tmp_path):
+    """TFLite has convolutions: that it has none is not what a user should read."""
+    inputs = keras.Input((None, None, 3))
+    x = layers.UpSampling2D(2)(layers.Conv2D(4, 3, strides=2, padding="same")(inputs))
+    model = keras.Model(inputs, layers.Conv2D(2, 1)(layers.Concatenate()([inputs, x])))
+    with pytest.raises(ks.tflite.ExportError, match="Conv2D.*give `keras.Input` the sizes that it leaves open"):
+        ks.tflite.export(model, tmp_path / "m.tflite")
+    assert os.listdir(tmp_path) == []

@@ -105,7 +105,10 @@ def test_a_runtime_that_is_missing_is_no_proof(tmp_path, monkeypatch):
     ("target", "error", "message"),
     [
         ("phone", ValueError, "`target` must be one of 'xnnpack', .*Received: target='phone'"),
-        (["gpu", "phone"], ValueError, "Received: target='phone'"),
+        (["gpu", "phone"], ValueError, "Received: target='phone'$"),
+        ("GPU", ValueError, "Received: target='GPU'. Did you mean 'gpu'\\?"),
+        ("ethos-u55-128", ValueError, "Did you mean 'ethos-u55'\\?"),
+        ([["gpu"]], ValueError, "Received: a target of type list"),
         (True, TypeError, "Received: target=True"),
         ("ethos-u55", ValueError, "takes quantize='int8' or quantize='int16x8'; .*Received: quantize=None"),
     ],

@@ -1,6 +1,5 @@
 """Neuron sparsity: the share of a model's units that are inactive on data."""
 
-
 import keras
 import numpy as np
 

@@ -7,6 +7,9 @@ import tempfile
 __all__ = ["ExportError", "first_line", "raise_if_disk_full", "refusal"]
 
 
+_HAS = r"\bConv[23]D|\bDepthwiseConv2d"  # it has these, but for tensors of unknown channels
+
+
 class ExportError(ValueError):
     """A model was not exported: it cannot be converted, or the file does not compute what the model computes.
 
@@ -38,6 +41,8 @@ def refusal(name, error):
     if missing:
         operators = ", ".join(sorted({name.strip() for line in missing for name in line.split(",")}))
         reason = f"TFLite has no built-in operator for: {operators}. Replace the layer that uses it"
+        if re.search(_HAS, operators):
+            reason += ", or give `keras.Input` the sizes that it leaves open: TFLite's convolutions need known channels"
     else:
         reason = f"TensorFlow's converter gave up: {first_line(error)}"
     return ExportError(f"The model {name!r} cannot be converted to .tflite. {reason}.")

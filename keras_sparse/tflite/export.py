@@ -250,8 +250,9 @@ def _job(model, quantize, representative_data, inference_type, batch_size):
 def _with_batch(signature, size):
     if size is None:
         return signature
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
         raise ValueError(f"`batch_size` must be None or a positive integer. Received: batch_size={size!r}")
+    size = int(size)
     fixed = {leaf.shape[0] for leaf in signature.inputs} - {None}
     if fixed - {size}:
         raise ValueError(
@@ -308,7 +309,9 @@ def _restores_integers(written):
 
 
 def _check_path(path):
-    path = os.fspath(path)
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"`path` must be a string or a `pathlib.Path` that ends in '.tflite'. Received: path={path!r}")
+    path = os.fsdecode(path)
     if not path.endswith(".tflite"):
         raise ValueError(f"`path` must end in '.tflite'. Received: path={path!r}")
     folder = os.path.dirname(os.path.realpath(path))  # a link is written through

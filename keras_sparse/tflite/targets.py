@@ -4,6 +4,7 @@ The numbers here are those that decide: the encoder, the rules of XNNPACK, `chec
 """
 
 import dataclasses
+import difflib
 from dataclasses import dataclass
 
 from keras_sparse.reports import Report
@@ -372,8 +373,12 @@ def get(name):
     found = [target for target in TARGETS if isinstance(name, str) and target.name == name]
     if not found:
         names = ", ".join(repr(target.name) for target in TARGETS)
-        received = f"target={name!r}" if isinstance(name, str) else f"a target of type {type(name).__name__}"
-        raise ValueError(f"`target` must be one of {names}. Received: {received}")
+        received, close = f"a target of type {type(name).__name__}", []
+        if isinstance(name, str):
+            received = f"target={name!r}"
+            close = difflib.get_close_matches(name.lower(), [target.name for target in TARGETS], n=1)
+        hint = f". Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"`target` must be one of {names}. Received: {received}{hint}")
     return found[0]
 
 
@@ -400,7 +405,8 @@ def chosen(names):
         return ()
     if not isinstance(names, (str, list, tuple)):
         raise TypeError(f"`target` must be the name of a target, a list of names or None. Received: target={names!r}")
-    return tuple(get(name) for name in dict.fromkeys([names] if isinstance(names, str) else names))
+    found = [get(name) for name in ([names] if isinstance(names, str) else names)]
+    return tuple({target.name: target for target in found}.values())
 
 
 def pays_from(operator, pattern):
