@@ -131,11 +131,15 @@ def _convert_elsewhere(job):
         try:
             result = json.loads((folder / "result.json").read_text())
         except (OSError, ValueError):
-            last = (said.strip().splitlines() or ["no message"])[-1]
+            if status < 0:
+                hint, last = "TensorFlow crashed; another `quantize` may work. ", f"signal {-status}"
+                if job.quantize in CALIBRATED:
+                    hint = "TensorFlow crashed, as it does on calibrating recurrent layers: use quantize='dynamic'. "
+            else:
+                hint, last = "", (said.strip().splitlines() or ["no message"])[-1][:300]
             raise ExportError(
-                f"The conversion process of the model {job.name!r} ended without a result. "
-                + ("TensorFlow crashed; another `quantize` may work. " if status < 0 else "")
-                + f"Received: exit status {status} ({last[:300]})"
+                f"The conversion process of the model {job.name!r} ended without a result. {hint}"
+                f"Received: exit status {status} ({last})"
             ) from None
         if "disk" in result:
             raise OSError(errno.ENOSPC, result["disk"])
