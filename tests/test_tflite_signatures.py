@@ -4,9 +4,11 @@ from collections import OrderedDict
 
 import keras
 import pytest
+from exported_files import tensorflow_only
 from keras import layers
 from tflite_models import attention, dict_of_inputs, mlp, nested, several, subclassed, two_arguments
 
+import keras_sparse as ks
 from keras_sparse.tflite.signatures import output_names, signature
 
 
@@ -49,3 +51,15 @@ def test_dtypes_become_those_of_phones():
     assert called.with_dtypes(["int64"]).inputs[0].dtype == "int32"
     assert called.with_dtypes(["float64"]).inputs[0].dtype == "float32"
     assert called.with_dtypes(["float16"]).inputs[0].dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(["模", "型"], ["input_", "input__1"]), (["größe", "größe2"], ["gr__e", "gr__e2"]), (["self"], ["input_self"])],
+)
+@tensorflow_only
+def test_names_that_tensorflow_does_not_take(given, expected, tmp_path):
+    inputs = [keras.Input((4,), name=name) for name in given]
+    model = keras.Model(inputs, keras.layers.Dense(2)(keras.ops.concatenate(inputs)))
+    assert [leaf.name for leaf in signature(model).inputs] == expected
+    assert ks.tflite.export(model, tmp_path / "m.tflite").parity_relative < 1e-5

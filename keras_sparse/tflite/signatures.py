@@ -125,7 +125,9 @@ def signature(model):
                 "`TextVectorization`, and let the app do what these do. "
                 f"Received: the input {leaf.name!r} of {model.name!r}, which takes strings"
             )
-        name = re.sub(r"\W", "_", leaf.name)
+        name = re.sub(r"\W", "_", leaf.name, flags=re.ASCII)  # TensorFlow takes no other letters
+        if name == "self" or not re.search("[a-zA-Z0-9]", name):  # nor these
+            name = f"input_{name.strip('_')}"
         while name in taken:
             name += "_1"
         taken.add(name)
