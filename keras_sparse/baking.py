@@ -8,7 +8,8 @@ import numpy as np
 from keras_sparse import graph, reports, selection
 from keras_sparse.graph.rebuilding import complete
 from keras_sparse.identity import IdentityDict
-from keras_sparse.layers import L0, gated_layers
+from keras_sparse.layers import L0, ChannelL0, gated_layers
+from keras_sparse.layers.places import find_places
 
 __all__ = ["add_l0", "bake"]
 
@@ -20,13 +21,16 @@ def add_l0(model, penalty, granularity="weight", filters=None, **arguments):
         model: A built functional or Sequential model, nested ones included.
         penalty: The price of one weight, or a dict `{regex: price}` that is searched in the paths of a layer's weights:
             the first match wins, layers that no key matches get no gates.
-        granularity: `"weight"` or `"unit"`, see `ks.layers.L0`.
-        filters: Which layers: those that own a weight which `ks.selection.select(model, filters)` selects.
+        granularity: `"weight"` or `"unit"`, see `ks.layers.L0`; or `"channel"`: one gate for each channel of the model,
+            in all layers that it can only leave at once, see `ks.layers.ChannelL0`. It takes one price.
+        filters: Which layers: those that own a weight which `ks.selection.select(model, filters)` selects. Of channels:
+            those that only such weights make.
         **arguments: Further arguments of `ks.layers.L0`, such as `open_probability` or `seed`.
 
     Returns:
-        A new model of the same layer names. It is compiled like `model`, with an optimizer that starts anew, if that is
-        possible.
+        A new model of the same layer names; with gates on channels its only layer is the `ChannelL0`, which holds that
+        model, and `ks.report` says which weights make channels without a gate, and why. It is compiled like `model`,
+        with an optimizer that starts anew, if that is possible.
 
     Raises:
         ValueError: If the model is not built, is subclassed, has gates already, or nothing is selected; and as `L0`.
@@ -47,6 +51,8 @@ def add_l0(model, penalty, granularity="weight", filters=None, **arguments):
             "`ks.layers.L0(layer, penalty)` where the layer is created. "
             f"Received: {type(model).__name__} {model.name!r}"
         )
+    if granularity == "channel":
+        return _with_channel_gates(model, penalty, filters, arguments)
     prices = _prices(model, penalty, filters)
     wrapped = IdentityDict()
 
@@ -65,6 +71,40 @@ def add_l0(model, penalty, granularity="weight", filters=None, **arguments):
     if missed:
         raise ValueError(f"These weights are in no layer that could be wrapped; exclude them. Received: {missed}")
     _copy_weights(model, gated)
+    _copy_compilation(model, gated)
+    return gated
+
+
+def _with_channel_gates(model, penalty, filters, arguments):
+    if isinstance(penalty, dict):
+        raise ValueError(
+            "Layers share the gates of channels, so that these have one price: give `penalty` as a number, and name "
+            f"layers by `filters`. Received: penalty={penalty!r}, granularity='channel'"
+        )
+    _check_ungated(model)
+    chosen = selection.select(model, filters).chosen
+    places, reasons = find_places(model, chosen)
+    if not places:
+        raise ValueError(
+            "No channel can leave the model, so that there is nothing to put a gate on. "
+            f"Received: {model.name!r}, {[f'{v.path}: {why}' for v, why in reasons.items()][:8]}"
+        )
+    copy = keras.models.clone_model(model, _inputs(model), recursive=True)
+    _copy_weights(model, copy)
+    numbers = list(dict.fromkeys(tuple(place.numbers.tolist()) for place in places))
+    rows = [[p.weight, p.axis, numbers.index(tuple(p.numbers.tolist())), p.multiplies] for p in places]
+    layer = ChannelL0(copy, penalty, rows, [list(one) for one in numbers], **arguments)
+    inputs = _inputs(copy)
+    if inputs is None:
+        inputs = keras.Input(batch_shape=copy.input_shape, dtype=copy.inputs[0].dtype, name=copy.inputs[0].name)
+    outputs = layer(inputs)
+    flat = keras.tree.flatten(outputs)
+    if len(flat) > 1:  # losses and metrics go by the names of the layers that make outputs
+        named = [keras.layers.Identity(name=name)(x) for name, x in zip(model.output_names, flat, strict=True)]
+        outputs = keras.tree.pack_sequence_as(outputs, named)
+    gated = keras.Model(inputs, outputs, name=model.name)
+    pairs = zip(model.weights, copy.weights, strict=True)
+    reports.remember(gated, {id(new): reasons[old] for old, new in pairs if old in reasons})
     _copy_compilation(model, gated)
     return gated
 
@@ -103,7 +143,8 @@ def bake(model):
             "There is nothing to bake: the model has no `ks.layers.L0`. "
             f"Received: {type(model).__name__} {model.name!r}"
         )
-    config = _without_gates(keras.saving.serialize_keras_object(model))
+    source = _inside(model)
+    config = _without_gates(keras.saving.serialize_keras_object(source))
     config.pop("compile_config", None)
     try:
         # Not Keras's own: `Add` is a layer and an operation.
@@ -120,7 +161,7 @@ def bake(model):
             f"The class {type(model).__name__} makes `L0` layers by itself, so that a copy has them too. Let it take "
             f"its layers as arguments that `get_config` returns, or use the functional API. Received: {model.name!r}"
         )
-    gated = _copy_weights(model, plain)
+    gated = _copy_weights(source, plain, gated_layers(model))
     _zero_unread_units(plain)
     others = [w for w in selection.weights(plain) if w.variable not in gated]
     reports.remember(plain, {id(w.variable): w.skipped or "had no gates" for w in others})
@@ -138,10 +179,14 @@ def _inputs(model):
     )
 
 
-def _prices(model, penalty, filters):
-    """The price of each selected weight, by its variable."""
+def _check_ungated(model):
     if gated_layers(model):
         raise ValueError(f"The model has `L0` layers already. Received: {model.name!r}")
+
+
+def _prices(model, penalty, filters):
+    """The price of each selected weight, by its variable."""
+    _check_ungated(model)
     selected = selection.select(model, filters).chosen
     if not isinstance(penalty, dict):
         return IdentityDict.fromkeys((w.variable for w in selected), penalty)
@@ -152,13 +197,20 @@ def _prices(model, penalty, filters):
     return prices
 
 
+def _inside(model):
+    """The model in the one layer with gates, if there is nothing around it; else the model itself."""
+    around = [x for x in model.layers if not isinstance(x, (keras.layers.InputLayer, keras.layers.Identity))]
+    whole = len(around) == 1 and getattr(around[0], "of_model", False)
+    return around[0].layer if whole else model
+
+
 def _without_gates(config):
     """A serialized object with each `L0` in it replaced by the layer that it wraps."""
     if isinstance(config, (list, tuple)):
         return [_without_gates(item) for item in config]
     if not isinstance(config, dict):
         return config
-    if config.get("registered_name") == keras.saving.get_registered_name(L0):
+    if config.get("registered_name") in map(keras.saving.get_registered_name, (L0, ChannelL0)):
         layer = config["config"]["layer"]
         # What a functional model says about a layer from outside (its calls) stays; the name is how others refer to it.
         inner = layer["config"] | {"name": config["config"]["name"]}
@@ -166,13 +218,13 @@ def _without_gates(config):
     return {key: _without_gates(value) for key, value in config.items()}
 
 
-def _copy_weights(source, target):
-    """Give `target` the weights of `source`, gates folded in where only `source` has them: those are returned."""
-    with_gates = gated_layers(target) or gated_layers(source)
+def _copy_weights(source, target, baked=()):
+    """Give `target` the weights of `source`, with the gates of some layers folded in; return what these changed."""
+    with_gates = [*gated_layers(target), *baked]
     gates = IdentityDict.fromkeys(v for layer in with_gates for v in [*layer.log_alphas, layer.penalty])
     folded, changed = IdentityDict(), IdentityDict()
-    for layer in with_gates if not gated_layers(target) else ():
-        folded.update(layer.gated())
+    for layer in baked:
+        folded.update(layer.baked())
     # Both walk the same layers in the same order, but for the weights of gates.
     pairs = ([v for v in model.weights if v not in gates] for model in (source, target))
     for old, new in zip(*pairs, strict=True):
@@ -180,7 +232,9 @@ def _copy_weights(source, target):
         new.assign(np.where(value == 0, 0, value))  # A gate of 0 makes -0.0 of a negative weight.
         if old in folded:
             changed[new] = True
-    layers = ([one for one in selection.layers(model) if not isinstance(one, L0)] for model in (source, target))
+    layers = (
+        [one for one in selection.layers(model) if not getattr(one, "has_gates", False)] for model in (source, target)
+    )
     for old, new in zip(*layers, strict=True):
         complete(old, new)
     return changed

@@ -1,5 +1,6 @@
 """A gate callback logs how far the gates of `L0` layers are closed, and moves the price of open ones in `model.fit`."""
 
+import functools
 import math
 
 import numpy as np
@@ -116,7 +117,7 @@ class L0Penalty(SparseCallback):
         return [(weight.variable, weight.numpy() * gate == 0) for weight, gate in gated]
 
     def _sparsity(self):
-        return float(self._measure(lambda layer, gate, log_alpha: gate == 0))
+        return float(self._measure(_closed))
 
     def _control(self, progress):
         """A proportional-integral controller of the logarithm of the penalty; the penalty itself is the integral."""
@@ -133,21 +134,21 @@ class L0Penalty(SparseCallback):
     def _miss(self, progress):
         """How much sparsity is missing."""
         # A gate that is on its way counts in part, as long as the target rises: closed ones alone come too late.
-        closed = self._measure(lambda layer, gate, log_alpha: gate == 0)
+        closed = self._measure(_closed)
         closing = self._measure(_way)
         return self.target_sparsity * progress - (progress * closed + (1 - progress) * closing)
 
     def _measure(self, value):
-        """The mean of `value(layer, gate, log_alpha)` over the gated weights."""
-        total = size = 0.0
-        for layer in self._layers:
-            for weight, gate, log_alpha in zip(layer.kernels, layer.gates(), layer.log_alphas, strict=True):
-                mean = np.mean(value(layer, gate, selection.as_array(log_alpha)), dtype="float64")
-                total, size = total + mean * weight.size, size + weight.size
-        return float(total / size)
+        """The share of the gated weights that is gone, where `value(layer, log_alpha)` says how much of a gate is."""
+        found = [pair for layer in self._layers for pair in layer.shares(functools.partial(value, layer))]
+        return float(sum(weight.size * share for weight, share in found) / sum(weight.size for weight, _ in found))
 
 
-def _way(layer, gate, log_alpha):
+def _closed(layer, log_alpha):
+    return selection.as_array(layer.gate.expected_gate(log_alpha)) == 0
+
+
+def _way(layer, log_alpha):
     """How far gates are from where they started to where they close, from 0 to 1."""
     low, high = layer.gate.limits
     start, closed = (math.log(p / (1 - p)) for p in (layer.open_probability, -low / (high - low)))

@@ -115,6 +115,20 @@ class Channels:
             call.update_constants()
         return found
 
+    def removable_with(self, values):
+        """For each label whether it could be removed if weights had other values.
+
+        Args:
+            values: List of `(variable, value)`, tensors.
+        """
+        with keras.StatelessScope(values):
+            for call in self.calls:
+                call.update_constants()
+            removed = self._unneeded(set(self.classes.reasons()))
+        for call in self.calls:
+            call.update_constants()
+        return removed
+
     def _is_of(self, classes, labels):
         return np.isin(self.roots[labels], classes)
 

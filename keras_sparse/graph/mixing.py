@@ -63,7 +63,7 @@ class Refused(Call):
         name = type(self.operation).__name__
         if getattr(self.operation, "lora_enabled", False):
             reason = f"{self.operation.name} has LoRA: merge it first"
-        elif name == "L0":
+        elif getattr(self.operation, "has_gates", False):
             reason = f"{self.operation.name} has gates: `ks.bake` the model first"
         elif "Normalization" in name:
             reason = f"{self.operation.name} ({name}) computes its statistics over the channels of a sample"
@@ -189,6 +189,10 @@ class Linear(Call):
         if (~np.isnan(known) & (known != 0)).any():
             return f"{self.operation.name} has no place for a constant (no bias, or padding it would stand out from)"
         return f"{self.operation.name} reads it"
+
+    def update_constants(self):
+        self._nonzero = None
+        super().update_constants()
 
     def find_constants(self):
         if self.fixed or self._bias_axis_missing():

@@ -34,7 +34,7 @@ def is_composite(operation):
     >>> is_composite(block), is_composite(block.inner)
     (True, False)
     """
-    if not isinstance(operation, keras.layers.Layer) or of_keras(operation) or type(operation).__name__ == "L0":
+    if not isinstance(operation, keras.layers.Layer) or of_keras(operation) or getattr(operation, "has_gates", False):
         return False  # of Keras, layers of layers are known; gates are to be baked first
     kind = kind_of(operation)
     known = kind.channels != UNKNOWN or kind.kernels or kind.holder

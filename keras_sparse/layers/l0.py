@@ -1,6 +1,5 @@
-"""Layers that learn which weights to do without: `L0` puts random gates around any layer with a kernel."""
+"""L0 puts random gates around one layer, on its weights, inputs or filters."""
 
-import inspect
 import math
 
 import keras
@@ -8,18 +7,14 @@ import numpy as np
 from keras import ops
 
 from keras_sparse import graph, selection
-from keras_sparse.gates import HardConcrete
-from keras_sparse.identity import IdentityDict
-from keras_sparse.registry import check_penalty, is_real, serializable
+from keras_sparse.layers.gated import GatedWrapper, gated_layers
+from keras_sparse.registry import serializable
 
-__all__ = ["L0", "HardConcrete", "gated_layers"]
-
-# As in the authors' code: a gate that leaves this range has a gradient too small to bring it back.
-_LOG_ALPHA_LIMIT = math.log(100.0)
+__all__ = ["L0"]
 
 
 @serializable
-class L0(keras.layers.Wrapper):
+class L0(GatedWrapper):
     """Puts hard-concrete gates around a layer, so that training finds which of its weights can be zero.
 
     Louizos, Welling & Kingma, "Learning Sparse Neural Networks through L0 Regularization" (2018). In training each
@@ -73,24 +68,14 @@ class L0(keras.layers.Wrapper):
         _check_layer(layer)
         if granularity not in ("weight", "unit"):
             raise ValueError(f"`granularity` must be 'weight' or 'unit'. Received: granularity={granularity!r}")
-        if not is_real(open_probability) or not 0 < open_probability < 1:
-            raise ValueError(
-                f"`open_probability` must be between 0 and 1. Received: open_probability={open_probability!r}"
-            )
-        check_penalty("penalty", penalty)
-        self._accepts_training = "training" in inspect.signature(layer.call).parameters
-        # Keras reads from the signature which masks and states to pass, and writes calls down in the terms of it.
-        self.call = _with_signature(self._call_gated, layer.call)
-        super().__init__(layer, **{"name": layer.name, "dtype": layer.dtype_policy} | kwargs)
-        self.penalty_start = float(penalty)
-        self.granularity = granularity
-        self.open_probability = float(open_probability)
-        self.gate = HardConcrete(temperature, limits)
-        self.seed = seed
         # A recurrent cell is called in a loop over time, in which no state may change; there are cells in layers, too.
         self.is_cell = hasattr(layer, "state_size") and not isinstance(layer, keras.layers.RNN)
-        self.seed_generator = _HeldSeed(seed) if self.is_cell else keras.random.SeedGenerator(seed)
-        self.supports_masking = layer.supports_masking
+        kwargs = {"dtype": layer.dtype_policy} | kwargs
+        super().__init__(layer, penalty, open_probability, temperature, limits, seed, **kwargs)
+        self.granularity = granularity
+
+    def _generator(self, seed):
+        return _HeldSeed(seed) if self.is_cell else super()._generator(seed)
 
     def __call__(self, *args, **kwargs):
         if not self.layer.built and len(args) > 1:
@@ -102,24 +87,11 @@ class L0(keras.layers.Wrapper):
         """Build the wrapped layer, unless it is built, and create a gate for each weight or unit of its kernels."""
         super().build(input_shape)
         self.kernels = _kernels(self.layer)
-        self.log_alphas = []
-        self.penalty = self.add_weight(
-            (), keras.initializers.Constant(self.penalty_start), trainable=False, autocast=False, name="penalty"
-        )
-        mean = math.log(self.open_probability / (1 - self.open_probability))
+        self._add_penalty()
         for weight in self.kernels:
             shape = self._gate_shape(weight)
-            self.log_alphas.append(
-                self.add_weight(
-                    shape,
-                    keras.initializers.RandomNormal(mean, 0.01, seed=self.seed),
-                    dtype="float32",
-                    autocast=False,
-                    regularizer=_Cost(self, weight.size / math.prod(shape)),
-                    constraint=_clamp,
-                    name=f"{weight.variable.name}_log_alpha",
-                )
-            )
+            cost = _Cost(self, weight.size / math.prod(shape))
+            self._add_log_alpha(shape, cost, f"{weight.variable.name}_log_alpha")
         self.built = True
 
     def _gate_shape(self, weight):
@@ -131,25 +103,6 @@ class L0(keras.layers.Wrapper):
         gated = outputs if graph.kind_of(weight.layer).gates == "outputs" else inputs
         return tuple(n if axis in gated else 1 for axis, n in enumerate(shape))
 
-    def _call_gated(self, *args, training=None, **kwargs):
-        kwargs |= {"training": training} if self._accepts_training else {}
-        # Keras does not count the states of stateful recurrent layers as variables of theirs.
-        recurrent = [inner for inner in selection.layers(self.layer) if getattr(inner, "stateful", False)]
-        variables = [*self.layer.variables, *keras.tree.flatten([inner.states for inner in recurrent])]
-        gated = IdentityDict(self.gated(training))
-        # The layer runs on values instead of its variables: kernels that are multiplied by their gates.
-        scope = keras.StatelessScope([(v, gated.get(v, v)) for v in variables], collect_losses=True)
-        before = [scope.get_current_value(v) for v in variables]
-        with scope:
-            outputs = self.layer(*args, **kwargs)
-        for variable, old in zip(variables, before, strict=True):
-            new = scope.get_current_value(variable)
-            if new is not old:  # Such as the state of a stateful recurrent layer.
-                variable.assign(new)
-        for loss in scope.losses:
-            self.add_loss(ops.multiply(loss, 1.0))  # Its own tensor: Keras tells whose losses are whose by identity.
-        return outputs
-
     def gated(self, training=False):
         """Yield `(variable, value)` for all that gates multiply: kernels, and the biases of filters."""
         for weight, gate in zip(self.kernels, self._gates(training), strict=True):
@@ -160,26 +113,9 @@ class L0(keras.layers.Wrapper):
                 # A filter that is switched off gives zeros, not its bias.
                 yield bias, bias * ops.cast(ops.reshape(gate, bias.shape), bias.dtype)
 
-    def _gates(self, training):
-        if not training:
-            return [self.gate.expected_gate(log_alpha) for log_alpha in self.log_alphas]
-        sizes = [math.prod(log_alpha.shape) for log_alpha in self.log_alphas]
-        # Strictly inside of (0, 1): the logarithms of both ends are infinite. One draw, which no two gates share.
-        noise = keras.random.uniform((sum(sizes),), 1e-6, 1 - 1e-6, dtype="float32", seed=self.seed_generator)
-        ends = np.cumsum(sizes).tolist()
-        return [
-            self.gate.sample(log_alpha, ops.reshape(noise[end - size : end], log_alpha.shape))
-            for log_alpha, size, end in zip(self.log_alphas, sizes, ends, strict=True)
-        ]
-
-    def compute_output_spec(self, *args, training=None, **kwargs):
-        return self.layer.compute_output_spec(*args, **kwargs)
-
-    def compute_output_shape(self, *args, **kwargs):
-        return self.layer.compute_output_shape(*args, **kwargs)
-
-    def compute_mask(self, inputs, previous_mask):
-        return self.layer.compute_mask(inputs, previous_mask)
+    def baked(self):
+        """Yield `(variable, value)` for all that `ks.bake` changes: what gates multiply in inference."""
+        return self.gated()
 
     # What the penalty sees.
 
@@ -195,6 +131,10 @@ class L0(keras.layers.Wrapper):
         """The gates of inference, a NumPy array for each kernel, of a shape that broadcasts to it."""
         return [ops.convert_to_numpy(self.gate.expected_gate(log_alpha)) for log_alpha in self.log_alphas]
 
+    def shares(self, gone):
+        for weight, log_alpha in zip(self.kernels, self.log_alphas, strict=True):
+            yield weight, np.mean(gone(selection.as_array(log_alpha)), dtype="float64")
+
     # What a recurrent layer asks of a cell: an AttributeError where the wrapped layer is none.
 
     @property
@@ -209,42 +149,8 @@ class L0(keras.layers.Wrapper):
     def get_initial_state(self):
         return self.layer.get_initial_state
 
-    # Keras does not save the states of seeds. With it, a training that resumes has the gates it would have had.
-
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        store["seed"] = selection.as_array(self.seed_generator.state)
-
-    def load_own_variables(self, store):
-        super().load_own_variables({key: store[key] for key in store.keys() if key != "seed"})
-        self.seed_generator.state.assign(store["seed"])
-
     def get_config(self):
-        return super().get_config() | {
-            "penalty": self.penalty_start,
-            "granularity": self.granularity,
-            "open_probability": self.open_probability,
-            "temperature": self.gate.temperature,
-            "limits": list(self.gate.limits),
-            "seed": self.seed,
-        }
-
-
-# Its own weights, the parameters of the gates, are no kernels.
-graph.register_kind(L0, graph.Kind())
-
-
-def gated_layers(model):
-    """List the `L0` layers of a model, nested ones and those in the attributes of subclassed models too.
-
-    Example:
-
-    >>> import keras, keras_sparse as ks
-    >>> model = keras.Sequential([keras.Input((4,)), ks.layers.L0(keras.layers.Dense(3, name="body"), 1e-6)])
-    >>> [layer.name for layer in ks.layers.gated_layers(model)]
-    ['body']
-    """
-    return [layer for layer in selection.layers(model) if isinstance(layer, L0)]
+        return super().get_config() | {"granularity": self.granularity}
 
 
 class _Cost:
@@ -279,7 +185,7 @@ def _check_layer(layer):
             "`L0` wraps a layer; `ks.add_l0(model, penalty)` wraps the layers of a model. "
             f"Received: {type(layer).__name__} {layer.name!r}"
         )
-    if isinstance(layer, L0):
+    if getattr(layer, "has_gates", False):
         raise ValueError(f"The layer has gates already: `L0` around `L0` is not possible. Received: {layer.name!r}")
     cell = hasattr(layer, "state_size") and not isinstance(layer, keras.layers.RNN)
     if cell and (getattr(layer, "dropout", 0) or getattr(layer, "recurrent_dropout", 0)):
@@ -304,25 +210,6 @@ def _kernels(layer):
             f"Received: {type(layer).__name__} {layer.name!r} with weights {[w.variable.name for w in everything]}"
         )
     return chosen
-
-
-def _clamp(log_alpha):
-    return ops.clip(log_alpha, -_LOG_ALPHA_LIMIT, _LOG_ALPHA_LIMIT)
-
-
-def _with_signature(function, model):
-    """A function that does as `function`, which takes `training`, and has the other parameters of `model`."""
-
-    def call(*args, **kwargs):
-        return function(*args, **kwargs)
-
-    parameters = inspect.signature(model).parameters
-    training = inspect.Parameter("training", inspect.Parameter.KEYWORD_ONLY, default=None)
-    known = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    open_ended = [p for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    added = [] if "training" in parameters else [training]
-    call.__signature__ = inspect.Signature([*known, *added, *open_ended])
-    return call
 
 
 def _symbolic(value):
