@@ -57,7 +57,7 @@ def add_l0(model, penalty, granularity="weight", filters=None, **arguments):
     wrapped = IdentityDict()
 
     def clone(layer):
-        copy = type(layer).from_config(layer.get_config())
+        copy = _copied(layer)
         # By whose weights they are, so that whole wrappers and attention layers count.
         weights = getattr(layer, "weights", [])
         price = next((prices[v] for v in weights if v in prices), None)
@@ -66,7 +66,7 @@ def add_l0(model, penalty, granularity="weight", filters=None, **arguments):
         wrapped.update(IdentityDict.fromkeys(weights))
         return L0(copy, price, granularity, **arguments)
 
-    gated = keras.models.clone_model(model, _inputs(model), clone_function=clone, recursive=True)
+    gated = _clone(model, clone)
     missed = [w.path for w in selection.weights(model) if w.variable in prices and w.variable not in wrapped]
     if missed:
         raise ValueError(f"These weights are in no layer that could be wrapped; exclude them. Received: {missed}")
@@ -89,7 +89,10 @@ def _with_channel_gates(model, penalty, filters, arguments):
             "No channel can leave the model, so that there is nothing to put a gate on. "
             f"Received: {model.name!r}, {[f'{v.path}: {why}' for v, why in reasons.items()][:8]}"
         )
-    copy = keras.models.clone_model(model, _inputs(model), recursive=True)
+    copy = _clone(model)
+    for inner in selection.layers(copy):
+        if isinstance(inner, keras.Model):  # what was compiled would bring losses and metrics of its own
+            inner.compiled, inner.optimizer = False, None
     _copy_weights(model, copy)
     numbers = list(dict.fromkeys(tuple(place.numbers.tolist()) for place in places))
     rows = [[p.weight, p.axis, numbers.index(tuple(p.numbers.tolist())), p.multiplies] for p in places]
@@ -144,7 +147,18 @@ def bake(model):
             f"Received: {type(model).__name__} {model.name!r}"
         )
     source = _inside(model)
-    config = _without_gates(keras.saving.serialize_keras_object(source))
+    plain = _plain(model) if source is model else _clone(source)
+    gated = _copy_weights(source, plain, gated_layers(model))
+    _zero_unread_units(plain)
+    others = [w for w in selection.weights(plain) if w.variable not in gated]
+    reports.remember(plain, {id(w.variable): w.skipped or "had no gates" for w in others})
+    _copy_compilation(model, plain)
+    return plain
+
+
+def _plain(model):
+    """A copy without gates, whose weights are not set yet."""
+    config = _without_gates(keras.saving.serialize_keras_object(model))
     config.pop("compile_config", None)
     try:
         # Not Keras's own: `Add` is a layer and an operation.
@@ -161,12 +175,30 @@ def bake(model):
             f"The class {type(model).__name__} makes `L0` layers by itself, so that a copy has them too. Let it take "
             f"its layers as arguments that `get_config` returns, or use the functional API. Received: {model.name!r}"
         )
-    gated = _copy_weights(source, plain, gated_layers(model))
-    _zero_unread_units(plain)
-    others = [w for w in selection.weights(plain) if w.variable not in gated]
-    reports.remember(plain, {id(w.variable): w.skipped or "had no gates" for w in others})
-    _copy_compilation(model, plain)
     return plain
+
+
+def _inside(model):
+    """The model in the one layer with gates, if there is nothing around it; else the model itself."""
+    passive = (keras.layers.InputLayer, keras.layers.Identity)
+    around = [x for x in getattr(model, "operations", ()) if not isinstance(x, passive)]
+    if len(around) != 1 or not getattr(around[0], "of_model", False):
+        return model
+    passed_on = {id(x.output): x.input for x in model.operations if isinstance(x, keras.layers.Identity)}
+    outputs = [passed_on.get(id(x), x) for x in model.outputs]
+    own = keras.tree.flatten(around[0].output)
+    whole = len(outputs) == len(own) and all(x is y for x, y in zip(outputs, own, strict=True))
+    return around[0].layer if whole else model
+
+
+def _clone(model, of_layer=None):
+    """A copy of a model, its layers made by a function, `_copied` by default; the weights are new."""
+    return keras.models.clone_model(model, _inputs(model), clone_function=of_layer or _copied, recursive=True)
+
+
+def _copied(layer):
+    # A function without a name cannot be found again from a config, and has no state.
+    return layer if isinstance(layer, keras.layers.Lambda) else type(layer).from_config(layer.get_config())
 
 
 def _inputs(model):
@@ -195,13 +227,6 @@ def _prices(model, penalty, filters):
         for weight in selection.matching(regex, selected):
             prices.setdefault(weight.variable, price)
     return prices
-
-
-def _inside(model):
-    """The model in the one layer with gates, if there is nothing around it; else the model itself."""
-    around = [x for x in model.layers if not isinstance(x, (keras.layers.InputLayer, keras.layers.Identity))]
-    whole = len(around) == 1 and getattr(around[0], "of_model", False)
-    return around[0].layer if whole else model
 
 
 def _without_gates(config):

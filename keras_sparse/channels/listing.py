@@ -82,7 +82,10 @@ def listing(channels, title):
         f"{len(row['layers'])} layers" if len(row["layers"]) > 3 else ", ".join(row["layers"])
     )
     notes = []
-    if not rows:
+    gated = [x.name for x in selection.layers(channels.labelled.model) if getattr(x, "has_gates", False)]
+    if gated:
+        notes.append(f"{gated[0]} has gates: `ks.bake` the model first.")
+    elif not rows:
         kinds = sorted({type(layer).__name__ for layer in selection.layers(channels.labelled.model)})
         notes.append(f"There are no channels that could be told apart: no layer of {kinds} is known.")
     elif not totals["dead"]:

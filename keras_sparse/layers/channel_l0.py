@@ -93,7 +93,7 @@ class ChannelL0(GatedWrapper):
         self.built = True
 
     def _count_of(self, weight, places):
-        """A kernel, the gates along its axes, those that stand along two, and how many weights have the same of them."""
+        """A kernel, the gates along its axes, those that stand along two, and how many weights each choice has."""
         axes = {}
         for place in places:
             axes[place.axis] = axes.get(place.axis, 0) + place.numbers

@@ -6,7 +6,6 @@ Run as a program it tries many: `python tests/support/channel_gates.py 0 100`.
 import sys
 
 import channel_graphs
-import keras
 import numpy as np
 
 import keras_sparse as ks
