@@ -282,30 +282,30 @@ def test_digits():
     train, test = (x[:1400], y[:1400]), (x[1400:], y[1400:])
     keras.utils.set_random_seed(0)
     model = digits_network()
-    model.compile(keras.optimizers.Adam(0.003), "sparse_categorical_crossentropy", metrics=["accuracy"])
-    model.fit(*train, epochs=12, verbose=0)
+    model.compile(keras.optimizers.Adam(0.004), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.fit(*train, 100, 12, verbose=0)
     dense = model.evaluate(*test, verbose=0)[1]
-    gated = ks.add_l0(model, 0.03 / len(x), "channel", open_probability=0.9, seed=0)
-    rates = {".*log_alpha": keras.optimizers.Adam(0.02), ".*": keras.optimizers.Adam(0.003)}
-    rates = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(rates))
-    gated.compile(rates, "sparse_categorical_crossentropy", metrics=["accuracy"])
-    callback = ks.callbacks.L0Penalty(target_sparsity=0.7)
-    gated.fit(*train, epochs=30, verbose=0, callbacks=[callback])
+    gated = ks.add_l0(model, 0.1 / len(x), "channel", open_probability=0.9, seed=0)
+    adam = keras.optimizers.Adam
+    rates = keras.optimizers.OptimizerMap(adam(0.004), {".*log_alpha": adam(0.03)})
+    gated.compile(keras.optimizers.MultiOptimizer(rates), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    gated.fit(*train, 100, 25, verbose=0, callbacks=[ks.callbacks.L0Penalty(target_sparsity=0.7)])
     small, report = ks.shrink(ks.bake(gated), verbose=0, return_report=True)
-    free = sum(row["channels"] for row in report.rows if not row["reason"])
-    print(dense, report.totals, free)
-    assert 0.35 * free < report.totals["removable"] < 0.75 * free
+    free = 8 + 12 + 12
+    assert 0.4 * free <= report.totals["removable"] <= 0.65 * free
     small.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy"])
-    assert small.evaluate(*test, verbose=0)[1] > dense - 0.02
+    after = small.evaluate(*test, verbose=0)[1]
+    assert dense > 0.88
+    assert after > dense - 0.03, (after, dense, report.totals)
 
 
 def digits_network():
     inputs = keras.Input((8, 8, 1))
-    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(16, 3, padding="same", name="stem")(inputs)))
+    x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(layers.Conv2D(8, 3, padding="same", name="stem")(inputs)))
     for i in range(2):
-        y = layers.Conv2D(24, 3, padding="same", name=f"a{i}")(x)
-        y = layers.ReLU()(layers.BatchNormalization()(y))
-        y = layers.BatchNormalization()(layers.Conv2D(16, 3, padding="same", name=f"b{i}")(y))
+        y = layers.Conv2D(12, 3, padding="same", name=f"a{i}")(x)
+        y = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(y))
+        y = layers.BatchNormalization(momentum=0.9)(layers.Conv2D(8, 3, padding="same", name=f"b{i}")(y))
         x = layers.ReLU()(layers.Add()([x, y]))
     x = layers.Dense(10, "softmax", name="head")(layers.GlobalAveragePooling2D()(x))
     return keras.Model(inputs, x)

@@ -79,7 +79,7 @@ class _Search:
             if weight is not None and weight.role != graph.DEPTHWISE and part.variable not in selected:
                 why = f"{part.variable.path} makes them, too, and is left dense"
                 for axis in part.made:
-                    self._reasons |= dict.fromkeys(self._roots[part.axes[axis]].tolist(), why)
+                    self._reasons = dict.fromkeys(self._roots[part.axes[axis]].tolist(), why) | self._reasons
         free = [[c for c in group.channels.tolist() if c and c not in self._reasons] for group in channels.groups]
         self._free = [classes for classes in free if len(classes) > 1]
 
