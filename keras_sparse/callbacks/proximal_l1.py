@@ -5,9 +5,9 @@ import warnings
 
 import numpy as np
 
-from keras_sparse import layers, optimizers, patterns, pruning, schedules, selection
+from keras_sparse import optimizers, patterns, pruning, schedules, selection
 from keras_sparse.callbacks.scheduled import ScheduledCallback
-from keras_sparse.registry import serializable
+from keras_sparse.registry import check_penalty, serializable
 
 __all__ = ["ProximalL1"]
 
@@ -85,7 +85,7 @@ class ProximalL1(ScheduledCallback):
                 f"strength is found. Received: strength={strength!r}, target_sparsity={target_sparsity!r}"
             )
         if strength is not None:
-            layers.check_penalty("strength", strength)
+            check_penalty("strength", strength)
         elif pruning.as_target(target_sparsity).budget is not None:
             raise ValueError(
                 "`ProximalL1` leads to a share of zeros; a budget counts what a model costs without its channels. "
