@@ -155,7 +155,8 @@ class ChannelL0(GatedWrapper):
             expected = math.prod(sums)
             for first, second, count in ties:  # one gate, not two of the same distribution
                 others = [one for axis, one in enumerate(sums) if axis not in (first, second)]
-                expected = expected + math.prod([ops.sum(ops.convert_to_tensor(count) * (some - ops.square(some))), *others])
+                both = ops.sum(ops.convert_to_tensor(count) * (some - ops.square(some)))
+                expected = expected + math.prod([both, *others])
             total = total + rest * expected
         return total
 
