@@ -148,7 +148,8 @@ def sensitivity(
             squared change of the outputs, as a share of their variance over the samples. With targets, `(x, y)`,
             `(x, y, sample_weight)` or batches of them: the loss that the model is compiled with.
         levels: Sparsities, rising, in (0, 1).
-        criterion: A `Criterion` or its name, as in `ks.prune`; one that ranks by gradients needs `(x, y)`.
+        criterion: A `Criterion` or its name, as in `ks.prune`; one that ranks by gradients needs `(x, y)`. `"obs"` also
+            for what is to be trained: by magnitude, a kernel that has lost its outputs seems to have no more to lose.
         pattern: A `Pattern`, its name, or `None`; not `"channel"`, whose zeros concern several weights, nor one that
             has its own sparsity.
         filters: As in `ks.prune`.
