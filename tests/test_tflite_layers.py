@@ -43,7 +43,7 @@ LAYERS = {  # what it is, the shape of its input
     "MultiHeadAttention": (lambda: Attention(), (12, 64)),
 }
 REFUSED = {  # in int8: by a crash of TensorFlow, and because nothing of it would be computed in integers
-    **dict.fromkeys(("LSTM", "GRU"), "TensorFlow crashed; another `quantize` may work"),
+    **dict.fromkeys(("LSTM", "GRU"), "TensorFlow crashed, as it does on calibrating recurrent layers"),
     **dict.fromkeys(("Conv3D", "Conv3DTranspose"), "found nothing in the model 'sequential' that it can compute"),
 }
 
