@@ -75,6 +75,21 @@ def test_closed_gates_leave_without_a_trace(name):
     assert [tuple(log_alpha.shape) for log_alpha in layer.log_alphas] == [(gates,)]
 
 
+def test_what_would_be_a_constant_without_its_makers_has_no_gate():
+    """Of a channel of zeros the sigmoid makes 0.5; before the normalization, a gate could only be where it is made."""
+    inputs = keras.Input((6,))
+    x = layers.Dense(5, name="in", use_bias=False)(inputs)
+    y = layers.Activation("sigmoid")(layers.RMSNormalization(name="norm")(x))
+    y = layers.Dense(4, "relu", name="up")(y)
+    model = keras.Model(inputs, layers.Dense(2, name="head")(y))
+    channel_graphs.randomise(model, RNG)
+    assert 0 < channel_gates.check_gated(model, data(model), seed=1) <= 4
+    gated = ks.add_l0(model, 1e-3, "channel")
+    assert [tuple(log_alpha.shape) for log_alpha in gated_layers(gated)[0].log_alphas] == [(4,)]
+    reasons = {row["path"]: row["reason"] for row in ks.report(gated).rows}
+    assert "would not see zeros" in next(why for path, why in reasons.items() if "in/kernel" in path)
+
+
 @pytest.mark.parametrize("seed", [0, 6, 9])
 @pytest.mark.thorough(1)
 def test_generated_graphs(seed):

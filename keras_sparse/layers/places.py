@@ -86,6 +86,10 @@ class _Search:
     def found(self):
         read = self._gateable(self._reads)
         made = self._gateable(self._makes, read) & ~read & ~self._with_statistics()
+        # A sigmoid makes a constant of a channel of zeros, which those who read it would miss.
+        seen = self._channels.not_silenced(set(np.flatnonzero(~made[self._roots]).tolist()))
+        self._reasons = seen | self._reasons
+        made[list(seen)] = False
         classes = [c for own in self._free for c in own if read[c] or made[c]]
         numbers = np.zeros(len(self._roots), int)
         numbers[classes] = 1 + np.arange(len(classes))
