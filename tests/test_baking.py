@@ -191,6 +191,22 @@ def random_graph(seed):
     return keras.Model(inputs, outputs)
 
 
+@pytest.mark.parametrize("granularity", ["weight", "unit", "channel"])
+def test_layers_with_several_outputs(granularity):
+    inputs = keras.Input((5, 3))
+    gru = layers.GRU(4, return_sequences=True, return_state=True)
+    sequence, state = gru(layers.Dense(6)(inputs))
+    x = layers.Add()([layers.GlobalAveragePooling1D()(sequence), state])
+    gated = ks.add_l0(keras.Model(inputs, layers.Dense(2)(x)), 1e-3, granularity)
+    for layer in gated_layers(gated):
+        for log_alpha in layer.log_alphas:
+            log_alpha.assign(np.where(np.arange(np.prod(log_alpha.shape)).reshape(log_alpha.shape) % 2, 4.0, -4.0))
+    data = np.random.default_rng(0).normal(size=(7, 5, 3)).astype("float32")
+    baked = ks.bake(gated)
+    expected, found = (ks.selection.as_array(model(data)) for model in (gated, baked))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("granularity", ["unit", "weight"])
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.thorough(4)

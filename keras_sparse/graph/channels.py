@@ -325,6 +325,8 @@ def unread_channels(model):
         if name not in known:
             known[name] = None
             votes = [ignored(reader) for reader in readers.get(name, [None])]
+            if not isinstance(layers[name].output, keras.KerasTensor):
+                votes = []  # who reads which of several outputs, such as the state of a GRU, is not followed
             if votes and all(vote is not None and vote.shape == (layers[name].output.shape[-1],) for vote in votes):
                 known[name] = np.logical_and.reduce(votes)
         return known[name]
@@ -333,6 +335,8 @@ def unread_channels(model):
         """Which channels of its inputs a layer ignores."""
         layer = layers.get(name)
         if layer is None or getattr(layer, "data_format", "channels_last") != "channels_last":
+            return None
+        if not isinstance(layer.output, keras.KerasTensor):
             return None
         if isinstance(layer, keras.layers.Flatten):
             after, shape = unread(name), layer.input.shape
