@@ -26,7 +26,7 @@ _ENDS = 1 - 1e-3  # an output that reaches as far may end at 1
 _SHRUNKEN = (2**-2, 2**-4)  # of the level and contrast, against outputs that are at their ends
 _SCALES = (16, 2**8, 2**12, 2**16, 2**23, 2**31, 2**-8, 2**-16)
 _SAMPLES = 4  # by which it is measured how far outputs depend on an input
-_TOGETHER = 2**21  # numbers that a batch of such samples may have
+_TOGETHER = 2**19  # numbers that a batch of such samples may have
 _INTEGERS = (2, 2**8, 2**12, 2**15, 2**20, 2**31)  # upper bounds
 
 
@@ -167,11 +167,13 @@ def _effects(model, signature, ways, place):
 
 
 def _joined(model, signature, pairs):
-    """Each output of the batches of all pairs, from one call: a large model is called a few times, not two dozen."""
+    """Each output of the batches of all pairs, from one call: a deep model is called a few times, not two dozen."""
     taken = getattr(model, "inputs", None) or signature.inputs
     if any(leaf.shape[:1] != (None,) for leaf in taken):
         raise ValueError("The model takes batches of one size.")
     batch = [np.concatenate(arrays) for arrays in zip(*itertools.chain(*pairs), strict=True)]
+    if sum(array.size for array in batch) > _TOGETHER:
+        raise ValueError("Keras holds what all layers make of a batch: that would be much.")
     outputs = _outputs(model, signature, batch)
     if any(output.shape[:1] != (len(batch[0]),) for output in outputs):
         raise ValueError("An output has no row for each sample.")
