@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_sparse import selection
 
-__all__ = ["put_back", "recurrent"]
+__all__ = ["memory", "put_back", "recurrent"]
 
 
 def recurrent(model):
@@ -24,6 +24,25 @@ def recurrent(model):
     """
     layers = [layer for layer in selection.layers(model) if getattr(layer, "stateful", False)]
     return [layer for layer in layers if isinstance(layer, keras.layers.RNN)]
+
+
+def memory(model):
+    """The states of these layers, which Keras does not count as variables of theirs; one never called has none.
+
+    Args:
+        model: A model or layer.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse import states
+    >>> inputs = keras.Input((5, 4), batch_size=1)
+    >>> model = keras.Model(inputs, keras.layers.GRU(3, stateful=True)(inputs))
+    >>> [tuple(state.shape) for state in states.memory(model)]
+    [(1, 3)]
+    """
+    states = keras.tree.flatten([layer.states for layer in recurrent(model)])
+    return [state for state in states if state is not None]
 
 
 @contextlib.contextmanager
@@ -52,12 +71,11 @@ def put_back(model, begin=False):
     0.0
     """
     kernels = {id(weight.variable) for weight in selection.weights(model) if weight.kernel}
-    # Keras does not count the states of recurrent layers as variables of theirs. One that was never called has none.
-    memory = [v for v in keras.tree.flatten([layer.states for layer in recurrent(model)]) if v is not None]
-    variables = [v for v in model.non_trainable_variables if id(v) not in kernels] + memory
+    kept = memory(model)
+    variables = [v for v in model.non_trainable_variables if id(v) not in kernels] + kept
     before = [np.array(selection.as_array(variable)) for variable in variables]
     try:
-        for variable in memory if begin else ():  # `reset_state` fails on stacked cells (Keras 3.15)
+        for variable in kept if begin else ():  # `reset_state` fails on stacked cells (Keras 3.15)
             variable.assign(np.zeros(variable.shape))
         yield lambda: any(_differs(*pair) for pair in zip(variables, before, strict=True))
     finally:

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_sparse import graph, selection
+from keras_sparse import graph, selection, states
 from keras_sparse.gates import HardConcrete
 from keras_sparse.identity import IdentityDict
 from keras_sparse.registry import check_penalty, is_real
@@ -90,9 +90,7 @@ class GatedWrapper(keras.layers.Wrapper):
 
     def _call_gated(self, *args, training=None, **kwargs):
         kwargs |= {"training": training} if self._accepts_training else {}
-        # Keras does not count the states of stateful recurrent layers as variables of theirs.
-        recurrent = [inner for inner in selection.layers(self.layer) if getattr(inner, "stateful", False)]
-        variables = [*self.layer.variables, *keras.tree.flatten([inner.states for inner in recurrent])]
+        variables = [*self.layer.variables, *states.memory(self.layer)]
         gated = IdentityDict(self.gated(training))
         # The layer runs on values instead of its variables: kernels that are multiplied by their gates.
         scope = keras.StatelessScope([(v, gated.get(v, v)) for v in variables], collect_losses=True)

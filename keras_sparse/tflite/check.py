@@ -130,7 +130,7 @@ def check(model, target="xnnpack", sparsity=0.9):
     flat = read(encoded.content)
     whole = {tensor.name: tensor for graph in read(dense).subgraphs for tensor in graph.tensors}
     how = {use.tensor.name: use for use in uses(flat, fixed_batch=True)}
-    names, stores = LayerNames(model), wanted.takes_sparse
+    names = LayerNames(model)
     kernels = _kernels(flat)
     weights = [weight for weight in selection.weights(model) if weight.kernel]
     held = match(model, [(operator, whole[tensor.name]) for operator, tensor in kernels], weights)
@@ -145,7 +145,11 @@ def check(model, target="xnnpack", sparsity=0.9):
                 "operator": operator,
                 "shape": list(tensor.shape),
                 "size": tensor.size,
-                "runs": "sparse" if runs else "stored compressed" if use is not None and stores else "dense",
+                "runs": "sparse"
+                if runs
+                else "stored compressed"
+                if use is not None and wanted.takes_sparse
+                else "dense",
                 "pattern": kind.pattern if runs else "",
                 "from_sparsity": kind.sparsity if runs else None,
             }
@@ -159,15 +163,17 @@ def check(model, target="xnnpack", sparsity=0.9):
             row = {"layer": names.layer(operator, name), "violation": violation, "mend": mend}
             found += [] if row in found else [row]
     trial, pruned = _trial(model, wanted, dense, sparsity)
-    pruned_size = len(encode(_pruned(dense, shapes, sparsity, able)).content)
     totals = {
         "target": wanted.name,
         "verdict": SPARSE if goals and trial.verdict not in (REFUSED, PARTLY) else trial.verdict,
         "runs_sparse": sum(row["size"] for row in rows if row["runs"] == "sparse")
         / max(1, sum(r["size"] for r in rows)),
         "bytes_dense": len(dense),
-        "bytes_sparse": min(pruned_size, len(dense)) if stores else len(dense),
+        "bytes_sparse": len(dense),
     }
+    if wanted.takes_sparse:
+        smaller = len(encode(_pruned(dense, shapes, sparsity, able)).content)
+        totals["bytes_sparse"] = min(smaller, len(dense))
     if pruned.made:
         totals |= {"cycles_dense": trial.made["cycles"], "cycles_sparse": pruned.made["cycles"]}
     notes = [f"{one['layer']}: {one['violation']}. Mend: {one['mend']}." for one in found]

@@ -171,9 +171,9 @@ def _joined(model, signature, pairs):
     taken = getattr(model, "inputs", None) or signature.inputs
     if any(leaf.shape[:1] != (None,) for leaf in taken):
         raise ValueError("The model takes batches of one size.")
-    batch = [np.concatenate(arrays) for arrays in zip(*itertools.chain(*pairs), strict=True)]
-    if sum(array.size for array in batch) > _TOGETHER:
+    if _numbers(signature) > _TOGETHER:  # before arrays are made
         raise ValueError("Keras holds what all layers make of a batch: that would be much.")
+    batch = [np.concatenate(arrays) for arrays in zip(*itertools.chain(*pairs), strict=True)]
     outputs = _outputs(model, signature, batch)
     if any(output.shape[:1] != (len(batch[0]),) for output in outputs):
         raise ValueError("An output has no row for each sample.")
