@@ -138,6 +138,7 @@ def check(model, target="xnnpack", sparsity=0.9):
     for (operator, tensor), weight in zip(kernels, held, strict=True):
         use, kind = how.get(tensor.name), kinds.get(operator)
         runs = kind is not None and use is not None and use.sparse
+        stored = wanted.takes_sparse and use is not None
         able |= {tensor.name} if runs else set()
         rows.append(
             {
@@ -145,11 +146,7 @@ def check(model, target="xnnpack", sparsity=0.9):
                 "operator": operator,
                 "shape": list(tensor.shape),
                 "size": tensor.size,
-                "runs": "sparse"
-                if runs
-                else "stored compressed"
-                if use is not None and wanted.takes_sparse
-                else "dense",
+                "runs": "sparse" if runs else "stored compressed" if stored else "dense",
                 "pattern": kind.pattern if runs else "",
                 "from_sparsity": kind.sparsity if runs else None,
             }
