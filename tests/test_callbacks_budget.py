@@ -61,8 +61,8 @@ def test_ends_with_the_sparsest_epoch_within_the_budget(limit, mode):
     assert budget.reached
 
 
-@pytest.mark.parametrize(("drop", "late", "expected"), [(0.0, 6, 0.8), (0.08, 6, 0.68), (0.0, 99, 0.68)])
-def test_what_failed_early_is_tried_once_more_where_the_budget_has_room(drop, late, expected):
+@pytest.mark.parametrize(("drop", "late", "expected"), [(0.0, 6, 0.8), (0.08, 6, 0.8), (0.0, 99, 0.68)])
+def test_what_failed_early_is_tried_once_more(drop, late, expected):
     """As with a learning rate that falls: 0.8 does not hold before some epoch. `drop` is lost by what holds."""
 
     def quality(share, epoch):
@@ -75,7 +75,7 @@ def test_what_failed_early_is_tried_once_more_where_the_budget_has_room(drop, la
     assert sparsity(model) == pytest.approx(expected, abs=0.03)
     assert budget.reached
     closest = min(share for share in history["sparsity"] if share > 0.7)
-    assert history["sparsity"].count(closest) == (1 if drop else 2)
+    assert history["sparsity"].count(closest) == 2
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,8 @@ def test_what_is_spent_of_the_budget_is_won_back_at_the_sparsity_that_holds():
     model, history, script = fit(budget, quality)
     shares, best = history["sparsity"], max(history["quality"][1:])
     kept = shares[1]
-    assert shares[-5:] == [kept] * 5 and max(shares) > 0.74 and budget.reached
+    assert shares[-9:] == [shares[-1]] * 2 + [kept] * 5 + [shares[-1]] * 2  # what failed once more, and no third time
+    assert shares[-1] > 0.74 and budget.reached
     assert best == pytest.approx(0.94) and budget.front().totals["quality"] == pytest.approx(best)
     for value, other in zip(model.get_weights(), script.weights[history["quality"].index(best)], strict=True):
         np.testing.assert_array_equal(value, other)

@@ -28,9 +28,9 @@ class AccuracyBudget(ScheduledCallback):
     epoch's weights and masks come back and the next sparsity lies half-way, in densities, between that and the one that
     failed. The search ends when the two are within `tolerance`, or `max_sparsity` holds. If some of the budget is spent
     by then, training goes on at the sparsity that holds, until the metric has not become better for `patience` epochs.
-    Whenever less than half of it is spent, what failed is tried once more, from the weights that hold. In the end the
-    model has the weights and masks of the sparsest epoch within the budget: the last in which the search tried that
-    sparsity, or a better one after it. It is the accuracy-aware training of NNCF (Kozlov et al., "Neural network
+    What failed is tried once more, from the weights that hold: before that training if less than half of the budget is
+    spent, else after it. In the end the model has the weights and masks of the sparsest epoch within the budget: the
+    last in which the search tried that sparsity, or a better one after it. It is the accuracy-aware training of NNCF (Kozlov et al., "Neural network
     compression framework for fast model inference", 2020, section 4.6), on densities.
 
     Moving statistics of batch normalization, which a short epoch hardly moves, forget before each validation what they
@@ -226,10 +226,10 @@ class AccuracyBudget(ScheduledCallback):
         else:
             next_level = 1 - math.sqrt((1 - level) * (1 - failed))
             over = (1 - level) <= (1 - failed) * (1 + self.tolerance)
-            if over and self._may_retry():
+            if over and self._may_retry() and self._drop(ledger.get("quality")) <= self.max_drop / 2:
                 next_level, over = self._retried(), False
-        if over and self._drop(ledger.get("quality")) > 0:
-            ledger.put(settles=1, tries=0, back=1)
+        if over and self._drop(ledger.get("quality")) > 0 and ledger.get("settled") != level:
+            ledger.put(settles=1, settled=level, tries=0, back=1)
             next_level, over = level, False
         ledger.put(level=next_level)
         if over:
@@ -254,13 +254,13 @@ class AccuracyBudget(ScheduledCallback):
         run.model.stop_training = True
 
     def _may_retry(self):
-        """Whether the sparsity that failed deserves another try: less than half of the budget is spent without it.
+        """Whether a sparsity failed that has not had its second try.
 
-        What failed was a longer step from other weights, and with a learning rate that falls an earlier one.
+        The first was a longer step, from weights that were trained less, and with a learning rate that falls at a higher
+        one.
         """
         failed = self._ledger.get("failed")
-        has_room = self._drop(self._ledger.get("quality")) <= self.max_drop / 2
-        return has_room and not math.isnan(failed) and failed != self._ledger.get("retried")
+        return not math.isnan(failed) and failed != self._ledger.get("retried")
 
     def _retried(self):
         """The sparsity that failed, which gets its second try."""
@@ -305,7 +305,7 @@ class _Ledger(optimizers.Part):
 
     name = "accuracy_budget"
     _NUMBERS = ("begun", "baseline", "level", "kept", "share", "quality", "failed", "retried")
-    _NUMBERS += ("tries", "gap", "back", "settles", "over")
+    _NUMBERS += ("tries", "gap", "back", "settles", "settled", "over")
 
     def __init__(self, parts):
         super().__init__(parts)
