@@ -11,7 +11,7 @@ from keras_sparse import optimizers, patterns
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning.allocation import Uniform
 from keras_sparse.pruning.channel_repair import repair_channels
-from keras_sparse.pruning.repair import damped, input_statistic, repaired
+from keras_sparse.pruning.repair import cost, damped, input_statistic, repaired
 from keras_sparse.quiet import progress_bar
 
 __all__ = ["alternatives", "prune_layerwise"]
@@ -67,7 +67,7 @@ def prune_layerwise(plan, masks, calibration, repair, statistics=None):
             # Many small systems of equations: threads, above all those of several libraries, get in each other's way.
             with threadpoolctl.threadpool_limits(1, "blas"):
                 if targets is None:
-                    one.choose(masks[i])
+                    one.choose(masks[i], goals[i].sparsity)
                 else:
                     one.take(targets[i])
             found[i] = one.mask
@@ -84,10 +84,13 @@ def prune_layerwise(plan, masks, calibration, repair, statistics=None):
 def alternatives(plan, index, levels, moment=None, statistic=None, repair=False):
     """Yield what one of a plan's weights would be at each of some sparsities, as `ks.prune` would make it.
 
+    A criterion that repairs goes on from one sparsity to the next, as in Frantar and Alistarh, "Optimal brain
+    compression" (2022), section 5: to begin anew each time would take several times as long.
+
     Args:
         plan: The `ks.pruning.Plan`.
         index: Of the goal.
-        levels: Sparsities.
+        levels: Sparsities, rising.
         moment: The `Moment` of what it multiplies, if the criterion looks at inputs or it is to be repaired.
         statistic: Of gradients, if the criterion looks at these.
         repair: Whether to solve for the weights that stay.
@@ -103,24 +106,20 @@ def alternatives(plan, index, levels, moment=None, statistic=None, repair=False)
     """
     import threadpoolctl
 
-    present = plan.present_masks()[index]
+    goal, present = plan.goals[index], plan.present_masks()[index]
+    one = None if moment is None else _Layer(plan, goal, moment, repair)
     for level in levels:
-        goal = replace(plan.goals[index], sparsity=level)
         with threadpoolctl.threadpool_limits(1, "blas"):
             if plan.criterion.of_inputs:
-                mask = None
+                one.choose(present, level)
+                mask = one.mask
             else:
-                [ranked] = plan.compared([goal])
+                [ranked] = plan.compared([replace(goal, sparsity=level)])
                 [mask] = Uniform().keep([ranked], [plan.scores(goal, present, statistic)], 1.0)
                 mask &= present
-            value = None
-            if moment is not None:
-                one = _Layer(plan, goal, moment, repair)
-                if mask is None:
-                    one.choose(present)
-                else:
+                if one is not None:
                     one.take(mask)
-                mask, value = one.mask, one.value
+        value = None if one is None else one.value
         yield optimizers.masked_value(goal.weight.variable, mask) if value is None else value
 
 
@@ -185,24 +184,32 @@ class _Layer:
             new = repaired(self._matrix(self._dense), self._matrix(mask), self._moments, self._group_of)
             self.value = self._kernel(new).astype(self._dense.dtype)
 
-    def choose(self, mask):
-        """Choose by the criterion what stays, in rounds if weights change in between."""
-        [goal] = self._plan.compared([self._goal])
-        self.mask, value = mask, self._dense
-        for fraction in self._fractions() if self._repair and goal.sparsity else [1.0]:
+    def choose(self, mask, sparsity):
+        """Choose by the criterion what stays of a mask, in rounds if weights change in between.
+
+        What was chosen before, for a lower sparsity, is what the rounds begin with, if one can afford its scores.
+        """
+        [goal] = self._plan.compared([replace(self._goal, sparsity=sparsity)])
+        left = 1.0
+        if self.value is None or cost(self._matrix(self.mask)) > AFFORDABLE:
+            self.mask, self.value = mask, None
+        else:
+            left = float(np.mean(self.mask))
+        for fraction in self._fractions(goal.sparsity, left) if self._repair and goal.sparsity else [1.0]:
+            value = self._dense if self.value is None else self.value
             scores = self._plan.scores(goal, self.mask, self.statistic(self.mask), value)
             [new] = Uniform().keep([goal], [scores], fraction)
             self.take(new & self.mask)
-            value = self._dense if self.value is None else self.value
 
-    def _fractions(self):
-        """How far each round goes: each leaves the same share of what the one before it left.
+    def _fractions(self, sparsity, left):
+        """How far each round goes, from what is left: each leaves the same share of what the one before it left.
 
         The first one is cheap, because all output units have the same inputs. It goes as far as the second one needs.
         """
-        sparsity, (units, inputs) = self._goal.sparsity, self._matrix(self._dense).shape
+        units, inputs = self._matrix(self._dense).shape
         kept = [(1 - sparsity) ** (step / ROUNDS) for step in range(1, ROUNDS)]
-        return [*((1 - share) / sparsity for share in kept if units * (share * inputs) ** 3 <= AFFORDABLE), 1.0]
+        kept = [share for share in kept if share < left and units * (share * inputs) ** 3 <= AFFORDABLE]
+        return [*((1 - share) / sparsity for share in kept), 1.0]
 
     def _matrix(self, array):
         return patterns.to_matrix(array, self._goal.weight.output_axes)
