@@ -185,6 +185,8 @@ def run(way, folder, devices, args, kill=0):
     cheap = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment["XLA_FLAGS"] = f"{cheap} --xla_force_host_platform_device_count={devices}"
     environment |= {"JAX_COMPILATION_CACHE_DIR": str(folder.parent), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    # Else steps overlap, and on fewer cores than devices their collective operations wait for each other for ever.
+    environment["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
     command = [sys.executable, __file__, "--work", way, str(folder), str(devices), "--kill", str(kill)]
     command += ["--steps", str(args.steps), "--criterion", args.criterion]
     with socket.socket() as free:
