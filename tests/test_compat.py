@@ -85,6 +85,37 @@ def test_masks_are_applied_and_wrappers_gone(tmp_path):
     assert (array(model.layers[0].kernel)[MASK == 0] == 0).all()
 
 
+def distributed(layer):
+    config = {"name": "steps", "layer": layer, "batch_input_shape": [None, 2, 4]}
+    return [{"class_name": "TimeDistributed", "config": config}]
+
+
+def test_what_steps_share_is_read_with_its_wrapper(tmp_path):
+    names = {"kernel": KERNEL, "bias": BIAS, "mask": MASK, "threshold": np.float32(0.1), "pruning_step": np.int64(7)}
+    weights = {"steps": {f"steps/{name}:0": value for name, value in names.items()}}  # as tf_keras names them
+    model = tfmot.load(write(tmp_path / "old.h5", distributed(wrapped(dense("dense", 3))), weights))
+    np.testing.assert_array_equal(array(model.layers[0].weights[0]), np.where(MASK == 0, 0, KERNEL))
+    x = RNG.normal(size=(5, 2, 4)).astype("float32")
+    np.testing.assert_allclose(array(model(x)), x @ (KERNEL * MASK) + BIAS, atol=1e-5)
+
+
+def test_a_model_that_steps_share(tmp_path):
+    normal = {"class_name": "BatchNormalization", "config": {"name": "normal", "axis": [1], "epsilon": 0.0}}
+    first = {"class_name": "InputLayer", "config": {"batch_input_shape": [None, 4], "name": "input_2"}}
+    inner = {"class_name": "Sequential", "config": {"name": "inner", "layers": [first, dense("dense", 3), normal]}}
+    values = {"dense/kernel": KERNEL, "dense/bias": BIAS}
+    values |= {f"normal/{name}": RNG.uniform(1, 2, 3) for name in ("gamma", "beta", "moving_mean", "moving_variance")}
+    weights = {"steps": {f"{name}:0": value for name, value in values.items()}}
+    path = write(tmp_path / "old.h5", distributed(inner), weights)
+    x = RNG.normal(size=(5, 2, 4)).astype("float32")
+    gamma, beta, mean, variance = list(values.values())[2:]
+    expected = (x @ KERNEL + BIAS - mean) / np.sqrt(variance) * gamma + beta
+    np.testing.assert_allclose(array(tfmot.load(path)(x)), expected, rtol=1e-4, atol=1e-5)
+    inner["config"]["layers"][1] = wrapped(dense("dense", 3))
+    with pytest.raises(ValueError, match="'inner' is inside of a wrapper layer.*save it after `strip_pruning`"):
+        tfmot.load(write(tmp_path / "other.h5", distributed(inner), weights))
+
+
 def test_command(tmp_path, capsys):
     path = pruned(tmp_path / "old.h5")
     assert run.main(["convert-tfmot", str(path), str(tmp_path / "new.keras"), "--json"]) == 0

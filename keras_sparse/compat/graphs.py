@@ -64,6 +64,7 @@ class Graph:
 
     def __init__(self, factory):
         self._factory = factory
+        factory.model = self._held
 
     def model(self, config):
         """Return the `Node` of the model that a configuration describes."""
@@ -79,6 +80,18 @@ class Graph:
         make = self._sequential if config["class_name"] == "Sequential" else self._functional
         model, children = make(own, name)
         return Node(name, model, (), frozen, children)
+
+    def _held(self, config):
+        """A model inside of a wrapper layer such as `TimeDistributed`, whose weights are that layer's own."""
+        node = self.model(config)
+        wrapped = [leaf.name for leaf in node.leaves() if leaf.around]
+        if wrapped:
+            raise ValueError(
+                f"The model {node.name!r} is inside of a wrapper layer, where tfmot's wrappers {wrapped[:5]} cannot be "
+                "read: save it after `strip_pruning`."
+            )
+        node.freeze()
+        return node.layer
 
     def _node(self, config, taken):
         """The node of one layer, whose name is not to be taken already."""

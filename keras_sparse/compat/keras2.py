@@ -45,6 +45,9 @@ class LayerFactory:
         safe_mode: Whether `Lambda` layers, which run code from the file, are refused.
         initializer: What to use in place of every initializer, or `None`.
 
+    Attributes:
+        model: Function that makes the model inside of a wrapper layer from its configuration; `None`: there are none.
+
     Raises:
         ValueError: If a layer is not known, or has options that Keras 3 has not.
 
@@ -58,6 +61,7 @@ class LayerFactory:
 
     def __init__(self, safe_mode=True, initializer=None):
         self.safe_mode, self._initializer = safe_mode, initializer
+        self.model = None
 
     def make(self, config):
         """Return the layer that a configuration describes."""
@@ -143,6 +147,8 @@ class LayerFactory:
             return self._value(key, config)
         if name in ("__lambda__", "Lambda"):
             raise ValueError("The model holds Python code (`Lambda`), which loading would run: unsafe.")
+        if name in MODELS and key == "layer" and self.model is not None:
+            return self.model(value)
         if isinstance(getattr(keras.layers, name, None), type) and key in (
             "layer",
             "backward_layer",

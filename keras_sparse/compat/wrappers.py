@@ -47,6 +47,13 @@ def inner(config):
         config = dict(outer["layer"])
         if "batch_input_shape" in outer:  # The first layer of a Sequential.
             config["config"] = {"batch_input_shape": outer["batch_input_shape"], **config["config"]}
+    own = config.get("config") if isinstance(config, dict) else None
+    held = own.get("layer") if isinstance(own, dict) else None
+    if isinstance(held, dict) and held.get("class_name", "").split(">")[-1] in _ADDED:  # in a `TimeDistributed`
+        layer, inside = inner(held)
+        # The variables of what is inside bear the name of the layer that holds it.
+        around += [(name, {**outer, "name": own.get("name")}) for name, outer in inside]
+        config = {**config, "config": {**own, "layer": layer}}
     return config, around
 
 
