@@ -118,6 +118,30 @@ def test_at_target_sparsity(tmp_path):
     assert zeros(model) == [108, 27]
 
 
+def test_at_target_sparsity_lets_validations_through():
+    seen, losses = [], []
+
+    class Watch(keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            seen.append("begin")
+
+        def on_test_batch_end(self, batch, logs=None):
+            seen.append(batch)
+
+        def on_test_end(self, logs=None):
+            seen.append("end")
+
+    for held in (False, True):
+        model = dense_model(optimizer=keras.optimizers.Adam(0.05, use_ema=True))
+        others = [keras.callbacks.SwapEMAWeights(), Watch()]  # the first validates with the moving averages
+        others = [ks.callbacks.AtTargetSparsity(one) for one in others] if held else others[:1]
+        pruning = ks.callbacks.Pruning(0.9, begin=0, end=15)  # in the third epoch
+        history = fit(model, pruning, *others, epochs=4, validation_data=(X, Y), validation_batch_size=len(X))
+        losses.append(history.history["val_loss"])
+    assert seen == ["begin", 0, "end"] * 2
+    assert losses[0][:2] != losses[1][:2] and losses[0][2:] == losses[1][2:]
+
+
 def test_at_target_sparsity_needs_a_pruning():
     with pytest.raises(ValueError, match="waits for a `ks.callbacks.Pruning`"):
         fit(dense_model(), ks.callbacks.AtTargetSparsity(keras.callbacks.EarlyStopping("loss")))

@@ -13,7 +13,7 @@ class AtTargetSparsity(keras.callbacks.Callback, Configurable):
     """Holds another callback back until the model has reached its target sparsity.
 
     `ModelCheckpoint(save_best_only=True)` and `EarlyStopping` prefer the early, denser epochs. Wrapped in this callback
-    they see only epochs and batches at the target. The beginning and the end of training reach them always.
+    they see only epochs, batches and validations at the target. Beginning and end of training reach them always.
 
     Args:
         callback: The callback to hold back.
@@ -78,6 +78,24 @@ class AtTargetSparsity(keras.callbacks.Callback, Configurable):
     def on_train_batch_end(self, batch, logs=None):
         if self._at_target():
             self.callback.on_train_batch_end(batch, logs)
+
+    # A validation has no update in it: what is let begin is let end, too.
+
+    def on_test_begin(self, logs=None):
+        if self._at_target():
+            self.callback.on_test_begin(logs)
+
+    def on_test_end(self, logs=None):
+        if self._at_target():
+            self.callback.on_test_end(logs)
+
+    def on_test_batch_begin(self, batch, logs=None):
+        if self._at_target():
+            self.callback.on_test_batch_begin(batch, logs)
+
+    def on_test_batch_end(self, batch, logs=None):
+        if self._at_target():
+            self.callback.on_test_batch_end(batch, logs)
 
     def _at_target(self):
         return all(callback.reached for callback in self._others())

@@ -34,6 +34,7 @@ class Run:
         plan: The callback's `Plan`, if it has one.
         epoch: Index of the running epoch.
         epochs_done: How many epochs are over, counted from 0 in a resumed fit, too.
+        batches: How many batches of the running epoch are over.
 
     Example:
 
@@ -49,7 +50,7 @@ class Run:
         self.fit, self.position = fit, position
         self.attached = False
         self.plan = None
-        self.epoch = self.epochs_done = 0
+        self.epoch = self.epochs_done = self.batches = 0
 
     @property
     def model(self):

@@ -80,12 +80,14 @@ class ScheduledCallback(SparseCallback):
         once = run.fit.in_call and run.fit.steps_are_keras_own  # else nobody knows how often a batch runs the model
         recent = Recent(run.model) if once and (final or not self._recent) else None
         if recent is not None and recent.layers and run.fit.count_zeros()[0]:
-            self._recent.append((recent, self.clock.now if step is None else step))
+            accumulation = run.optimizer.gradient_accumulation_steps or 1
+            before = 0 if step is None else (self.clock.now - step) * accumulation
+            self._recent.append((recent, before - run.batches))
 
     def end_epoch(self, run):
         """Let statistics of batch normalization be those of the batches since weights were pruned."""
-        batches = run.optimizer.gradient_accumulation_steps or 1
-        counted = [(recent, (self.clock.now - step) * batches) for recent, step in self._recent]
+        # Of batches, not of steps: one that float16 skips, or that only accumulates, has moved them, too.
+        counted = [(recent, run.batches + before) for recent, before in self._recent]
         enough = [(recent, count) for recent, count in counted if count >= _ENOUGH]
         for recent, count in enough[-1:] or counted[:1]:
             recent.settle(count)

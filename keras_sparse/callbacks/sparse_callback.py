@@ -134,7 +134,7 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
 
     def on_epoch_begin(self, epoch, logs=None):
         run = self._run
-        run.epoch, run.epochs_done = epoch, epoch
+        run.epoch, run.epochs_done, run.batches = epoch, epoch, 0
         run.fit.look_after_optimizer()
         if run.attached and not run.fit.must_be_traced:
             self._start_epoch()
@@ -173,6 +173,8 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
     # Batch hooks bound the step from above in Python, because touching `self.model` makes JAX copy its whole state.
 
     def on_train_batch_end(self, batch, logs=None):
+        # The last of several steps in one execution may be behind the epoch's end.
+        self._run.batches = min(batch + 1, (self.params or {}).get("steps") or batch + 1)
         if self.clock is not None and self._run.attached and not self.finished and self.clock.may_be_due(batch):
             self.model  # noqa: B018 - JAX puts the state of its step into the variables.
             self._update_if_due(self.clock.read(batch))
