@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_sparse import selection
 
-__all__ = ["memory", "put_back", "recurrent"]
+__all__ = ["beginning", "memory", "put_back", "recurrent"]
 
 
 def recurrent(model):
@@ -43,6 +43,34 @@ def memory(model):
     """
     states = keras.tree.flatten([layer.states for layer in recurrent(model)])
     return [state for state in states if state is not None]
+
+
+def beginning(model):
+    """Return a function that sets the states of these layers to what they are now: each run over data begins with them.
+
+    Args:
+        model: A model or layer.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse import states
+    >>> inputs = keras.Input((5, 4), batch_size=1)
+    >>> layer = keras.layers.GRU(3, stateful=True)
+    >>> model = keras.Model(inputs, layer(inputs))
+    >>> begin = states.beginning(model)
+    >>> _ = model(keras.ops.ones((1, 5, 4)))
+    >>> begin()
+    >>> float(abs(keras.ops.convert_to_numpy(layer.states[0])).max())
+    0.0
+    """
+    before = [(state, np.array(selection.as_array(state))) for state in memory(model)]
+
+    def begin():
+        for state, value in before:
+            state.assign(value)
+
+    return begin
 
 
 @contextlib.contextmanager

@@ -333,3 +333,13 @@ def test_a_budget_of_milliseconds_is_kept_in_configs():
 def test_milliseconds_are_an_amount(arguments):
     with pytest.raises((ValueError, TypeError), match="milliseconds"):
         ks.Budget(**arguments)
+
+
+def test_outputs_that_become_zero_are_told_of():
+    model, other = (model_of((6,), L.Dense(8, "relu", name="a"), L.Dense(4, name="head")) for _ in range(2))
+    [note] = ks.prune(model, 0.5, pattern="channel").notes
+    assert (
+        "Outputs of the model that are zero now, whatever it gets: 2. Leave its last layer out with `filters`" in note
+    )
+    assert np.sum(~outputs(model, correlated(9, 6)).any(axis=0)) == 2
+    assert ks.prune(other, 0.5, pattern="channel", filters="a/").notes == []

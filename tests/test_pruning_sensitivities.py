@@ -181,6 +181,20 @@ def test_targets_that_cannot_be_reached():
             use(0.5, allocation="dynamic")
 
 
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_a_level_whose_loss_overflows_is_the_last_choice(loss):
+    report, wanted = made(0), made(0)
+    report.losses[1, 1:], wanted.losses[1, 1:] = loss, 1e9
+    assert [*report.allocate(0.6).values()] == [*wanted.allocate(0.6).values()]
+
+
+def test_a_model_whose_loss_overflows_is_refused():
+    model = network()
+    model.compile("sgd", lambda y, p: keras.ops.log(-1.0 - keras.ops.sum(p)))
+    with pytest.raises(ValueError, match="as it is must be finite.* Received: nan"):
+        ks.sensitivity(model, (X, Y), LEVELS)
+
+
 def test_a_budget_of_time_is_none_of_single_weights():
     with pytest.raises(ValueError, match="give one of 'parameters', 'macs', 'bytes'. Received: .*milliseconds"):
         made(0).allocate(ks.Budget(milliseconds=1.0))

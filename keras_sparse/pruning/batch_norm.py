@@ -5,7 +5,7 @@ import contextlib
 import keras
 import numpy as np
 
-from keras_sparse import graph, selection
+from keras_sparse import graph, selection, states
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning.calibration import blocks
 
@@ -66,17 +66,21 @@ def reestimate(model, data, without=()):
     def observed(layer, call):
         def run(*args, **kwargs):
             x = args[0] if args else kwargs["inputs"]
-            own = measured(layer, x)
+            own = measured(layer, x, kwargs.get("mask"))
             sums[layer] = sums.get(layer, 0) + own
             set_statistics(layer, own)
             return call(*args, **{**kwargs, "training": False})
 
         return run
 
+    begin = states.beginning(model)
     with unchanged_on_failure(model):
-        with graph.substituted([(layer, "call", observed(layer, layer.call)) for layer in observing]):
-            for batch in data:
-                model(batch, training=False)
+        try:
+            with graph.substituted([(layer, "call", observed(layer, layer.call)) for layer in observing]):
+                for batch in data:
+                    model(batch, training=False)
+        finally:
+            begin()
         for layer, own in sums.items():
             if not np.isfinite(own[2]).all():
                 raise ValueError(f"The inputs of {layer.path} are not finite on `data`. Received: {model.name!r}")
@@ -97,12 +101,13 @@ def normalizations(model):
     return [layer for layer in graph.layers(model) if isinstance(layer, keras.layers.BatchNormalization)]
 
 
-def measured(layer, x):
+def measured(layer, x, mask=None):
     """How many numbers each channel of a normalization's inputs has, their sum and that of their squares.
 
     Args:
         layer: A `BatchNormalization`.
         x: A tensor.
+        mask: Booleans with a dimension less, of which Keras's own statistics leave out what is `False`, or `None`.
 
     Returns:
         float64 array `[3, channels]`; those of several batches are added.
@@ -114,15 +119,25 @@ def measured(layer, x):
     >>> measured(keras.layers.BatchNormalization(), np.array([[1.0], [3.0]])).tolist()
     [[2.0], [4.0], [10.0]]
     """
-    value = graph.as_array(x)
-    rows = np.moveaxis(value, layer.axis, -1)
-    rows = rows.reshape(-1, rows.shape[-1])
+    rows = _rows(layer, graph.as_array(x))
+    if mask is not None:
+        present = _rows(layer, np.broadcast_to(graph.as_array(mask).astype(bool)[..., None], x.shape))
     sums = np.zeros((3, rows.shape[1]))
     # In parts: in float64, all of an early layer's outputs may be the largest array of a whole calibration.
     for start in range(0, len(rows), _ROWS):
         part = rows[start : start + _ROWS].astype(np.float64)
-        sums += [np.full(len(sums[0]), len(part)), part.sum(axis=0), (part**2).sum(axis=0)]
+        count = np.full(len(sums[0]), len(part))
+        if mask is not None:
+            count = present[start : start + _ROWS].sum(axis=0)
+            part = np.where(present[start : start + _ROWS], part, 0)
+        sums += [count, part.sum(axis=0), (part**2).sum(axis=0)]
     return sums
+
+
+def _rows(layer, array):
+    """The numbers of each channel as a column."""
+    moved = np.moveaxis(array, layer.axis, -1)
+    return moved.reshape(-1, moved.shape[-1])
 
 
 def set_statistics(layer, sums):
@@ -138,6 +153,8 @@ def set_statistics(layer, sums):
     (2.0, 1.0)
     """
     count, total, square = sums
+    if not count.all():  # a batch that is masked as a whole
+        return
     layer.moving_mean.assign(total / count)
     layer.moving_variance.assign(np.maximum(square / count - (total / count) ** 2, 0))
 

@@ -5,7 +5,7 @@ import contextlib
 import keras
 import numpy as np
 
-from keras_sparse import batches, graph
+from keras_sparse import batches, graph, states
 from keras_sparse.graph.kinds import of_keras
 from keras_sparse.graph.rebuilding import packed
 from keras_sparse.identity import IdentityDict
@@ -101,12 +101,16 @@ class Calibration:
         of_layer = IdentityDict()
         for weight in kernels:
             of_layer.setdefault(weight.layer, []).append(weight)
-        one = keras.tree.map_structure(lambda array: array[:2], data[0])
+        self._begin = states.beginning(model)
+        # Layers that keep states take batches of one size only.
+        one = data[0] if states.memory(model) else keras.tree.map_structure(lambda array: array[:2], data[0])
         try:
             with Watch(of_layer, record, count).on(model):
                 model(one, training=False)
         except Exception as error:  # each backend has its own
             raise batches.misfit(model, data[0]) from error
+        finally:
+            self._begin()
         self.unknown = IdentityDict()
         for weight in kernels:
             if not understood.get(weight.variable, False):
@@ -124,8 +128,8 @@ class Calibration:
             sums: What takes in the operands of a weight, in place of `Moment`: it has `add` and `finite`.
             beside: Values of all variables, `IdentityDict`: the model runs a second time with these, and `add` gets
                 the operands there as a second argument.
-            meet: Function `(layer, inputs)`, called for each layer of a graph, before it runs, with its first argument
-                in each batch. It may assign to the layer's weights.
+            meet: Function `(layer, calls)`, called for each layer of a graph, before it runs, with the pairs
+                `(args, kwargs)` of each batch. It may assign to the layer's weights.
         """
         of_layer = IdentityDict()
         for weight in weights:
@@ -136,8 +140,12 @@ class Calibration:
             if layer in of_layer:
                 self._left[layer] = of_layer[layer]
         self._shared = any(self._events[layer] > 1 for layer in self._left)
-        with contextlib.suppress(_Reached):
+        try:
             self._walk(self.model, [((batch,), {}) for batch in self.data] * (2 if beside else 1), last=True)
+        except _Reached:
+            pass
+        finally:
+            self._begin()
 
     def _values(self, index, calls):
         """The scope for one of the calls: those of the second half are with the values of the model beside."""
@@ -166,13 +174,12 @@ class Calibration:
         if last:
             return None
         if self._meet:
-            runs = calls if self._beside is None else calls[: len(calls) // 2]
-            self._meet(layer, [keras.tree.flatten((args, kwargs))[0] for args, kwargs in runs])
-        training = {"training": False} if isinstance(layer, keras.Model) else {}
+            self._meet(layer, calls if self._beside is None else calls[: len(calls) // 2])
         found = []
+        self._begin()
         for i, (args, kwargs) in enumerate(calls):
             with self._values(i, calls):
-                found.append(_detached(layer(*args, **kwargs, **training)))
+                found.append(_detached(layer(*args, **_inference(layer, kwargs))))
         return found
 
     def _run_until(self, layer, calls, target, moments):
@@ -189,8 +196,8 @@ class Calibration:
                 raise _Reached
 
         watched = IdentityDict.fromkeys([target])
-        training = {"training": False} if isinstance(layer, keras.Model) else {}
         batches = len(self.data)
+        self._begin()
         with Watch(watched, record, count).on(layer):
             for first in range(batches):
                 runs = []
@@ -198,7 +205,7 @@ class Calibration:
                     uses, found = 0, []
                     args, kwargs = calls[i]
                     with self._values(i, calls), contextlib.suppress(_Reached):
-                        layer(*args, **kwargs, **training)
+                        layer(*args, **_inference(layer, kwargs))
                     runs.append(found)
                 for pieces in zip(*runs, strict=True):
                     for (_, moment), *own in zip(moments, *pieces, strict=True):
@@ -212,7 +219,7 @@ class Calibration:
             outputs = [keras.tree.flatten(output) for output in self._walk(operation, parts)]
             return [_Batches(tensors) for tensors in zip(*outputs, strict=True)]
 
-        inputs = [_inputs(model, args[0]) for args, _ in calls]
+        inputs = [_inputs(model, args[0] if args else kwargs["inputs"]) for args, kwargs in calls]
         outputs = graph.replay(model, [_Batches(tensors) for tensors in zip(*inputs, strict=True)], call)
         return [packed(model, [tensors[i] for tensors in outputs]) for i in range(len(calls))]
 
@@ -240,6 +247,11 @@ def _is_layer(operation):
     return isinstance(operation, keras.layers.Layer)
 
 
+def _inference(operation, kwargs):
+    """Arguments of a call as a functional model makes it in inference, whatever they were when it was built."""
+    return {**kwargs, "training": False} if _is_layer(operation) else kwargs
+
+
 def _is_plain_graph(layer):
     """Whether a layer is a functional or Sequential model that runs its operations and does nothing else."""
     return isinstance(layer, keras.Model) and of_keras(layer) and bool(getattr(layer, "inputs", None))
@@ -257,9 +269,13 @@ def _inputs(model, batch):
     for symbolic, value in zip(model.inputs, keras.tree.flatten(batch), strict=True):
         value = keras.ops.convert_to_tensor(value, symbolic.dtype)
         missing = len(symbolic.shape) - len(value.shape)
+        if missing == -1 and value.shape[-1] == 1:
+            value = keras.ops.squeeze(value, -1)
         found.append(keras.ops.expand_dims(value, -1) if missing == 1 else value)
     return found
 
 
 def _detached(outputs):
-    return keras.tree.map_structure(lambda x: keras.ops.stop_gradient(x) if keras.ops.is_tensor(x) else x, outputs)
+    """The outputs without their gradients, with the masks that layers have attached to them."""
+    layer = keras.layers.Activation(keras.ops.stop_gradient, autocast=False, name="detached")
+    return keras.tree.map_structure(lambda x: layer(x) if keras.ops.is_tensor(x) else x, outputs)

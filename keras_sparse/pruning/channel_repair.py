@@ -70,11 +70,18 @@ def repair_channels(plan, masks, calibration):
                     _solve(weight, regression, kept[weight.variable], weight.layer in normalized)
             advance()
 
-    def meet(layer, inputs):
-        if isinstance(layer, keras.layers.BatchNormalization):
-            for x in inputs:
-                sums[layer] = sums.get(layer, 0) + measured(layer, x)
-            set_statistics(layer, sums[layer])
+    def meet(layer, calls):
+        if not isinstance(layer, keras.layers.BatchNormalization):
+            return
+
+        def look(inputs, training=None, mask=None):
+            sums[layer] = sums.get(layer, 0) + measured(layer, inputs, mask)
+            return inputs
+
+        with graph.substituted([(layer, "call", look)]):
+            for args, kwargs in calls:
+                layer(*args, **kwargs)
+        set_statistics(layer, sums[layer])
 
     def regression(weight):
         mask = patterns.to_matrix(kept[weight.variable], weight.output_axes)

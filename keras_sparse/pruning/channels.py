@@ -54,6 +54,7 @@ class ChannelChoice:
         self._roots, self._budget, self._allocation = channels.roots, budget, allocation
         selected = IdentityDict((goal.weight.variable, goal) for goal in goals)
         made = [(layer, part) for layer, part in channels.parts() if part.made]
+        self._returned = [c for c, why in channels.reasons.items() if why.startswith(graph.OUTPUT)]
         # What a model returns cannot be removed, but it can be zero, where a sparsity is asked for and not a cost.
         reasons = {c: why for c, why in channels.reasons.items() if removable or not why.startswith(graph.OUTPUT)}
         if criterion.of_scales:
@@ -105,6 +106,10 @@ class ChannelChoice:
             min(sparsity.get(goal.weight.variable, goal.sparsity) or 0.0 for goal in own) for _, own, _ in self._groups
         ]
         self._check_budget()
+
+    def outputs_gone(self, gone):
+        """How many channels that the model returns are among those that are gone, booleans as `gone` returns them."""
+        return int(np.count_nonzero(gone[self._returned]))
 
     def _takes_part(self, part):
         return any(self._free[labels].any() for labels in part.axes.values())

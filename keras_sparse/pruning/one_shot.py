@@ -17,6 +17,7 @@ from keras_sparse.pruning.plan import Plan
 __all__ = ["gradient_statistics", "prune"]
 
 _TIMES = "Milliseconds without dead channels: {asked:.4g} asked, {promised:.4g} by the tables, {measured:.4g} measured."
+_RETURNED = "Outputs of the model that are zero now, whatever it gets: {}. Leave its last layer out with `filters`."
 
 
 def prune(
@@ -129,6 +130,9 @@ def prune(
     reports.remember(model, plan.skipped)
     times = plan.times(masks)
     notes = _kept_notes(plan, present) + ([] if repair else _stale_notes(model))
+    returned = plan.outputs_gone(masks)
+    if returned:
+        notes.append(_RETURNED.format(returned))
     report = reports.report(model, notes + ([_TIMES.format(**times)] if times else []))
     report.totals |= {f"milliseconds_{name}": value for name, value in times.items()}
     return report

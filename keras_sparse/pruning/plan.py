@@ -187,6 +187,13 @@ class Plan:
         promised = self.channels.cost(self.channels.gone(own))["milliseconds"]
         return {"asked": self._budget.milliseconds, "promised": promised, "measured": self.channels.times.measured()}
 
+    def outputs_gone(self, masks):
+        """How many of the model's outputs `masks` have made zero as channels, whatever its inputs are."""
+        if self.channels is None:
+            return 0
+        own = [mask for goal, mask in zip(self.goals, masks, strict=True) if self._in_groups(goal)]
+        return self.channels.outputs_gone(self.channels.gone(own))
+
     def makers(self):
         """Triples `(variable, output axes, {axis: numbers of channels} or None)` of what is zero in a dead channel."""
         found, number = [], iter(self.channels.kernels if self.channels else ())

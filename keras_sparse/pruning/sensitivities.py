@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 
-from keras_sparse import batches, criteria, graph, patterns, selection
+from keras_sparse import batches, criteria, graph, patterns, selection, states
 from keras_sparse.identity import IdentityDict
 from keras_sparse.pruning.allocation import ALLOCATIONS, Allocation
 from keras_sparse.pruning.batch_norm import unchanged_on_failure
@@ -22,6 +22,7 @@ __all__ = ["LEVELS", "DynamicProgramming", "SensitivityReport", "sensitivity"]
 
 LEVELS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 _STEPS = 20_000  # into which a budget is divided
+_LARGE = 1e30  # what stands for a loss that is not finite
 _INDEX = 1  # bytes that the place of a weight takes in a file that leaves zeros out
 
 
@@ -102,7 +103,8 @@ class SensitivityReport(Report):
             raise TypeError(f"`target` must be a sparsity or a `ks.Budget`. Received: {target!r}")
         levels = (0.0, *self.levels)
         kept = np.array([[size - round(level * size) for level in levels] for size in sizes])
-        rises = np.maximum.accumulate(np.column_stack([np.full(len(sizes), self.loss), self.losses]), axis=1)
+        losses = np.where(np.isfinite(self.losses), self.losses, _LARGE)  # A level that overflows is the last choice.
+        rises = np.maximum.accumulate(np.column_stack([np.full(len(sizes), self.loss), losses]), axis=1)
         chosen = _divided(rises - rises[:, :1], kept * unit[:, None], limit)
         if chosen is None:
             least = float((kept[:, -1] * unit).sum())
@@ -187,11 +189,14 @@ def sensitivity(
     frozen, unknown = criterion.statistic is None, calibrated.unknown if calibrated else ()
     plan = Plan(model, 0.5, criterion, pattern, filters=filters, frozen=frozen, unknown=unknown)
     statistics = gradient_statistics(model, plan, data if criterion.statistic is not None else None)
-    measure, unit = _loss(model, data, samples)
+    begin = states.beginning(model)
+    measure, unit = _loss(model, data, samples, begin)
     losses = np.zeros((len(plan.goals), len(levels)))
     index = IdentityDict((goal.weight.variable, i) for i, goal in enumerate(plan.goals))
     with unchanged_on_failure(model), progress_bar("sensitivity", total=losses.size) as advance:
         loss = measure()
+        if not np.isfinite(loss):
+            raise ValueError(f"The loss of the model as it is must be finite on `data`. Received: {loss}")
 
         def visit(moments):
             for weight, moment in moments:
@@ -208,8 +213,10 @@ def sensitivity(
             calibrated.run(weights, visit)
         else:
             visit([(weight, None) for weight in weights])
-    one = keras.tree.map_structure(lambda array: array[:1], samples[0])
+    # Layers that keep states take batches of one size only.
+    one = samples[0] if states.memory(model) else keras.tree.map_structure(lambda array: array[:1], samples[0])
     found = graph.uses(model, one)
+    begin()
     uses = [found.get(weight.variable, 0) for weight in weights]
     return SensitivityReport(f"Sensitivity of {model.name}", weights, levels, loss, losses, uses, unit)
 
@@ -261,29 +268,37 @@ def _read_once(data, batch_size):
     return tuple(given) if len(given) > 1 else given[0]
 
 
-def _loss(model, data, samples):
-    """A function that measures the model as it is, and what it measures."""
+def _loss(model, data, samples, begin):
+    """A function that measures the model as it is, and what it measures; `begin` is called before and after."""
     if isinstance(data, tuple):
         if not getattr(model, "compiled", False):
             raise ValueError("With targets the loss is the model's own: compile it, or pass inputs alone as `data`.")
         x, y, *weight = map(batches.for_fit, data)
-        return functools.partial(_compiled_loss, model, x, y, weight[0] if weight else None), "loss"
-    outputs = _outputs(model, samples)
+        return functools.partial(_compiled_loss, model, x, y, weight[0] if weight else None, begin), "loss"
+    outputs = _outputs(model, samples, begin)
     power = [float(np.sum((out - out.mean(axis=0)) ** 2)) or float(np.sum(out**2)) or 1.0 for out in outputs]
 
     def change():
-        now = _outputs(model, samples)
+        now = _outputs(model, samples, begin)
         return float(np.mean([np.sum((a - b) ** 2) / p for a, b, p in zip(now, outputs, power, strict=True)]))
 
     return change, "squared change of the outputs, as a share of their variance"
 
 
-def _compiled_loss(model, x, y, weight):
-    return float(model.evaluate(x, y, sample_weight=weight, verbose=0, return_dict=True)["loss"])
+def _compiled_loss(model, x, y, weight, begin):
+    begin()
+    try:
+        return float(model.evaluate(x, y, sample_weight=weight, verbose=0, return_dict=True)["loss"])
+    finally:
+        begin()
 
 
-def _outputs(model, samples):
-    found = [keras.tree.flatten(model.predict_on_batch(batch)) for batch in samples]
+def _outputs(model, samples, begin):
+    begin()
+    try:
+        found = [keras.tree.flatten(model.predict_on_batch(batch)) for batch in samples]
+    finally:
+        begin()
     return [np.concatenate([np.asarray(part, np.float64) for part in parts]) for parts in zip(*found, strict=True)]
 
 

@@ -62,12 +62,16 @@ class Watch:
             if not before:
                 self._depth += 1
                 try:
-                    self._steps(layer, *args, **kwargs)
+                    last = self._steps(layer, *args, **kwargs)
                 finally:
                     self._depth -= 1
-                if not self._depth:
-                    for one in inside:
+                try:
+                    for one in inside if not self._depth else ():
                         self._count(one)
+                except BaseException:  # The call is not made, which would have kept the states.
+                    for state, value in zip(*map(keras.tree.flatten, last), strict=True):
+                        state.assign(value)
+                    raise
             self._muted = True
             try:
                 return call(*args, **kwargs)
@@ -76,13 +80,16 @@ class Watch:
 
         return run
 
-    def _steps(self, layer, sequences, *args, mask=None, initial_state=None, **kwargs):
-        """Do what the loop does, one step at a time, in Python."""
+    def _steps(self, layer, sequences, *args, **kwargs):
+        """Do what the loop does, one step at a time, in Python; return the states to keep, and their last values."""
         if not graph.kind_of(layer).recurrent:
             holder = graph.kind_of(layer).holder(layer)
             holder(keras.ops.reshape(sequences, (-1, *sequences.shape[2:])))
-            return
-        states = layer.get_initial_state(sequences.shape[0]) if initial_state is None else initial_state
+            return (), ()
+        given = dict(zip(("initial_state", "mask"), args, strict=False)) | kwargs
+        states, mask = given.get("initial_state"), given.get("mask")
+        if states is None:
+            states = layer.states if layer.stateful else layer.get_initial_state(sequences.shape[0])
         states = list(states) if isinstance(states, (list, tuple)) else [states]
         steps = range(sequences.shape[1])
         mask = mask[0] if isinstance(mask, (list, tuple)) else mask
@@ -95,6 +102,7 @@ class Watch:
                 self._rows = None
             new = list(new) if isinstance(new, (list, tuple)) else [new]
             states = new if present is None else keras.tree.map_structure(_where(present), new, states)
+        return (layer.states, states) if layer.stateful else ((), ())
 
 
 def _where(present):
