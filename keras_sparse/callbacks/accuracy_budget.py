@@ -30,8 +30,8 @@ class AccuracyBudget(ScheduledCallback):
     by then, training goes on at the sparsity that holds, until the metric has not become better for `patience` epochs.
     What failed is tried once more, from the weights that hold: before that training if less than half of the budget is
     spent, else after it. In the end the model has the weights and masks of the sparsest epoch within the budget: the
-    last in which the search tried that sparsity, or a better one after it. It is the accuracy-aware training of NNCF (Kozlov et al., "Neural network
-    compression framework for fast model inference", 2020, section 4.6), on densities.
+    last in which the search tried that sparsity, or a better one after it. It is the accuracy-aware training of NNCF
+    (Kozlov et al., "Neural network compression framework for fast model inference", 2020, section 4.6), on densities.
 
     Moving statistics of batch normalization, which a short epoch hardly moves, forget before each validation what they
     were before the last step towards the sparsity.
@@ -256,8 +256,7 @@ class AccuracyBudget(ScheduledCallback):
     def _may_retry(self):
         """Whether a sparsity failed that has not had its second try.
 
-        The first was a longer step, from weights that were trained less, and with a learning rate that falls at a higher
-        one.
+        The first was a longer step from weights that were trained less, and with a rate that falls at a higher one.
         """
         failed = self._ledger.get("failed")
         return not math.isnan(failed) and failed != self._ledger.get("retried")
