@@ -51,6 +51,8 @@ def add_l0(model, penalty, granularity="weight", filters=None, **arguments):
             "`ks.layers.L0(layer, penalty)` where the layer is created. "
             f"Received: {type(model).__name__} {model.name!r}"
         )
+    if gated_layers(model):
+        raise ValueError(f"The model has `L0` layers already. Received: {model.name!r}")
     if granularity == "channel":
         return _with_channel_gates(model, penalty, filters, arguments)
     prices = _prices(model, penalty, filters)
@@ -81,7 +83,6 @@ def _with_channel_gates(model, penalty, filters, arguments):
             "Layers share the gates of channels, so that these have one price: give `penalty` as a number, and name "
             f"layers by `filters`. Received: penalty={penalty!r}, granularity='channel'"
         )
-    _check_ungated(model)
     chosen = selection.select(model, filters).chosen
     places, reasons = find_places(model, chosen)
     if not places:
@@ -211,14 +212,8 @@ def _inputs(model):
     )
 
 
-def _check_ungated(model):
-    if gated_layers(model):
-        raise ValueError(f"The model has `L0` layers already. Received: {model.name!r}")
-
-
 def _prices(model, penalty, filters):
     """The price of each selected weight, by its variable."""
-    _check_ungated(model)
     selected = selection.select(model, filters).chosen
     if not isinstance(penalty, dict):
         return IdentityDict.fromkeys((w.variable for w in selected), penalty)

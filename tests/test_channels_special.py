@@ -117,8 +117,32 @@ def scaled_along_two_axes():
     return keras.Model(x, layers.Dense(3)(layers.Flatten()(y))), 0, "several axes"
 
 
+def zeros_beside():
+    return keras.Model(x := images(), block(x, lambda y: layers.Concatenate()([y, ops.zeros_like(y)]))), 4, None
+
+
+def ones_beside():
+    return keras.Model(x := images(), block(x, lambda y: layers.Concatenate()([y, ops.ones_like(y)]))), 4, None
+
+
+def nothing_times(y):
+    return 0 * y
+
+
+def zeros_of_a_function():
+    function = layers.Lambda(nothing_times, name="function")
+    model = keras.Model(x := images(), block(x, lambda y: layers.Concatenate()([y, function(y)])))
+    return model, 0, "function computes something else"
+
+
+def one_of_a_function():
+    function = layers.Lambda(lambda y: 0 * y[..., :1])
+    return keras.Model(x := images(), block(x, lambda y: layers.Concatenate()([y, function(y)]))), 4, None
+
+
 KINDS = [unknown_scale, known_scale, convnext, lambdas, counting_lambda, mixing_lambda, reversible]
 KINDS += [scaled_along_two_axes, masked_average, masked_recurrent, masked_steps, masked_attention, masked_numbers]
+KINDS += [zeros_beside, ones_beside, zeros_of_a_function, one_of_a_function]
 if keras.backend.backend() != "torch":  # where Keras 3.15 runs it, see `ks.graph.keeping`
     KINDS.append(scaled_along_another_axis)
 
@@ -144,6 +168,41 @@ def test_what_can_leave_leaves_and_the_rest_is_named(make):
     assert width == (4 if left else 8)
     if reason:
         assert any(reason in row["reason"] for row in rows if "a" in row["layers"]), rows
+
+
+def even_only(x):
+    return ops.tanh(x) if x.shape[-1] % 2 == 0 else 2 * ops.tanh(x)
+
+
+@pytest.mark.parametrize("dead", [3, 4])
+def test_a_function_is_asked_about_the_channels_that_leave(dead):
+    keras.utils.set_random_seed(0)
+    x = keras.Input((5,))
+    y = layers.Lambda(even_only, name="function")(layers.Dense(8, name="a")(x))
+    model = keras.Model(x, layers.Dense(3)(y))
+    for v in model.get_layer("a").weights:
+        v.assign(np.where(np.arange(8) < dead, 0, ks.graph.as_array(v)))
+    small, report = ks.shrink(model, verbose=0, return_report=True)
+    assert small.get_layer("a").units == (4 if dead == 4 else 8)
+    row = next(row for row in report.rows if row["channels"] == 8)
+    assert ("function computes something else" in row["reason"]) == (dead == 3)
+    assert channel_graphs.difference(model, small, RNG.normal(size=(4, 5)).astype("float32")) < 1e-5
+
+
+@pytest.mark.parametrize(("value", "constant", "left"), [(0.0, 0.0, 4), (0.0, 1.0, 8), (-1.0, 0.0, 8), (2.0, 2.0, 8)])
+def test_masking_sees_channels_that_are_constant(value, constant, left):
+    keras.utils.set_random_seed(0)
+    x = keras.Input((5, 3))
+    y = layers.Masking(value, name="masking")(layers.Dense(8, "relu", name="a")(x))
+    model = keras.Model(x, layers.Dense(4)(y))
+    channel_graphs.randomise(model, RNG)
+    kernel, bias = model.get_layer("a").weights
+    kernel.assign(np.where(np.arange(8) % 2, np.abs(kernel), 0))
+    bias.assign(np.where(np.arange(8) % 2, -0.1, constant))  # a step of zeros makes zeros of the others
+    small = ks.shrink(model, verbose=0)
+    assert small.get_layer("a").units == left
+    steps = RNG.normal(size=(4, 5, 3)).astype("float32") * (np.arange(5)[:, None] % 2)
+    assert channel_graphs.difference(model, small, steps) < 1e-5
 
 
 @keras.saving.register_keras_serializable("channels_special")
@@ -283,3 +342,21 @@ def test_layers_that_share_a_weight_are_refused_by_name():
     with pytest.raises(ValueError, match="share weights: the new ones would not.*encoder and decoder share"):
         ks.shrink(model)
     assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+    with pytest.raises(ValueError, match="encoder/kernel: channels: encoder and decoder share the weight"):
+        ks.prune(model, 0.5, pattern="channel", filters="encoder")
+
+
+def test_states_of_a_fixed_batch_stay():
+    keras.utils.set_random_seed(0)
+    x = keras.Input((5, 3), batch_size=4)
+    model = keras.Model(x, layers.Dense(2)(layers.GRU(4, stateful=True, name="memory")(layers.Dense(6)(x))))
+    channel_graphs.randomise(model, RNG)
+    state = model.get_layer("memory").states[0]
+    state.assign(RNG.normal(size=(4, 4)))
+    before = ks.graph.as_array(state)
+    assert ks.channel_groups(model).totals["macs"] == 5 * (3 * 6 + 6 * 12 + 4 * 12) + 4 * 2
+    ks.prune(model, ks.Budget(macs=0.5), pattern="channel")
+    small = ks.shrink(model, verbose=0)
+    assert np.array_equal(ks.graph.as_array(state), before)
+    state.assign(np.zeros((4, 4)))
+    assert channel_graphs.difference(model, small, RNG.normal(size=(4, 5, 3)).astype("float32")) < 1e-5

@@ -157,6 +157,11 @@ class Call:
         for tensor in [*self.inputs, *self.outputs]:
             self.classes.fix(tensor.labels, reason)
 
+    def roots(self):
+        """The classes of all channels that it takes and returns, a vector."""
+        every = [self.classes.find(x.labels).reshape(-1) for x in [*self.inputs, *self.outputs]]
+        return np.unique(np.concatenate(every))
+
     def label(self):
         """Give the outputs their labels, and name parts and conditions."""
         raise NotImplementedError

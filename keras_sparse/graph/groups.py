@@ -1,5 +1,6 @@
 """A channel group is a set of channels of the same layers, each of which can only be removed in all of them at once."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -77,8 +78,7 @@ class Channels:
         self._reject_tied()
         self.roots = self.classes.find(np.arange(len(self.classes)))
         self.reasons = self.classes.reasons()
-        for call in self.calls:
-            call.update_constants()
+        self._update_constants()
         self.groups = self._grouped()
         self.removed = self._find_removed(round_to)
         zero = self._zero()
@@ -101,18 +101,13 @@ class Channels:
     def not_silenced(self, stay):
         """`{class: reason}` of channels, but for those of `stay`, that readers see when all that makes them is zero."""
         kept = functools.partial(self._is_of, list(stay))
-        silenced = [(p.variable, keras.ops.cast(p.silenced(kept), p.variable.dtype)) for _, p in self.parts()]
         found = {}
-        with keras.StatelessScope(silenced):
-            for call in self.calls:
-                call.update_constants()
+        with self._with([(p.variable, keras.ops.cast(p.silenced(kept), p.variable.dtype)) for _, p in self.parts()]):
             seen = [(tensor, call.operation.name) for call in self.calls if call.conditions for tensor in call.inputs]
             for tensor, name in [*seen, *((tensor, "the caller") for tensor in self.labelled.outputs)]:
                 for root in np.unique(self.roots[tensor.labels][tensor.constants != 0]).tolist():
                     if root not in stay:
                         found.setdefault(root, f"{name} would not see zeros where all that makes the channel is zero")
-        for call in self.calls:
-            call.update_constants()
         return found
 
     def removable_with(self, values):
@@ -121,13 +116,22 @@ class Channels:
         Args:
             values: List of `(variable, value)`, tensors.
         """
-        with keras.StatelessScope(values):
-            for call in self.calls:
-                call.update_constants()
-            removed = self._unneeded(set(self.classes.reasons()))
+        with self._with(values):
+            return self._unneeded(set(self.classes.reasons()))
+
+    @contextlib.contextmanager
+    def _with(self, values):
+        """Know the constants that would be there if weights had other values, as long as the context lasts."""
+        try:
+            with keras.StatelessScope(values):
+                self._update_constants()
+                yield
+        finally:
+            self._update_constants()
+
+    def _update_constants(self):
         for call in self.calls:
             call.update_constants()
-        return removed
 
     def _is_of(self, classes, labels):
         return np.isin(self.roots[labels], classes)
@@ -182,7 +186,7 @@ class Channels:
         stay = set(self.reasons)
         while True:
             removed = self._unneeded(stay)
-            back = self._last_ones(removed) or self._rounded(removed, round_to)
+            back = self._last_ones(removed) or self._rounded(removed, round_to) or self._without_form(removed)
             if not back:
                 return removed
             stay.update(back)
@@ -231,6 +235,17 @@ class Channels:
             short = min(len(dead), -living % multiple)
             reason = f"stays so that there are a multiple of {multiple} channels"
             found.update(dict.fromkeys(dead[:short], reason))
+        return found
+
+    def _without_form(self, removed):
+        """`{class: reason}`: what stays because an operation would compute something else, and nothing can replace it."""
+        found = {}
+        for call in self.calls:
+            if hasattr(call, "form") and not (call.fixed or call.inside):
+                roots = call.roots()
+                if removed[roots].any() and not call.can_lose(removed):
+                    reason = f"{call.operation.name} computes something else with fewer channels"
+                    found.update(dict.fromkeys(roots[removed[roots]].tolist(), reason))
         return found
 
     def cost(self, kept=None):

@@ -8,7 +8,7 @@ from keras_sparse.graph.kinds import kind_of
 from keras_sparse.graph.mixing import Refused, array
 from keras_sparse.graph.probing import channelwise
 
-__all__ = ["rules"]
+__all__ = ["Masked", "rules"]
 
 
 def rules():
@@ -152,6 +152,34 @@ class Slopes(Call):
         y.labels = labels.reshape(shape)
         if axis and alpha.shape[axis - 1] > 1:
             self.parts = [Part(alpha, {axis - 1: np.broadcast_to(labels, alpha.shape[axis - 1])})]
+
+
+class Masked(Elementwise):
+    """Masking: a step in which all channels are of one value counts no more, and is zero.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.graph.labels import Labelled
+    >>> model = keras.Sequential([keras.Input((5, 4)), keras.layers.Dense(3), keras.layers.Masking()])
+    >>> type(Labelled(model).calls[1]).__name__
+    'Masked'
+    """
+
+    def label(self):
+        (x,) = self.inputs
+        if np.any(keras.ops.convert_to_numpy(self.operation.mask_value) != 0):
+            self.stay(f"{self.operation.name} looks at all channels")
+            return
+        super().label()
+        self.conditions = [Condition(x.labels, self._can_lose, f"{self.operation.name} looks at all channels")]
+
+    def _can_lose(self, kept):
+        return self.inputs[0].constants == 0
+
+    def fill_constants(self):
+        known = self.inputs[0].constants
+        self.outputs[0].constant = np.where(known == 0, 0.0, np.nan)
 
 
 class Lookup(Call):

@@ -533,7 +533,7 @@ _OPERATIONS = {
         for name in dir(keras.activations)
         if name not in ("linear", "get", "serialize", "deserialize") and not name.startswith("_")
     },
-    **dict.fromkeys(("clip", "identity"), Kind(KEEPS, pointwise=True)),
+    **dict.fromkeys(("clip", "identity", "zeroslike", "oneslike"), Kind(KEEPS, pointwise=True)),
     **dict.fromkeys(("add", "subtract", "maximum", "minimum"), _SUM),
     **dict.fromkeys(("divide", "truedivide"), Kind(pointwise=True)),
     "multiply": _PRODUCT,

@@ -11,6 +11,7 @@ import numpy as np
 from keras_sparse.graph.calls import Call, Elementwise, Tensor, spec_of, takes_training
 from keras_sparse.graph.classes import Classes
 from keras_sparse.graph.composites import Composite
+from keras_sparse.graph.keeping import Masked
 from keras_sparse.graph.kinds import JOINS, KEEPS, kind_of
 from keras_sparse.graph.mixing import rule_of
 from keras_sparse.graph.probing import Moves, Probed, is_elementwise
@@ -151,6 +152,10 @@ class Labelled:
             made = Elementwise(*arguments)
             made.stay(fixed.get(int(present[-1]), f"{operation.name} has no input of channels"))
             return made
+        if isinstance(operation, keras.layers.Masking):
+            made = Masked(*arguments)
+            made.label()
+            return made
         if kind.channels in (KEEPS, JOINS) and is_elementwise(operation, kind, inputs, structure):
             made = Elementwise(*arguments)
             made.product = kind.product
@@ -195,8 +200,7 @@ class Labelled:
         for call in self.calls:
             if isinstance(call, (Moves, Probed)) and not (call.fixed or call.inside):
                 fixed = self.classes.reasons()
-                roots = np.unique(np.concatenate([self.classes.find(x.labels).reshape(-1) for x in call.outputs]))
-                free = [root for root in roots.tolist() if root and root not in fixed]
+                free = [root for root in call.roots().tolist() if root and root not in fixed]
                 for gone in (free[::2], free[1::2]):
                     if gone and not call.can_lose(np.isin(np.arange(len(self.classes)), gone)):
                         call.stay(f"{call.operation.name} computes something else with fewer channels")

@@ -3,6 +3,7 @@
 import math
 
 import keras
+import numpy as np
 
 from keras_sparse.graph.kinds import EMBEDDING, kind_of
 from keras_sparse.graph.substitution import substituted
@@ -22,7 +23,8 @@ def uses(model, sample):
 
     Args:
         model: A built Keras model.
-        sample: Its inputs, a structure of arrays with a batch of one sample. They are run once.
+        sample: Its inputs, a structure of arrays with a batch of one sample. They are run once, as often beside each
+            other as the model has samples in a batch, if it says so. What the model keeps from call to call stays.
 
     Returns:
         `IdentityDict` from a variable to an int; variables that were not used are missing.
@@ -75,9 +77,16 @@ def uses(model, sample):
         return run
 
     watched = [layer for layer in layers(model) if layer in kernels or kind_of(layer).holder is not None]
-    with substituted([(layer, "call", observed(layer, layer.call)) for layer in watched]):
+    sample = _batch(model, sample)
+    with substituted([(layer, "call", observed(layer, layer.call)) for layer in watched]), keras.StatelessScope():
         model(sample, training=False)
     return found
+
+
+def _batch(model, sample):
+    """A sample as often as a model has samples in a batch, which stateful layers want."""
+    size = next((x.shape[0] for x in getattr(model, "inputs", None) or [] if x.shape[0]), 1)
+    return keras.tree.map_structure(lambda x: np.repeat(x, size, axis=0), sample) if size > 1 else sample
 
 
 def _positions(layer, inputs, outputs):

@@ -130,6 +130,10 @@ class ChannelChoice:
         for layer in weight.holders:
             if layer in closed:
                 return f"{layer.name} ({type(layer).__name__}) cannot be run on symbolic inputs ({closed[layer]})"
+        reasons = self._channels.reasons
+        for call in self._channels.calls:
+            if call.fixed and call.operation in weight.holders:
+                return reasons[int(self._roots[call.outputs[0].labels.flat[0]])]
         return "no graph that could be seen makes its channels"
 
     def _why(self, part, reasons):
