@@ -235,6 +235,19 @@ def test_functions_that_look_at_signs_are_not_taken_for_moves(function):
     assert channel_graphs.difference(model, small, x) < 1e-5
 
 
+def test_layers_that_keep_their_channels_say_why():
+    keras.utils.set_random_seed(0)
+    x = keras.Input((6,))
+    scaled = layers.Normalization(name="scaled")
+    scaled.adapt(RNG.normal(1, 2, (9, 8)))
+    whole = layers.Dense(8, name="whole")
+    model = keras.Model(x, layers.Dense(3)(whole(scaled(layers.Dense(8)(x)))))
+    whole.quantize("int8")
+    reasons = " ".join(row["reason"] for row in ks.channel_groups(model).rows)
+    assert "scaled (Normalization) shifts each channel by a mean of its own" in reasons
+    assert "whole is quantized: remove channels first, then quantize" in reasons
+
+
 STAYING = {
     "a normalization of steps": lambda x: layers.TimeDistributed(layers.LayerNormalization())(x),
     "a model of steps": lambda x: layers.TimeDistributed(keras.Sequential([keras.Input((8,)), layers.Dense(3)]))(x),

@@ -238,7 +238,7 @@ class Channels:
         return found
 
     def _without_form(self, removed):
-        """`{class: reason}`: what stays because an operation would compute something else, and nothing can replace it."""
+        """`{class: reason}`: what stays because an operation that nothing can replace would compute something else."""
         found = {}
         for call in self.calls:
             if hasattr(call, "form") and not (call.fixed or call.inside):

@@ -65,6 +65,10 @@ class Refused(Call):
             reason = f"{self.operation.name} has LoRA: merge it first"
         elif getattr(self.operation, "has_gates", False):
             reason = f"{self.operation.name} has gates: `ks.bake` the model first"
+        elif getattr(self.operation, "quantization_mode", None) is not None:
+            reason = f"{self.operation.name} is quantized: remove channels first, then quantize"
+        elif isinstance(self.operation, keras.layers.Normalization):
+            reason = f"{self.operation.name} (Normalization) shifts each channel by a mean of its own"
         elif "Normalization" in name:
             reason = f"{self.operation.name} ({name}) computes its statistics over the channels of a sample"
         elif self.closed:
