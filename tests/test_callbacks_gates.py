@@ -159,6 +159,24 @@ def test_target_is_met_on_digits(granularity, price):
     assert ks.report(baked).totals["sparsity"] >= history["sparsity"][-1] - 1e-9
 
 
+@pytest.mark.parametrize("price, accuracy", [(1e-2, 0.6), (1e-4, 0.85)])
+@pytest.mark.thorough(1)
+@pytest.mark.lengthy(0)
+def test_a_short_fit_does_not_overshoot(price, accuracy):
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = datasets.load_digits(return_X_y=True)
+    x = (x / 16).astype("float32")
+    keras.utils.set_random_seed(0)
+    gated = [L0(layers.Dense(32, "relu"), price, seed=1), L0(layers.Dense(10), price, seed=2)]
+    model = keras.Sequential([keras.Input((64,)), *gated])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
+    callback = ks.callbacks.L0Penalty(target_sparsity=0.7)
+    history = model.fit(x, y, batch_size=32, epochs=7, verbose=0, callbacks=[callback]).history  # 399 steps
+    assert history["sparsity"][-1] == pytest.approx(0.7, abs=0.03)
+    assert ks.bake(model).evaluate(x, y, verbose=0)[1] > accuracy
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="Give `schedule` or `target_sparsity`, not both"):
         ks.callbacks.L0Penalty("linear", 0.5)

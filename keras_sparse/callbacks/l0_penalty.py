@@ -3,6 +3,7 @@
 import functools
 import math
 
+import keras
 import numpy as np
 
 from keras_sparse import schedules, selection
@@ -18,6 +19,9 @@ __all__ = ["L0Penalty"]
 # the last one has to see it coming, and few that have closed open again.
 _RAISE, _LOWER, _PROPORTIONAL = 0.3, 3.0, 10.0
 _LARGEST_CHANGE, _LARGEST_FACTOR = math.log(2), math.log(1e4)
+# How a gate's pace is smoothed from update to update, and which share of its way it keeps up if it is no noise.
+_SMOOTH, _STEADY = 0.8, 0.7
+_FASTER = 1.25  # by which factor gates move faster at least when a price that is twice as high moves them
 
 
 @serializable
@@ -33,7 +37,8 @@ class L0Penalty(SparseCallback):
             at `end`: `"linear"`, `"cosine"`, or any other name or `ks.schedules.Schedule`.
         target_sparsity: The share of the gated weights to be zero, in (0, 1). A controller multiplies the penalties of
             all layers by a common factor, so that the sparsity rises from 0 at `begin` to the target at `end`, and
-            stays there. Gates need some time to close: leave them some thousand steps, or a higher learning rate.
+            stays there. It waits while enough gates are on their way. Gates need some time to close, with Adam about 2.4
+            divided by the learning rate in steps: a fit should have twice as many, or gates a higher learning rate.
         begin: When the penalty, or the sparsity, starts to rise. A float is a fraction of this `fit`
             (epochs x steps), an int counts optimizer steps from the start of this `fit`.
         end: When it has arrived, like `begin`.
@@ -88,6 +93,7 @@ class L0Penalty(SparseCallback):
                 f" Received: the penalties of {[layer.name for layer in self._layers]} are 0"
             )
         self._error, self._arrived = None, False
+        self._paces, self._fastest = [], []
 
     def start(self, run):
         if self._error is None and self.target_sparsity is not None:
@@ -127,6 +133,9 @@ class L0Penalty(SparseCallback):
         first = next(layer for layer in self._layers if layer.penalty_start)
         factor = math.log(float(selection.as_array(first.penalty)) / first.penalty_start)
         change = np.clip(change, -_LARGEST_CHANGE, _LARGEST_CHANGE)
+        excess = self._will_close(factor) - self.target_sparsity
+        if excess >= 0:  # They are on their way: a higher price would only take more of them along.
+            change = min(change, -_RAISE * excess * progress)
         factor = math.exp(np.clip(factor + change, -_LARGEST_FACTOR, _LARGEST_FACTOR))
         for layer in self._layers:
             layer.penalty.assign(layer.penalty_start * factor)
@@ -137,6 +146,30 @@ class L0Penalty(SparseCallback):
         closed = self._measure(_closed)
         closing = self._measure(_way)
         return self.target_sparsity * progress - (progress * closed + (1 - progress) * closing)
+
+    def _will_close(self, factor):
+        """The share of the gated weights whose gates are closed, or will be in time if they go on as they do.
+
+        In time is by `end`; or later, if the fastest gates need longer, and did not get faster when the price doubled:
+        an optimizer such as Adam moves them by its learning rate at most, and a higher price only moves others, too.
+        """
+        now = self.clock.elapsed(self.clock.now)
+        gates = [(layer, log_alpha) for layer in self._layers for log_alpha in layer.log_alphas]
+        values = [selection.as_array(log_alpha) for _, log_alpha in gates]
+        self._paces = self._paces or [_Pace(value, now) for value in values]
+        for pace, value in zip(self._paces, values, strict=True):
+            pace.measure(value, now)
+        falls = [-np.minimum(pace.steady(), 0) for pace in self._paces]
+        fastest = max(float(fall.max()) for fall in falls)
+        left = max(0, (self.clock.last or 0) - now)
+        if any(cheaper < factor - math.log(2) and fastest < _FASTER * pace for cheaper, pace in self._fastest):
+            way = max(start - closed for start, closed in map(_start_and_end, self._layers))
+            left = max(left, way / max(fastest, 1e-9))
+        self._fastest.append((factor, fastest))
+        later = [value - fall * left for value, fall in zip(values, falls, strict=True)]
+        pairs = zip(gates, later, strict=True)
+        with keras.StatelessScope([(v, keras.ops.convert_to_tensor(x, "float32")) for (_, v), x in pairs]):
+            return self._measure(_closed)
 
     def _measure(self, value):
         """The share of the gated weights that is gone, where `value(layer, log_alpha)` says how much of a gate is."""
@@ -150,9 +183,35 @@ def _closed(layer, log_alpha):
 
 def _way(layer, log_alpha):
     """How far gates are from where they started to where they close, from 0 to 1."""
-    low, high = layer.gate.limits
-    start, closed = (math.log(p / (1 - p)) for p in (layer.open_probability, -low / (high - low)))
+    start, closed = _start_and_end(layer)
     return np.clip((start - log_alpha) / max(start - closed, 1e-3), 0, 1)
+
+
+def _start_and_end(layer):
+    """Where the gates of a layer started, and where they close."""
+    low, high = layer.gate.limits
+    return [math.log(p / (1 - p)) for p in (layer.open_probability, -low / (high - low))]
+
+
+class _Pace:
+    """How far each gate of a vector moves in a step, smoothed over the updates."""
+
+    def __init__(self, value, now):
+        self._value, self._now = value, now
+        self._mean = self._size = np.zeros_like(value)
+        self._known = 0.0
+
+    def measure(self, value, now):
+        if now > self._now:
+            moved = (value - self._value) / (now - self._now)
+            self._mean = _SMOOTH * self._mean + (1 - _SMOOTH) * moved
+            self._size = _SMOOTH * self._size + (1 - _SMOOTH) * np.abs(moved)
+            self._known = _SMOOTH * self._known + 1 - _SMOOTH
+            self._value, self._now = value, now
+
+    def steady(self):
+        """The pace of gates that go one way, 0 for those that go to and fro."""
+        return np.where(np.abs(self._mean) >= _STEADY * self._size, self._mean, 0) / max(self._known, 1e-9)
 
 
 def _check_target(value):
