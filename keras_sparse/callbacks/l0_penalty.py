@@ -37,8 +37,8 @@ class L0Penalty(SparseCallback):
             at `end`: `"linear"`, `"cosine"`, or any other name or `ks.schedules.Schedule`.
         target_sparsity: The share of the gated weights to be zero, in (0, 1). A controller multiplies the penalties of
             all layers by a common factor, so that the sparsity rises from 0 at `begin` to the target at `end`, and
-            stays there. It waits while enough gates are on their way. Gates need some time to close, with Adam about 2.4
-            divided by the learning rate in steps: a fit should have twice as many, or gates a higher learning rate.
+            stays there. It waits while enough gates are on their way. Gates need some time to close, with Adam about
+            2.4 divided by the learning rate in steps: a fit should have twice as many, or gates a higher learning rate.
         begin: When the penalty, or the sparsity, starts to rise. A float is a fraction of this `fit`
             (epochs x steps), an int counts optimizer steps from the start of this `fit`.
         end: When it has arrived, like `begin`.
