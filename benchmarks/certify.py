@@ -25,9 +25,11 @@ from keras_sparse.tflite.commands import LITERTJS, RUNTIMES
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.errors import ExportError
+from keras_sparse.tflite.inputs import random_batches
 from keras_sparse.tflite.job import CALIBRATED, Job
-from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches
+from keras_sparse.tflite.parity import Reference
 from keras_sparse.tflite.runtimes import Worker, available
+from keras_sparse.tflite.samples import in_batches_of
 from keras_sparse.tflite.signatures import signature
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "support"))

@@ -21,7 +21,8 @@ import result
 
 import keras_sparse as ks
 from keras_sparse.tflite import verification
-from keras_sparse.tflite.parity import Reference, random_batches
+from keras_sparse.tflite.inputs import random_batches
+from keras_sparse.tflite.parity import Reference
 from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
 from keras_sparse.tflite.targets import get

@@ -17,7 +17,8 @@ import numpy as np
 import result  # first: it keeps TensorFlow quiet
 
 import keras_sparse as ks
-from keras_sparse.tflite.parity import Reference, random_batches
+from keras_sparse.tflite.inputs import random_batches
+from keras_sparse.tflite.parity import Reference
 from keras_sparse.tflite.signatures import signature
 
 BUILD = {

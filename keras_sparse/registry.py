@@ -8,7 +8,7 @@ import re
 
 import keras
 
-__all__ = ["Configurable", "Registry", "check_penalty", "check_whole", "is_real", "serializable"]
+__all__ = ["Configurable", "Registry", "check_penalty", "check_whole", "did_you_mean", "is_real", "serializable"]
 
 
 def serializable(cls):
@@ -114,11 +114,9 @@ class Registry:
             return identifier
         if isinstance(identifier, str):
             if identifier not in self.classes:
-                close = difflib.get_close_matches(identifier, self.classes, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise ValueError(
                     f"Unknown {self.kind}: expected one of {sorted(self.classes)} or an instance of "
-                    f"`{base.__name__}`. Received: {identifier!r}.{hint}"
+                    f"`{base.__name__}`. Received: {identifier!r}{did_you_mean(identifier, self.classes)}"
                 )
             return self.classes[identifier]()
         if isinstance(identifier, dict):
@@ -131,6 +129,20 @@ class Registry:
             f"instance of `{base.__name__}`. "
             f"Received: {identifier!r} of type {type(identifier).__name__}.{hint}"
         )
+
+
+def did_you_mean(received, names):
+    """What to write behind what came in: the question whether another name was meant; nothing if none is like it.
+
+    Example:
+
+    >>> from keras_sparse.registry import did_you_mean
+    >>> did_you_mean("GPU", ["cpu", "gpu"])
+    ". Did you mean 'gpu'?"
+    """
+    known = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(received.lower(), known, n=1) if isinstance(received, str) else []
+    return f". Did you mean {known[close[0]]!r}?" if close else ""
 
 
 def check_penalty(name, value):

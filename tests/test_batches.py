@@ -7,7 +7,7 @@ import pytest
 import keras_sparse as ks
 from keras_sparse import batches
 from keras_sparse.search.evaluation import arrays as search_arrays
-from keras_sparse.tflite.parity import representative_batches
+from keras_sparse.tflite.samples import representative_batches
 from keras_sparse.tflite.signatures import signature
 
 

@@ -170,6 +170,22 @@ def test_wrong_values(arguments, message, saved, sparse_file, tmp_path, capsys):
     assert os.listdir(tmp_path) == ["model.keras"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["check", "m.keras", "--target", "GPU"], "--target: invalid choice: 'GPU'. Did you mean 'gpu'?"),
+        (["prune", "m.keras", "--criterion", "magnitud"], "invalid choice: 'magnitud'. Did you mean 'magnitude'?"),
+        (["export", "m.keras", "m.tflite", "--quantize", "INT8"], "invalid choice: 'INT8'. Did you mean 'int8'?"),
+        (["check", "m.keras", "--target", "phone"], "invalid choice: 'phone' (choose from"),
+    ],
+)
+def test_choices_that_are_none(arguments, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["prune", "m.keras"], ["quickstart", "--dataset", "x"]])
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -188,6 +188,10 @@ def test_forms_of_data():
     loss, accuracy = model.evaluate(X, LABELS, sample_weight=weights, verbose=0)
     np.testing.assert_allclose(expected[0]["accuracy"], accuracy, rtol=1e-5)
     del loss  # Keras divides it by the number of samples, a metric by the sum of weights
+    assert ks.compare({"m": model}, data=(X, LABELS, weights), metrics=wanted, seconds=0).rows == expected
+    for given in ({}, {"x": X, "data": X}):
+        with pytest.raises(TypeError, match="`x` or `data` must hold .* Received: "):
+            ks.compare({"m": model}, **given, metrics=[], seconds=0)
     forms = [Data(), iter(parts), (part for part in parts), parts]
     if TENSORFLOW:
         import tensorflow as tf

@@ -283,3 +283,20 @@ def test_progress_bar_appears_if_it_takes_long():
 def test_function_is_an_attribute_whatever_was_imported_first():
     assert ks.compare is ks.comparison.compare
     assert callable(ks.compare)
+
+
+def test_files_of_other_kinds(tmp_path):
+    """What Keras says of an HDF5 file under a .keras name is that there is no such file."""
+    (tmp_path / "m.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    (tmp_path / "old.keras").write_bytes(b"\x89HDF\r\n\x1a\n")
+    (tmp_path / "text.keras").write_text("no model")
+    for name, said in (
+        (
+            "m.h5",
+            "Load a file of Keras 2 with `keras.saving.load_model` and pass the model. Received: .* for the model",
+        ),
+        ("old.keras", "which is a zip archive. Received: .*old.keras', an HDF5 file of Keras 2: name it .h5"),
+        ("text.keras", "which is a zip archive. Received: .*text.keras', damaged or another file"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ks.compare({"m": tmp_path / name}, np.ones((2, 4)), metrics=[], seconds=0)

@@ -4,6 +4,7 @@ import keras
 import pytest
 
 import keras_sparse as ks
+from keras_sparse.registry import did_you_mean
 
 KINDS = [
     (ks.schedules.get, ks.schedules.Schedule, "linear"),
@@ -18,6 +19,14 @@ def test_get_takes_a_name_an_instance_or_a_config(get, base, name):
     assert isinstance(instance, base)
     assert get(instance) is instance
     assert type(get(keras.saving.serialize_keras_object(instance))) is type(instance)
+
+
+@pytest.mark.parametrize(
+    ("received", "hint"),
+    [("GPU", ". Did you mean 'gpu'?"), ("polynomal", ". Did you mean 'Polynomial'?"), ("zzz", ""), (3, ""), (None, "")],
+)
+def test_other_names_that_may_have_been_meant(received, hint):
+    assert did_you_mean(received, ["cpu", "gpu", "Polynomial"]) == hint
 
 
 @pytest.mark.parametrize(("get", "base", "name"), KINDS)

@@ -163,6 +163,14 @@ def test_bad_durations(name, value, folder):
         ks.tflite.benchmark(folder / "mlp.tflite", **{name: value})
 
 
+def test_several_files(folder):
+    files = [folder / "mlp.tflite"] * 2
+    rows = ks.tflite.benchmark(files, baseline=folder / "mlp.tflite", seconds=0.02).rows
+    assert [row["file"] for row in rows] == ["mlp.tflite"] * 3 and rows[0]["ratio"] == 1
+    with pytest.raises(ValueError, match=r"at least one .tflite file. Received: path=\[\]"):
+        ks.tflite.benchmark([])
+
+
 @pytest.mark.parametrize("runtime", ["x86-no-avx", "micro", "ethos-u", 3])
 def test_bad_runtime(runtime, folder):
     message = "`runtime` must be one of 'native', 'wasm', 'arm64', 'compiled-cpu'.*Received: runtime="

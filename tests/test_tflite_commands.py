@@ -79,13 +79,15 @@ def test_cache_folder(variables, expected, monkeypatch):
     assert str(cache_folder()) == expected
 
 
-@pytest.mark.parametrize("name", ["tpu", None, 1, ["native"]])
+@pytest.mark.parametrize("name", ["phone", None, 1, ["native"]])
 @pytest.mark.parametrize("among", [None, MEASURING])
 def test_unknown_runtimes(name, among):
     names = ", ".join(map(repr, RUNTIMES if among is None else among))
     with pytest.raises(ValueError) as error:
         get(name, among)
     assert str(error.value) == f"`runtime` must be one of {names}. Received: runtime={name!r}"
+    with pytest.raises(ValueError, match=r"Received: runtime='WASM'. Did you mean 'wasm'\?$"):
+        get("WASM", among)
 
 
 def test_what_is_derived_from_the_runtimes():

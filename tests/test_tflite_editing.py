@@ -8,8 +8,9 @@ from tflite_models import MODELS
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.editing import File
 from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.inputs import random_batches
 from keras_sparse.tflite.job import Job
-from keras_sparse.tflite.parity import Reference, random_batches
+from keras_sparse.tflite.parity import Reference
 from keras_sparse.tflite.signatures import signature
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way")

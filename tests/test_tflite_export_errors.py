@@ -302,6 +302,11 @@ def test_a_batch_size_for_the_file(tmp_path):
     for size, message in ((0, "positive integer"), (True, "positive integer"), (2.0, "positive integer")):
         with pytest.raises(ValueError, match=f"{message}. Received: batch_size={size}"):
             ks.tflite.export(mlp(), tmp_path / "n.tflite", target="xnnpack", batch_size=size)
+    assert "The file takes 2 samples at a time, no more and no fewer." in report.notes
+    with pytest.raises(
+        ValueError, match="the most that a tensor holds: they take 25,600,000,000. Received: batch_size="
+    ):
+        ks.tflite.export(mlp(), tmp_path / "n.tflite", batch_size=10**8)
     inputs = keras.Input((4,), batch_size=5)
     with pytest.raises(ValueError, match="takes batches of 5 samples.*Received: batch_size=1"):
         ks.tflite.export(

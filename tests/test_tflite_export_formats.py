@@ -9,7 +9,7 @@ from keras import layers
 from tflite_models import attention, cnn, lstm, mlp, several, sparsify, transposed
 
 import keras_sparse as ks
-from keras_sparse.tflite.parity import random_batches
+from keras_sparse.tflite.inputs import random_batches
 from keras_sparse.tflite.runtimes import Worker
 from keras_sparse.tflite.signatures import signature
 

@@ -10,8 +10,9 @@ from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.editing import File
 from keras_sparse.tflite.faults import averaged, broadcast, grouped, shifted, strided
 from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.inputs import random_batches
 from keras_sparse.tflite.job import CALIBRATED, Job
-from keras_sparse.tflite.parity import Reference, random_batches
+from keras_sparse.tflite.parity import Reference
 from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
 

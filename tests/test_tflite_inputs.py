@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from tflite_models import attention, dict_of_inputs, mlp, nested, several, token_floats
 
 import keras_sparse as ks
 from keras_sparse.tflite.inputs import random_batches, spread
@@ -40,7 +41,7 @@ def normalization(mean, deviation, **options):
     return layers.Normalization(mean=mean, variance=np.square(deviation), **options)
 
 
-def nested(inner):
+def within(inner):
     return keras.Sequential([keras.Input((32, 32, 3)), inner, layers.Rescaling(2.0)])
 
 
@@ -54,7 +55,7 @@ def affected(model, inputs=None):
 
 FIRST = {
     "rescaling": (layers.Rescaling(1 / 255), {}),
-    "nested": (nested(layers.Rescaling(1 / 255)), {}),
+    "nested": (within(layers.Rescaling(1 / 255)), {}),
     "own images": (Own(lambda x: x / 255), {}),
     "own audio": (Own(lambda x: x * 2.0**-31), {"shape": (12,)}),
     "large numbers": (normalization(1.6e9, 1e4), {"shape": (12,)}),
@@ -100,7 +101,7 @@ def test_probabilities_are_not_all_0_and_1(end):
         (layers.Rescaling(1 / 127.5, offset=-1.0), 127.5, 127.5),
         (normalization([1e6, 0.0, 1.0], [1e3, 1.0, 1e-3]), [1e6, 0.0, 1.0], [1e3, 1.0, 1e-3]),
         (normalization(3.0, 2.0, invert=True), -1.5, 0.5),
-        (nested(normalization(0.0, 100.0)), 0.0, 50.0),
+        (within(normalization(0.0, 100.0)), 0.0, 50.0),
     ],
 )
 def test_the_first_layers_are_undone(first, mean, deviation):
@@ -172,3 +173,23 @@ def test_open_sizes_are_as_large_as_the_model_needs(tmp_path):
     np.testing.assert_allclose(output, model(data), atol=1e-5)
     assert ks.tflite.benchmark(report.path, seconds=0.01).rows[0]["median"] > 0
     assert [row["model"] for row in ks.compare({"keras": model, "file": str(report.path)}, data, metrics=[]).rows]
+
+
+@pytest.mark.parametrize("build", [mlp, attention, token_floats, several, nested, dict_of_inputs])
+def test_random_inputs_are_valid(build):
+    model = build()
+    called = signature(model)
+    batches = random_batches(model, called)
+    assert [len(batch[0]) for batch in batches] == [1, 2, 3]
+    for batch in batches:
+        assert [array.dtype for array in batch] == [leaf.dtype for leaf in called.inputs]
+        outputs = keras.tree.flatten(called.call(model, batch))
+        assert all(np.isfinite(keras.ops.convert_to_numpy(y)).all() for y in outputs)
+    assert all(np.array_equal(a, b) for a, b in zip(batches[2], random_batches(model, called)[2], strict=True))
+    assert not np.array_equal(batches[2][0], random_batches(model, called, seed=1)[2][0])
+
+
+def test_random_tokens_reach_all_rows():
+    model = attention()
+    tokens = np.concatenate([batch[0].ravel() for batch in random_batches(model, signature(model))])
+    assert tokens.min() >= 0 and 30 < tokens.max() < 37

@@ -90,7 +90,9 @@ def test_quantised_zeros(tmp_path, sparsity, blocks):
     [
         (b"", r"0 bytes in all"),
         (b"TFL", r"3 bytes in all"),
-        (b"not a model at all", r"without the mark 'TFL3'"),
+        (b"not a model at all", r"m.tflite' without the mark 'TFL3' at byte 4$"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "m.tflite', an HDF5 file, such as Keras 2 saves: load it"),
+        (b"PK\x03\x04" + bytes(99), "m.tflite', a zip archive, such as a .keras file$"),
         (b"\x1c\x00\x00\x00TFL3", "damaged or truncated"),
         (b"\xff\xff\xff\xffTFL3" + bytes(100), "damaged or truncated"),
         (b"\x08\x00\x00\x00TFL3" + bytes(64), "damaged or truncated"),

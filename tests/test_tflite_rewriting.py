@@ -9,8 +9,9 @@ import keras_sparse as ks
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.faults import grouped, shifted
 from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.inputs import random_batches
 from keras_sparse.tflite.job import Job
-from keras_sparse.tflite.parity import Reference, random_batches
+from keras_sparse.tflite.parity import Reference
 from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
 

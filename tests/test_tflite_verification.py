@@ -10,8 +10,9 @@ import keras_sparse as ks
 from keras_sparse.tflite import verification
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
+from keras_sparse.tflite.inputs import random_batches
 from keras_sparse.tflite.job import Job
-from keras_sparse.tflite.parity import Reference, random_batches
+from keras_sparse.tflite.parity import Reference
 from keras_sparse.tflite.runtimes import available
 from keras_sparse.tflite.signatures import signature
 

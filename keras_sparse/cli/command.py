@@ -101,9 +101,24 @@ def argument(*names, choices=None, **options):
         if choices is not None:
             found = pkgutil.resolve_name(choices)
             options["choices"] = [getattr(one, "name", one) for one in found if one is not None]
+            options["type"] = _one_of(options["choices"])
         parser.add_argument(*names, **options)
 
     return add
+
+
+def _one_of(names):
+    """What argparse reads a choice with: the same text, or an error that asks whether another was meant."""
+
+    def choice(text):
+        from keras_sparse.registry import did_you_mean
+
+        hint = did_you_mean(text, names) if text not in names else ""
+        if hint:
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r}{hint}")
+        return text  # of a choice that is like none, argparse lists all
+
+    return choice
 
 
 def saved_model(parser, several=False):

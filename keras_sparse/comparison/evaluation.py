@@ -20,7 +20,7 @@ __all__ = ["compare"]
 
 def compare(
     models,
-    x,
+    x=None,
     y=None,
     metrics=("accuracy",),
     sample_weight=None,
@@ -29,6 +29,7 @@ def compare(
     seconds=1.0,
     timeout=TIMEOUT,
     console=None,
+    data=None,
 ):
     """Put models in one table: metrics on the same data, sparsity, size, latency, and the differences to the first.
 
@@ -56,6 +57,7 @@ def compare(
         timeout: Seconds that each step of a .tflite file, such as one batch, may take.
         console: A `rich.console.Console` for the progress bar, which appears after two seconds. `None`: stderr, if that
             is a terminal.
+        data: In place of `x`, the name that they have in other functions.
 
     Returns:
         A `CompareReport` with a row for each model. Columns: `model`; `form` (`"keras"` or `"tflite"`); the metrics,
@@ -82,6 +84,10 @@ def compare(
     >>> list(report.rows[0])[:5]
     ['model', 'form', 'accuracy', 'f1', 'sparsity']
     """
+    if (x is None) == (data is None):
+        given = "both" if data is not None else "neither"
+        raise TypeError(f"`x` or `data` must hold what the models are compared on, not both. Received: {given}")
+    x = data if x is None else x
     if not isinstance(models, dict) or not all(isinstance(name, str) for name in models):
         raise TypeError(
             "`models` must be a dict from names to Keras models or paths of .keras and .tflite files. "

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import time
+import zipfile
 
 import keras
 import numpy as np
@@ -25,6 +26,11 @@ def open_subject(name, model, timeout, stack):
             return Model(name, load(path))
         if not os.path.exists(path):
             raise FileNotFoundError(f"There is no such file. Received: {path!r} for the model {name!r}")
+        if path.endswith((".h5", ".hdf5")):
+            raise ValueError(
+                "Models are compared as Keras models, .keras or .tflite files. Load a file of Keras 2 with "
+                f"`keras.saving.load_model` and pass the model. Received: {path!r} for the model {name!r}"
+            )
         return File(name, path, stack.enter_context(Worker(path, timeout=timeout)))
     selection.check_model(model)
     return Model(name, model)
@@ -54,6 +60,11 @@ def load(path, compile=False):
         raise ValueError(f"Expected the path of a .keras file. Received: {path!r}")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no such file. Received: {path!r}")
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            is_old = file.read(4) == b"\x89HDF"
+        reason = "an HDF5 file of Keras 2: name it .h5 and load it yourself" if is_old else "damaged or another file"
+        raise ValueError(f"Expected a .keras file, which is a zip archive. Received: {path!r}, {reason}")
     try:
         return keras.saving.load_model(path, compile=compile)
     except Exception as error:  # whatever zip, JSON and HDF5 readers raise on a damaged file

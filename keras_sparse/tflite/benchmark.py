@@ -93,11 +93,11 @@ def _lines(command, width=120):
 def benchmark(path, baseline=None, runtime=None, threads=1, seconds=1.0, timeout=TIMEOUT, target=None):
     """Measure a .tflite file on random input of batch size 1: latency, loading, memory, instructions or cycles.
 
-    Each file runs in a process of its own. With a baseline the two are run in turns, so that both meet the same load of
-    the machine. A run ends when the outputs have been read: a GPU computes on after its call has returned.
+    Each file runs in a process of its own. Several are run in turns, so that all meet the same load of the machine. A
+    run ends when the outputs have been read: a GPU computes on after its call has returned.
 
     Args:
-        path: A .tflite file that you trust: it is run.
+        path: A .tflite file that you trust: it is run; or a list of several.
         baseline: Another one to compare with, such as the dense encoding of the same model.
         runtime: `"native"`, the default: LiteRT's interpreter on this CPU. On x86 with AVX it runs sparse convolutions
             as dense ones, so ratios do not hold for phones. `"wasm"`: LiteRT.js in Node, which runs them sparse; needs
@@ -141,7 +141,9 @@ def benchmark(path, baseline=None, runtime=None, threads=1, seconds=1.0, timeout
     for name, value in ("seconds", seconds), ("timeout", timeout):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
-    files = ([baseline] if baseline is not None else []) + [path]
+    files = ([baseline] if baseline is not None else []) + (list(path) if isinstance(path, (list, tuple)) else [path])
+    if not files:
+        raise ValueError(f"`path` must name at least one .tflite file. Received: path={path!r}")
     models = [read(file) for file in files]
     files = [os.fspath(file) for file in files]
     operators = [row for file, model in zip(files, models, strict=True) for row in _operators(file, model, runtimes[0])]

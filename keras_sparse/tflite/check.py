@@ -12,9 +12,10 @@ from keras_sparse.tflite.editing import File
 from keras_sparse.tflite.encoding import OUTWEIGHED, encode
 from keras_sparse.tflite.errors import ExportError
 from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.inputs import random_batches
 from keras_sparse.tflite.job import Job
 from keras_sparse.tflite.matching import LayerNames, match, readers
-from keras_sparse.tflite.parity import in_batches_of, random_batches
+from keras_sparse.tflite.samples import in_batches_of
 from keras_sparse.tflite.targets import get
 from keras_sparse.tflite.trial import DENSE, PARTLY, REFUSED, SPARSE, UNKNOWN, Trial, compiled, tried
 from keras_sparse.tflite.verification import Verification

@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from keras_sparse.registry import did_you_mean
+
 __all__ = [
     "COMPILERS", "LITERTJS", "MEASURING", "RUNTIMES", "TIMING", "Runtime", "RuntimeMissing", "arm64_python",
     "available", "cache_folder", "get", "gpu_driver", "program", "python_worker",
@@ -133,7 +135,8 @@ def get(name, among=None):
     """
     among = RUNTIMES if among is None else among
     if not isinstance(name, str) or name not in among:
-        raise ValueError(f"`runtime` must be one of {', '.join(map(repr, among))}. Received: runtime={name!r}")
+        hint = did_you_mean(name, among)
+        raise ValueError(f"`runtime` must be one of {', '.join(map(repr, among))}. Received: runtime={name!r}{hint}")
     return among[name]
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 
+from keras_sparse.tflite.biases import own_biases
 from keras_sparse.tflite.editing import File
 from keras_sparse.tflite.errors import ExportError, first_line
 from keras_sparse.tflite.flatmodel import read
@@ -100,7 +101,8 @@ def to_tflite(job):
         converter.representative_dataset = lambda: (dict(zip(names, batch, strict=True)) for batch in job.samples)
     if job.inference_type is not None:
         converter.inference_input_type = converter.inference_output_type = tf.as_dtype(job.inference_type)
-    return converter.convert()
+    content = converter.convert()
+    return own_biases(content) if job.quantize in CALIBRATED else content
 
 
 def _converter(folder, quantize):

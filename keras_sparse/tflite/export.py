@@ -1,13 +1,16 @@
 """An export is a verified .tflite file: converted, stored the smaller way, compared with its model, accounted for."""
 
+import math
 import os
 
 import numpy as np
 
 from keras_sparse import files, selection
+from keras_sparse.registry import did_you_mean
 from keras_sparse.reports import Report
 from keras_sparse.tflite import signatures
 from keras_sparse.tflite.acceptance import accepted
+from keras_sparse.tflite.calibration import calibrating, doubts
 from keras_sparse.tflite.choice import smallest_right
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.encoding import encode
@@ -17,7 +20,7 @@ from keras_sparse.tflite.halves import kept_whole
 from keras_sparse.tflite.inspect import brief_name, limits
 from keras_sparse.tflite.job import CALIBRATED, QUANTIZE, Job
 from keras_sparse.tflite.matching import match, readers
-from keras_sparse.tflite.parity import in_batches_of, representative_batches
+from keras_sparse.tflite.samples import representative_batches
 from keras_sparse.tflite.targets import NOT_SPARSE, chosen
 from keras_sparse.tflite.verification import VERIFY, Verification, sparse_runtimes
 from keras_sparse.tflite.xnnpack import uses
@@ -25,6 +28,7 @@ from keras_sparse.tflite.xnnpack import uses
 __all__ = ["ExportError", "ExportReport", "export"]
 
 INFERENCE_TYPES = {"int8": "int8", "uint8": "int8", "int16": "int16x8"}  # and the `quantize` that it goes with
+_MOST = 2**31 - 1  # bytes of a tensor: TFLite counts them, and flatbuffers their places, in 32 bits with a sign
 _WEIGHTS = ("float32", "float16", "bfloat16", "int8")  # types that weights are stored in
 
 
@@ -153,7 +157,8 @@ def export(
             images as outputs, which is slow. These two need `representative_data`.
         representative_data: Inputs as the model will meet them, for the comparison and, with integers, the calibration:
             an array, a list, tuple or dict of arrays, a dataset, a generator or a function that returns one. The first
-            128 samples are used.
+            128 samples are used. Of fewer, a calibration keeps some back in a second conversion, and the report says
+            if these show that more are needed.
         verify: `"auto"`, or `"strict"`: compare on all runtimes with sparse kernels that are installed, whatever is
             known about the file, and raise if there is none, or if a target is left unproven.
         inference_type: The type of inputs and outputs that are floats in the model: `None` (float32), with `"int8"`
@@ -202,6 +207,7 @@ def export(
     conversion = convert(job)
     verification = Verification.of(job, conversion, runtimes, strict=verify == "strict", targets=targets)
     choice = smallest_right(conversion.content, verification, sparse and readable)
+    choice.notes += doubts(job)
     if sparse and not readable:
         choice.bytes_sparse = min(len(encode(conversion.content).content), len(conversion.content))
     report = ExportReport.of(path, job, conversion, choice, targets)
@@ -212,7 +218,8 @@ def export(
 def _check_quantize(quantize, representative_data, inference_type):
     if quantize not in QUANTIZE or isinstance(quantize, bool):
         names = ", ".join(map(repr, QUANTIZE))
-        raise ValueError(f"`quantize` must be one of {names}. Received: {quantize!r}")
+        hint = did_you_mean(quantize, filter(None, QUANTIZE))
+        raise ValueError(f"`quantize` must be one of {names}. Received: {quantize!r}{hint}")
     if quantize in CALIBRATED and representative_data is None:
         raise ValueError(
             f"quantize={quantize!r} needs `representative_data`, inputs as the model will meet them, to find the range "
@@ -243,7 +250,7 @@ def _job(model, quantize, representative_data, inference_type, batch_size):
     if samples and not signature.typed:
         signature = signature.with_dtypes([array.dtype for array in samples[0]])
     if quantize in CALIBRATED:
-        samples = _calibration(samples, signature)
+        samples = calibrating(samples, signature)
     return Job(model, signature, quantize, samples, inference_type)
 
 
@@ -253,6 +260,13 @@ def _with_batch(signature, size):
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
         raise ValueError(f"`batch_size` must be None or a positive integer. Received: batch_size={size!r}")
     size = int(size)
+    for leaf in signature.inputs:
+        large = math.prod(n or 1 for n in leaf.shape[1:]) * np.dtype(leaf.dtype).itemsize * size
+        if large > _MOST:
+            raise ValueError(
+                f"`batch_size` samples of the input {leaf.name!r} must fit into {_MOST:,} bytes, the most that a "
+                f"tensor holds: they take {large:,}. Received: batch_size={size}"
+            )
     fixed = {leaf.shape[0] for leaf in signature.inputs} - {None}
     if fixed - {size}:
         raise ValueError(
@@ -261,22 +275,14 @@ def _with_batch(signature, size):
     return signature.with_batch(size)
 
 
-def _calibration(samples, signature):
-    """One sample at a time, where the batch size is open."""
-    if all(np.ptp(np.concatenate(arrays, axis=None).astype("float64")) == 0 for arrays in zip(*samples, strict=True)):
-        raise ValueError(
-            "`representative_data` must be inputs as the model will meet them, for the range of each activation: pass "
-            f"some of the training data. Received: nothing but {float(samples[0][0].flat[0]):g}"
-        )
-    samples = in_batches_of(signature.inputs[0].shape[0] or 1, samples)
-    return [[a.astype(leaf.dtype) for a, leaf in zip(batch, signature.inputs, strict=True)] for batch in samples]
-
-
 def _notes_on_conversion(job, conversion):
     notes = []
     whole = kept_whole(conversion.content) if job.quantize == "float16" else []
     if whole:
         notes.append(f"In float32, because half precision loses numbers of this size: {', '.join(whole)}.")
+    taken = job.signature.inputs[0].shape[:1]
+    if taken not in ((), (None,), (1,)):
+        notes.append(f"The file takes {taken[0]:,} samples at a time, no more and no fewer.")
     if conversion.fixed_batch:
         notes.append(
             "The file takes one sample at a time: TFLite's built-in operators cannot run a recurrent layer, or another "

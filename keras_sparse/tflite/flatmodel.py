@@ -253,6 +253,13 @@ class FlatModel:
         return any(0 in graph.tensors[number].opened for graph in self.subgraphs[:1] for number in graph.inputs)
 
 
+_HEAD = 8  # bytes that tell what a file is
+_OTHERS = {  # files that are taken for others, by what they begin with
+    b"\x89HDF": "an HDF5 file, such as Keras 2 saves: load it with `keras.saving.load_model`",
+    b"PK": "a zip archive, such as a .keras file",
+}
+
+
 def read(path):
     """Read a .tflite file (a path, or its content as bytes) into a `FlatModel`.
 
@@ -266,13 +273,16 @@ def read(path):
     >>> read(b"this is no model")
     Traceback (most recent call last):
     ...
-    ValueError: Expected a .tflite file. ... Received: content of 16 bytes without the mark 'TFL3' ...
+    ValueError: Expected a .tflite file. ... Received: content of 16 bytes without the mark 'TFL3' at byte 4
     """
     content = path if isinstance(path, bytes) else _content(path)
     if content[4:8] != b"TFL3":
+        size = f" ({len(content)} bytes in all)" if len(content) < _HEAD else ""
+        kinds = [f", {kind}" for mark, kind in _OTHERS.items() if content.startswith(mark)]
+        kind = kinds[0] if kinds else f" without the mark 'TFL3' at byte 4{size}"
         raise ValueError(
             "Expected a .tflite file. Write one with `ks.tflite.export(model, path)`. "
-            f"Received: {described(path)} without the mark 'TFL3' at byte 4 ({len(content)} bytes in all)"
+            f"Received: {described(path)}{kind}"
         )
     with damaged(path):
         return FlatModel(_subgraphs(content), content)
@@ -302,7 +312,7 @@ def _content(path):
     if not os.path.exists(path):
         raise FileNotFoundError(f"There is no such file. Received: path={path!r}")
     with open(path, "rb") as file:
-        head = file.read(8)  # a large file that is no model at all is not read to its end
+        head = file.read(_HEAD)  # a large file that is no model at all is not read to its end
         return head if head[4:] != b"TFL3" else head + file.read()
 
 

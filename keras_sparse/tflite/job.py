@@ -21,7 +21,7 @@ __all__ = ["CALIBRATED", "INTEGERS", "QUANTIZE", "Conversion", "Job", "modules"]
 
 QUANTIZE = (None, "float16", "dynamic", "int8", "int16x8")  # how numbers may be stored, and computed with
 INTEGERS = ("dynamic", "int8", "int16x8")  # of these, those with weights of 8 bits
-CALIBRATED = ("int8", "int16x8")  # and those that compute in integers, of which each activation has a range
+CALIBRATED = {"int8": 2**8, "int16x8": 2**16}  # and those that compute in integers: steps of an activation's range
 
 
 @dataclass

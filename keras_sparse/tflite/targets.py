@@ -4,9 +4,9 @@ The numbers here are those that decide: the encoder, the rules of XNNPACK, `chec
 """
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 
+from keras_sparse.registry import did_you_mean
 from keras_sparse.reports import Report
 from keras_sparse.tflite.faults import averaged, broadcast, grouped, shifted, strided
 
@@ -372,13 +372,11 @@ def get(name):
     """
     found = [target for target in TARGETS if isinstance(name, str) and target.name == name]
     if not found:
-        names = ", ".join(repr(target.name) for target in TARGETS)
-        received, close = f"a target of type {type(name).__name__}", []
-        if isinstance(name, str):
-            received = f"target={name!r}"
-            close = difflib.get_close_matches(name.lower(), [target.name for target in TARGETS], n=1)
-        hint = f". Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"`target` must be one of {names}. Received: {received}{hint}")
+        names = [target.name for target in TARGETS]
+        received = f"target={name!r}" if isinstance(name, str) else f"a target of type {type(name).__name__}"
+        raise ValueError(
+            f"`target` must be one of {', '.join(map(repr, names))}. Received: {received}{did_you_mean(name, names)}"
+        )
     return found[0]
 
 

@@ -10,8 +10,10 @@ import os
 from keras_sparse.tflite.commands import COMPILERS, RUNTIMES, RuntimeMissing, available
 from keras_sparse.tflite.errors import ExportError, first_line
 from keras_sparse.tflite.flatmodel import read
+from keras_sparse.tflite.inputs import random_batches
 from keras_sparse.tflite.job import CALIBRATED, INTEGERS
-from keras_sparse.tflite.parity import Reference, in_batches_of, random_batches
+from keras_sparse.tflite.parity import Reference
+from keras_sparse.tflite.samples import in_batches_of
 from keras_sparse.tflite.trial import REFUSED, UNKNOWN, compiled
 from keras_sparse.tflite.xnnpack import hazard, touched, uses
 
@@ -112,8 +114,9 @@ class Verification:
 
     >>> import keras
     >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.inputs import random_batches
     >>> from keras_sparse.tflite.job import Job
-    >>> from keras_sparse.tflite.parity import Reference, random_batches
+    >>> from keras_sparse.tflite.parity import Reference
     >>> from keras_sparse.tflite.verification import Verification
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     >>> job = Job(model)
@@ -155,6 +158,13 @@ class Verification:
         reference = Reference(job.model, job.signature, batches)
         tolerance = max(TOLERANCE[name] for name in (_precision(job.model), job.quantize or "float32"))
         made = cls(conversion.content, reference, tolerance, job.quantize in INTEGERS, runtimes, strict, targets)
+        steps = CALIBRATED.get(job.quantize)
+        for name, (least, most) in reference.uneven(steps)[1].items() if steps else ():
+            made.notes.append(
+                f"The features of output {name!r} reach from {least:.2g} to {most:.2g} and share one scale of "
+                f"{steps:,} steps, on which the small ones are lost: give them outputs of their own, or let the app "
+                "scale them."
+            )
         alike = reference.alike(min(tolerance, _ALIKE))
         if alike:
             made.notes.append(
@@ -233,22 +243,21 @@ class Verification:
 
     def why_wrong(self, parity):
         """The sentences that say that the dense file, of this `Parity`, does not compute what the model computes."""
-        uneven = "".join(
-            f"The features of input {name!r} reach from {least:.2g} to {most:.2g} and share one scale of 8 bits: "
-            "normalize them before the model, and leave its Normalization out. "
-            for name, (least, most) in self._reference.uneven().items()
-        )
+        if self._integers:
+            why = (
+                "Eight bits are too few for it, or the representative data do not cover what it meets: try "
+                "quantize='float16'. "
+            ) + "".join(
+                f"The features of input {name!r} reach from {least:.2g} to {most:.2g} and share one scale of 8 bits: "
+                "normalize them before the model, and leave its Normalization out. "
+                for name, (least, most) in self._reference.uneven(CALIBRATED["int8"])[0].items()
+            )
+        else:
+            why = "Report this model to keras_sparse if it has no random layer that is active in inference. "
         return (
             f"The .tflite file of model {self._reference.name!r} does not compute what the model computes, so it was "
-            "not kept. "
-            + (
-                "Eight bits are too few for it, or the representative data do not cover what it meets: try "
-                f"quantize='float16'. {uneven}"
-                if self._integers
-                else "Report this model to keras_sparse if it has no random layer that is active in inference. "
-            )
-            + f"Received: output {parity.worst!r} differs by {parity.absolute:.3g}, {parity.relative:.3g} of its "
-            f"magnitude (allowed: {self._tolerance:.0e})"
+            f"not kept. {why}Received: output {parity.worst!r} differs by {parity.absolute:.3g}, {parity.relative:.3g} "
+            f"of its magnitude (allowed: {self._tolerance:.0e})"
         )
 
     def check_strict(self):

@@ -4,13 +4,16 @@ import os
 
 import numpy as np
 
+from keras_sparse.registry import did_you_mean
 from keras_sparse.reports import Report
 from keras_sparse.tflite import signatures
 from keras_sparse.tflite.acceptance import accepted
 from keras_sparse.tflite.commands import RUNTIMES
 from keras_sparse.tflite.flatmodel import read
-from keras_sparse.tflite.parity import KnownOutputs, Reference, in_batches_of, random_batches, representative_batches
+from keras_sparse.tflite.inputs import random_batches
+from keras_sparse.tflite.parity import KnownOutputs, Reference
 from keras_sparse.tflite.runtimes import Worker
+from keras_sparse.tflite.samples import in_batches_of, representative_batches
 from keras_sparse.tflite.targets import NOT_SPARSE
 from keras_sparse.tflite.verification import NEAR, TOLERANCE, allowed_elsewhere
 
@@ -92,7 +95,8 @@ def verify(path, model, accelerator="cpu", data=None, tolerance=None):
     """
     if not isinstance(accelerator, str) or accelerator not in ACCELERATORS:
         names = ", ".join(map(repr, ACCELERATORS))
-        raise ValueError(f"`accelerator` must be one of {names}. Received: accelerator={accelerator!r}")
+        hint = did_you_mean(accelerator, ACCELERATORS)
+        raise ValueError(f"`accelerator` must be one of {names}. Received: accelerator={accelerator!r}{hint}")
     runtime, flat = ACCELERATORS[accelerator], read(path)
     content = flat.content
     reference = _reference(content, model, data)

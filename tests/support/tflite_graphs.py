@@ -17,7 +17,8 @@ from keras import layers
 import keras_sparse as ks
 from keras_sparse.tflite import verification
 from keras_sparse.tflite.encoding import encode
-from keras_sparse.tflite.parity import Reference, random_batches
+from keras_sparse.tflite.inputs import random_batches
+from keras_sparse.tflite.parity import Reference
 from keras_sparse.tflite.runtimes import Worker, available, run
 from keras_sparse.tflite.signatures import signature
 
