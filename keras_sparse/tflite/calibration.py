@@ -13,7 +13,7 @@ __all__ = ["calibrating", "doubts"]
 
 _PART = 4  # one batch in so many is kept back
 _FACTOR = 2  # that these may be farther off: the largest of a few errors is now larger, now smaller
-_ROUNDING = 0.02  # share of an output's magnitude that 8 bits cost at most where all is well
+_LITTLE = 0.05  # share of an output's magnitude that nobody has to be told of: another runtime may cost as much
 
 
 def calibrating(samples, signature):
@@ -78,7 +78,7 @@ def doubts(job):
         Reference(job.model, job.signature, batches).compare_on("native", content).relative
         for batches in (used[: len(kept_back)], kept_back)
     )
-    if unseen <= max(_FACTOR * seen, _ROUNDING):
+    if unseen <= max(_FACTOR * seen, _LITTLE):
         return []
     return [
         f"Calibrated with too few samples, {count}: a file that was calibrated without {len(kept_back)} of its "

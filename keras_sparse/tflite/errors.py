@@ -7,7 +7,15 @@ import tempfile
 __all__ = ["ExportError", "first_line", "raise_if_disk_full", "refusal"]
 
 
-_HAS = r"\bConv[23]D|\bDepthwiseConv2d"  # it has these, but for tensors of unknown channels
+_ADVICE = {  # by what is missing
+    # which it has, but for tensors of unknown channels
+    r"\bConv[23]D|\bDepthwiseConv2d": "or give `keras.Input` the sizes that it leaves open: TFLite's convolutions need "
+    "known channels",
+    # by which Keras (3.15) finds out the sign of zeros
+    r"\bBitwiseAnd": "such as `keras.ops.argmax` of floats: `keras.ops.top_k(x, 1)[1][..., 0]` is the same (of argmin, "
+    "with -x)",
+    r"\bLookupTable": "such as an `IntegerLookup`: export the part of the model behind it, and let the app look up",
+}
 
 
 class ExportError(ValueError):
@@ -41,8 +49,7 @@ def refusal(name, error):
     if missing:
         operators = ", ".join(sorted({name.strip() for line in missing for name in line.split(",")}))
         reason = f"TFLite has no built-in operator for: {operators}. Replace the layer that uses it"
-        if re.search(_HAS, operators):
-            reason += ", or give `keras.Input` the sizes that it leaves open: TFLite's convolutions need known channels"
+        reason += "".join(f", {advice}" for missing, advice in _ADVICE.items() if re.search(missing, operators))
     else:
         reason = f"TensorFlow's converter gave up: {first_line(error)}"
     return ExportError(f"The model {name!r} cannot be converted to .tflite. {reason}.")
