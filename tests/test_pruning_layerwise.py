@@ -5,7 +5,7 @@ import tracemalloc
 import keras
 import numpy as np
 import pytest
-from calibrated_models import IMAGES, SEQUENCES, X, damped, randomized, solved
+from calibrated_models import IMAGES, SEQUENCES, X, correlated, damped, randomized, solved
 
 import keras_sparse as ks
 
@@ -75,14 +75,14 @@ def test_layers_against_slow_numpy_on_what_the_pruned_ones_make(criterion):
             x = activation(x @ after[2 * i] + bias)
 
 
-def test_a_sensitivity_goes_on_from_one_level_to_the_next():
-    model = randomized(keras.Sequential([keras.Input((8,)), L.Dense(6)]))
-    levels, weight = (0.5, 0.75, 0.9), arrays(model)[0].astype(float)
-    report, moment, begun = ks.sensitivity(model, X, levels, "obs"), damped(X), None
-    power, wanted = np.sum((X @ weight - (X @ weight).mean(axis=0)) ** 2), []
+def test_a_sensitivity_of_a_large_kernel_goes_on_from_one_level_to_the_next():
+    model = randomized(keras.Sequential([keras.Input((96,)), L.Dense(120)]))
+    levels, weight, x = (0.5, 0.75, 0.9), arrays(model)[0].astype(float), correlated(200, 96)
+    report, moment, begun = ks.sensitivity(model, x, levels, "obs"), damped(x), None
+    power, wanted = np.sum((x @ weight - (x @ weight).mean(axis=0)) ** 2), []
     for level in levels:
         begun = in_rounds("obs", weight, moment, level, 8, begun)
-        wanted.append(np.sum((X @ (begun[1] - weight)) ** 2) / power)
+        wanted.append(np.sum((x @ (begun[1] - weight)) ** 2) / power)
     np.testing.assert_allclose(report.losses[0], wanted, rtol=1e-3)
 
 

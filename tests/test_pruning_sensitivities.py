@@ -46,7 +46,7 @@ def test_losses_are_those_of_pruning_one_weight(criterion, repair, labelled):
     power = np.sum((outputs - outputs.mean(axis=0)) ** 2)
     looks = X if criterion == "obs" else (X, Y) if criterion == "taylor" else X if repair else None
     for i, row in enumerate(report.rows):
-        for j in (0,) if criterion == "obs" else (1, 3):  # "obs" goes on from one level to the next
+        for j in (1, 3):
             model.set_weights(before)
             ks.prune(model, {only(row["weight"]): LEVELS[j]}, criterion, data=looks, repair=repair)
             if labelled:

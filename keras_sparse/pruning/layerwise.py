@@ -18,6 +18,7 @@ __all__ = ["alternatives", "prune_layerwise"]
 
 ROUNDS = 8  # in which a criterion that repairs removes weights, at most
 AFFORDABLE = 2e9  # sum of (weights that stay)^3 over output units from which on there is another round
+CHEAP = 1e8  # sum of (weights)^3 over output units up to which each level of a sensitivity begins anew
 
 
 def prune_layerwise(plan, masks, calibration, repair, statistics=None):
@@ -84,8 +85,8 @@ def prune_layerwise(plan, masks, calibration, repair, statistics=None):
 def alternatives(plan, index, levels, moment=None, statistic=None, repair=False):
     """Yield what one of a plan's weights would be at each of some sparsities, as `ks.prune` would make it.
 
-    A criterion that repairs goes on from one sparsity to the next, as in Frantar and Alistarh, "Optimal brain
-    compression" (2022), section 5: to begin anew each time would take several times as long.
+    In a large kernel a criterion that repairs goes on from one sparsity to the next, as in Frantar and Alistarh,
+    "Optimal brain compression" (2022), section 5: to begin anew each time would take several times as long.
 
     Args:
         plan: The `ks.pruning.Plan`.
@@ -187,11 +188,13 @@ class _Layer:
     def choose(self, mask, sparsity):
         """Choose by the criterion what stays of a mask, in rounds if weights change in between.
 
-        What was chosen before, for a lower sparsity, is what the rounds begin with, if one can afford its scores.
+        What was chosen before, for a lower sparsity, is what the rounds begin with, if to begin anew costs more, and
+        one can afford its scores.
         """
         [goal] = self._plan.compared([replace(self._goal, sparsity=sparsity)])
+        units, inputs = self._matrix(self._dense).shape
         left = 1.0
-        if self.value is None or cost(self._matrix(self.mask)) > AFFORDABLE:
+        if self.value is None or units * inputs**3 <= CHEAP or cost(self._matrix(self.mask)) > AFFORDABLE:
             self.mask, self.value = mask, None
         else:
             left = float(np.mean(self.mask))
