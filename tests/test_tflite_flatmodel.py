@@ -99,8 +99,15 @@ def test_operators_that_run_in_circles(files):
         read(bytes(builder.Output()))
 
 
-@pytest.mark.parametrize("function", [ks.tflite.benchmark, ks.tflite.inspect], ids=["benchmark", "inspect"])
-@pytest.mark.parametrize("path", [["a.tflite"], {"a": "a.tflite"}, None], ids=["list", "dict", "nothing"])
+@pytest.mark.parametrize(
+    ("function", "path"),
+    [
+        (ks.tflite.inspect, ["a.tflite"]),
+        (ks.tflite.inspect, None),
+        (ks.tflite.benchmark, {"a": "a.tflite"}),
+        (ks.tflite.benchmark, None),
+    ],
+)
 def test_one_path_is_expected(function, path):
     with pytest.raises(TypeError, match=f"path of one .tflite file.* Received: path of type {type(path).__name__}"):
         function(path)

@@ -213,10 +213,8 @@ def sensitivity(
             calibrated.run(weights, visit)
         else:
             visit([(weight, None) for weight in weights])
-    # Layers that keep states take batches of one size only.
-    one = samples[0] if states.memory(model) else keras.tree.map_structure(lambda array: array[:1], samples[0])
+    one = keras.tree.map_structure(lambda array: array[:1], samples[0])
     found = graph.uses(model, one)
-    begin()
     uses = [found.get(weight.variable, 0) for weight in weights]
     return SensitivityReport(f"Sensitivity of {model.name}", weights, levels, loss, losses, uses, unit)
 
