@@ -129,7 +129,7 @@ class Report:
 
         parts = [Text(self.title, style="bold")]
         if self.totals:
-            parts.append(Text(", ".join(f"{k.replace('_', ' ')} {self._format(k, v)}" for k, v in self.totals.items())))
+            parts.append(Text(", ".join(f"{name} {text}" for name, text in self._headline())))
         parts.extend(Text(f"- {_cut(note, _NOTE) if self.short else note}") for note in self.notes)
         if self.rows:
             names, rows = self._table(self.short)
@@ -163,10 +163,7 @@ class Report:
 
         parts = [f"<h4>{html.escape(self.title)}</h4>"]
         if self.totals:
-            totals = "".join(
-                f"<tr>{cell('th', name.replace('_', ' '))}{cell('td', self._format(name, value))}</tr>"
-                for name, value in self.totals.items()
-            )
+            totals = "".join(f"<tr>{cell('th', name)}{cell('td', text)}</tr>" for name, text in self._headline())
             parts.append(f"<table>{totals}</table>")
         if self.notes:
             parts.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in self.notes) + "</ul>")
@@ -201,6 +198,11 @@ class Report:
         counts = {"row": len(self.rows) - len(rows), "column": len(columns)}
         more = " and ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in counts.items() if n)
         return f"{more} more" if more else ""
+
+    def _headline(self):
+        """Names and texts of the totals; one without a text would be read with the next one's."""
+        texts = {name.replace("_", " "): self._format(name, value) for name, value in self.totals.items()}
+        return [(name, text) for name, text in texts.items() if text]
 
     def _format(self, name, value):
         how = self._formats.get(name)

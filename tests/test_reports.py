@@ -255,6 +255,13 @@ def test_html_is_escaped():
     assert "&lt;script&gt;" in html
 
 
+def test_totals_without_a_text_are_left_out():
+    """As `not_verified` of a file that was verified for all of its targets: the report ended in "not verified"."""
+    report = Report("made", [], {"verified_on": ["native"], "not_verified": [], "parity": None, "zeros": 0})
+    assert str(report).splitlines()[1] == "verified on native, zeros 0"
+    assert "not verified" not in report.to_html() and "parity" not in report.to_html()
+
+
 def test_text_is_not_read_as_markup():
     assert "[red]dense[/red]" in str(Report("t", [{"path": "[red]dense[/red]"}], {}))
 
