@@ -275,6 +275,7 @@ def main():
     os.environ["KERAS_BACKEND"] = args.backend
     if args.devices in ("data", "model"):
         os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"  # Else steps wait for each other, as in many_devices.py.
     ways = ["dense", "dense again", "Pruning"]
     ways += args.also
     if args.parts:
