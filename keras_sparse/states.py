@@ -7,7 +7,7 @@ import numpy as np
 
 from keras_sparse import selection
 
-__all__ = ["beginning", "memory", "put_back", "recurrent"]
+__all__ = ["memory", "put_back", "recurrent", "rewound"]
 
 
 def recurrent(model):
@@ -45,8 +45,9 @@ def memory(model):
     return [state for state in states if state is not None]
 
 
-def beginning(model):
-    """Return a function that sets the states of these layers to what they are now: each run over data begins with them.
+@contextlib.contextmanager
+def rewound(model):
+    """Leave these states as they were, so that the next run over data begins with them, too.
 
     Args:
         model: A model or layer.
@@ -58,19 +59,13 @@ def beginning(model):
     >>> inputs = keras.Input((5, 4), batch_size=1)
     >>> layer = keras.layers.GRU(3, stateful=True)
     >>> model = keras.Model(inputs, layer(inputs))
-    >>> begin = states.beginning(model)
-    >>> _ = model(keras.ops.ones((1, 5, 4)))
-    >>> begin()
+    >>> with states.rewound(model):
+    ...     _ = model(keras.ops.ones((1, 5, 4)))
     >>> float(abs(keras.ops.convert_to_numpy(layer.states[0])).max())
     0.0
     """
-    before = [(state, np.array(selection.as_array(state))) for state in memory(model)]
-
-    def begin():
-        for state, value in before:
-            state.assign(value)
-
-    return begin
+    with _as_they_are(memory(model)):
+        yield
 
 
 @contextlib.contextmanager
@@ -101,10 +96,16 @@ def put_back(model, begin=False):
     kernels = {id(weight.variable) for weight in selection.weights(model) if weight.kernel}
     kept = memory(model)
     variables = [v for v in model.non_trainable_variables if id(v) not in kernels] + kept
-    before = [np.array(selection.as_array(variable)) for variable in variables]
-    try:
+    with _as_they_are(variables) as changed:
         for variable in kept if begin else ():  # `reset_state` fails on stacked cells (Keras 3.15)
             variable.assign(np.zeros(variable.shape))
+        yield changed
+
+
+@contextlib.contextmanager
+def _as_they_are(variables):
+    before = [np.array(selection.as_array(variable)) for variable in variables]
+    try:
         yield lambda: any(_differs(*pair) for pair in zip(variables, before, strict=True))
     finally:
         for variable, value in zip(variables, before, strict=True):

@@ -73,14 +73,11 @@ def reestimate(model, data, without=()):
 
         return run
 
-    begin = states.beginning(model)
     with unchanged_on_failure(model):
-        try:
-            with graph.substituted([(layer, "call", observed(layer, layer.call)) for layer in observing]):
-                for batch in data:
-                    model(batch, training=False)
-        finally:
-            begin()
+        watched = graph.substituted([(layer, "call", observed(layer, layer.call)) for layer in observing])
+        with states.rewound(model), watched:
+            for batch in data:
+                model(batch, training=False)
         for layer, own in sums.items():
             if not np.isfinite(own[2]).all():
                 raise ValueError(f"The inputs of {layer.path} are not finite on `data`. Received: {model.name!r}")

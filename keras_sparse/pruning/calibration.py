@@ -101,16 +101,13 @@ class Calibration:
         of_layer = IdentityDict()
         for weight in kernels:
             of_layer.setdefault(weight.layer, []).append(weight)
-        self._begin = states.beginning(model)
         # Layers that keep states take batches of one size only.
         one = data[0] if states.memory(model) else keras.tree.map_structure(lambda array: array[:2], data[0])
         try:
-            with Watch(of_layer, record, count).on(model):
+            with states.rewound(model), Watch(of_layer, record, count).on(model):
                 model(one, training=False)
         except Exception as error:  # each backend has its own
             raise batches.misfit(model, data[0]) from error
-        finally:
-            self._begin()
         self.unknown = IdentityDict()
         for weight in kernels:
             if not understood.get(weight.variable, False):
@@ -140,12 +137,8 @@ class Calibration:
             if layer in of_layer:
                 self._left[layer] = of_layer[layer]
         self._shared = any(self._events[layer] > 1 for layer in self._left)
-        try:
+        with contextlib.suppress(_Reached):
             self._walk(self.model, [((batch,), {}) for batch in self.data] * (2 if beside else 1), last=True)
-        except _Reached:
-            pass
-        finally:
-            self._begin()
 
     def _values(self, index, calls):
         """The scope for one of the calls: those of the second half are with the values of the model beside."""
@@ -176,10 +169,10 @@ class Calibration:
         if self._meet:
             self._meet(layer, calls if self._beside is None else calls[: len(calls) // 2])
         found = []
-        self._begin()
-        for i, (args, kwargs) in enumerate(calls):
-            with self._values(i, calls):
-                found.append(_detached(layer(*args, **_inference(layer, kwargs))))
+        with states.rewound(self.model):
+            for i, (args, kwargs) in enumerate(calls):
+                with self._values(i, calls):
+                    found.append(_detached(layer(*args, **_inference(layer, kwargs))))
         return found
 
     def _run_until(self, layer, calls, target, moments):
@@ -197,8 +190,7 @@ class Calibration:
 
         watched = IdentityDict.fromkeys([target])
         batches = len(self.data)
-        self._begin()
-        with Watch(watched, record, count).on(layer):
+        with states.rewound(self.model), Watch(watched, record, count).on(layer):
             for first in range(batches):
                 runs = []
                 for i in range(first, len(calls), batches):

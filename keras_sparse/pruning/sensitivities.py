@@ -189,8 +189,7 @@ def sensitivity(
     frozen, unknown = criterion.statistic is None, calibrated.unknown if calibrated else ()
     plan = Plan(model, 0.5, criterion, pattern, filters=filters, frozen=frozen, unknown=unknown)
     statistics = gradient_statistics(model, plan, data if criterion.statistic is not None else None)
-    begin = states.beginning(model)
-    measure, unit = _loss(model, data, samples, begin)
+    measure, unit = _loss(model, data, samples)
     losses = np.zeros((len(plan.goals), len(levels)))
     index = IdentityDict((goal.weight.variable, i) for i, goal in enumerate(plan.goals))
     with unchanged_on_failure(model), progress_bar("sensitivity", total=losses.size) as advance:
@@ -266,37 +265,31 @@ def _read_once(data, batch_size):
     return tuple(given) if len(given) > 1 else given[0]
 
 
-def _loss(model, data, samples, begin):
-    """A function that measures the model as it is, and what it measures; `begin` is called before and after."""
+def _loss(model, data, samples):
+    """A function that measures the model as it is, and what it measures."""
     if isinstance(data, tuple):
         if not getattr(model, "compiled", False):
             raise ValueError("With targets the loss is the model's own: compile it, or pass inputs alone as `data`.")
         x, y, *weight = map(batches.for_fit, data)
-        return functools.partial(_compiled_loss, model, x, y, weight[0] if weight else None, begin), "loss"
-    outputs = _outputs(model, samples, begin)
+        return functools.partial(_compiled_loss, model, x, y, weight[0] if weight else None), "loss"
+    outputs = _outputs(model, samples)
     power = [float(np.sum((out - out.mean(axis=0)) ** 2)) or float(np.sum(out**2)) or 1.0 for out in outputs]
 
     def change():
-        now = _outputs(model, samples, begin)
+        now = _outputs(model, samples)
         return float(np.mean([np.sum((a - b) ** 2) / p for a, b, p in zip(now, outputs, power, strict=True)]))
 
     return change, "squared change of the outputs, as a share of their variance"
 
 
-def _compiled_loss(model, x, y, weight, begin):
-    begin()
-    try:
+def _compiled_loss(model, x, y, weight):
+    with states.rewound(model):
         return float(model.evaluate(x, y, sample_weight=weight, verbose=0, return_dict=True)["loss"])
-    finally:
-        begin()
 
 
-def _outputs(model, samples, begin):
-    begin()
-    try:
+def _outputs(model, samples):
+    with states.rewound(model):
         found = [keras.tree.flatten(model.predict_on_batch(batch)) for batch in samples]
-    finally:
-        begin()
     return [np.concatenate([np.asarray(part, np.float64) for part in parts]) for parts in zip(*found, strict=True)]
 
 
