@@ -103,17 +103,18 @@ class Reference:
             found += [name] if spread(samples)[0] < tolerance else []
         return found
 
-    def uneven(self, steps):
-        """Magnitudes of features that one scale of so many steps cannot hold together.
+    def uneven_inputs(self, steps):
+        """Magnitudes of features that one scale of so many steps cannot hold together, `{input: (smallest, largest)}`.
 
         Of tables, shape `(batch, features)`, and sequences, `(batch, time, features)`: the largest magnitude of a
-        feature over all samples. Of outputs but for probabilities, of which small ones are near enough to 0.
-
-        Returns:
-            `({input: (smallest, largest)}, {output: (smallest, largest)})`.
+        feature over all samples.
         """
+        return _uneven(self._inputs, steps)
+
+    def uneven_outputs(self, steps):
+        """The same of the outputs, but for probabilities, of which small ones are near enough to 0."""
         outputs = [{k: y for k, y in batch.items() if not _are_shares(y)} for batch in self._outputs]
-        return tuple(_uneven(batches, steps) for batches in (self._inputs, outputs))
+        return _uneven(outputs, steps)
 
     def compare(self, content):
         """Run a file (bytes) with ai-edge-litert in this process and compare it. Returns a `Parity`."""

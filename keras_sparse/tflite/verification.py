@@ -159,7 +159,7 @@ class Verification:
         tolerance = max(TOLERANCE[name] for name in (_precision(job.model), job.quantize or "float32"))
         made = cls(conversion.content, reference, tolerance, job.quantize in INTEGERS, runtimes, strict, targets)
         steps = CALIBRATED.get(job.quantize)
-        for name, (least, most) in reference.uneven(steps)[1].items() if steps else ():
+        for name, (least, most) in reference.uneven_outputs(steps).items() if steps else ():
             made.notes.append(
                 f"The features of output {name!r} reach from {least:.2g} to {most:.2g} and share one scale of "
                 f"{steps:,} steps, on which the small ones are lost: give them outputs of their own, or let the app "
@@ -250,7 +250,7 @@ class Verification:
             ) + "".join(
                 f"The features of input {name!r} reach from {least:.2g} to {most:.2g} and share one scale of 8 bits: "
                 "normalize them before the model, and leave its Normalization out. "
-                for name, (least, most) in self._reference.uneven(CALIBRATED["int8"])[0].items()
+                for name, (least, most) in self._reference.uneven_inputs(CALIBRATED["int8"]).items()
             )
         else:
             why = "Report this model to keras_sparse if it has no random layer that is active in inference. "
