@@ -173,17 +173,17 @@ def test_erk_in_one_shot_and_gradually(pattern):
     counts = ks.pruning.erk_counts(shapes, sizes, 0.8)
     if pattern is not None:
         counts = [count * size for count, size in zip(counts, (30, 20, 10), strict=True)]
-    ks.prune(once, 0.8, pattern=pattern, allocation="erk")
+    ks.prune(once, 0.8, pattern=pattern, allocation="erk", filters="kernel")  # the head as well
     assert [int((k == 0).sum()) for k in kernels(once)] == counts
     gradual.compile(ks.optimizers.SparseOptimizer("sgd"), "mse")
     for sparsity in (0.3, 0.5, 0.8):
-        ks.update_masks(gradual, sparsity, pattern=pattern, allocation="erk")
+        ks.update_masks(gradual, sparsity, pattern=pattern, allocation="erk", filters="kernel")
     for a, b in zip(kernels(once), kernels(gradual), strict=True):
         if pattern is None:
             np.testing.assert_array_equal(a, b)
         else:  # a channel that has lost readers is worth less, so that others may leave
             assert (a == 0).sum() == (b == 0).sum()
-    plan = ks.pruning.Plan(make(30, 20, 10, 5), 0.8, pattern=pattern, allocation="erk")
+    plan = ks.pruning.Plan(make(30, 20, 10, 5), 0.8, pattern=pattern, allocation="erk", filters="kernel")
     masks, fewer = plan.present_masks(), [0, 0, 0]
     for fraction in (0.2, 0.6, 1.0):
         masks = plan.masks(masks, fraction)

@@ -335,11 +335,36 @@ def test_milliseconds_are_an_amount(arguments):
         ks.Budget(**arguments)
 
 
-def test_outputs_that_become_zero_are_told_of():
-    model, other = (model_of((6,), L.Dense(8, "relu", name="a"), L.Dense(4, name="head")) for _ in range(2))
-    [note] = ks.prune(model, 0.5, pattern="channel").notes
+def with_logits():
+    return model_of((6,), L.Dense(8, "relu", name="a"), L.Dense(4, name="head"))
+
+
+def test_outputs_become_zero_where_they_are_named_and_are_told_of():
+    model, other = with_logits(), with_logits()
+    [note] = ks.prune(model, 0.5, pattern="channel", filters="kernel").notes
     assert (
         "Outputs of the model that are zero now, whatever it gets: 2. Leave its last layer out with `filters`" in note
     )
     assert np.sum(~outputs(model, correlated(9, 6)).any(axis=0)) == 2
     assert ks.prune(other, 0.5, pattern="channel", filters="a/").notes == []
+
+
+@pytest.mark.parametrize("target", [0.5, {"kernel": 0.5}])
+@pytest.mark.parametrize("gradual", [False, True])
+def test_outputs_stay_where_no_weight_is_named(target, gradual):
+    model = with_logits()
+    if gradual:
+        model.compile(ks.optimizers.SparseOptimizer("sgd"), "mse")
+        ks.update_masks(model, target, pattern="channel")
+    else:
+        ks.prune(model, target, pattern="channel")
+    zero = [int(np.sum(~ks.graph.as_array(model.get_layer(name).kernel).any(axis=0))) for name in ("a", "head")]
+    assert zero == [4, 2 if isinstance(target, dict) else 0]
+
+
+def test_a_model_of_nothing_but_outputs_says_how_to_prune_them():
+    model = model_of((6,), L.Dense(8, name="head"))
+    with pytest.raises(ValueError, match=r"an output of the model.*name it in `filters`"):
+        ks.prune(model, 0.5, pattern="channel")
+    ks.prune(model, 0.5, pattern="channel", filters="head")
+    assert np.sum(~ks.graph.as_array(model.get_layer("head").kernel).any(axis=0)) == 4

@@ -13,6 +13,7 @@ from keras_sparse.pruning.channels import ChannelChoice
 
 __all__ = ["UNTRAINED", "Plan"]
 
+_OUTPUTS = "name it in `filters` to let some of what the model returns be zero"
 UNTRAINED = "no step of the optimizer changes it: name it in `filters` to prune it all the same"
 
 
@@ -31,7 +32,8 @@ class Plan:
         frozen: Whether kernels that are not trainable take part.
         whole_units: Whether the pattern `Channel` takes bias and batch normalization along, and skips kernels whose
             units would not be zero by that.
-        untrained: Variables that no step of the optimizer changes; left out unless `filters` are given.
+        untrained: Variables that no step of the optimizer changes; left out unless `filters` are given. So are channels
+            that the model returns.
         unknown: Mapping from variables that cannot be pruned by the criterion to the reason.
         removable: Whether of channels only those take part that `ks.shrink` can remove, as with a `Budget`.
 
@@ -85,6 +87,8 @@ class Plan:
         ]
         self.channels, self._budget = None, target.budget
         self._removable = removable or self._budget is not None or self.criterion.of_scales
+        # Whoever names no weights does not mean the classes of a head; whoever does, may.
+        self._outputs_stay = self._removable or (filters is None and not isinstance(target_sparsity, dict))
         if self.criterion.of_scales and not (whole_units and all(goal.pattern.whole_units for goal in self.goals)):
             raise ValueError(
                 f"`{type(self.criterion).__name__}` ranks channels by the scales of their normalizations: it goes with "
@@ -111,7 +115,7 @@ class Plan:
         reasons, goals = {}, []
         if getattr(model, "inputs", None):
             whole = [goal for goal in self.goals if goal.pattern.whole_units]
-            how = self._budget, self.allocation, self.criterion, self._removable
+            how = self._budget, self.allocation, self.criterion, self._outputs_stay
             self.channels = ChannelChoice(model, whole, *how)
             known = zip(self.channels.kernels, self.channels.with_partners, strict=True)
             axes = IdentityDict(zip((g.weight.variable for g in whole), known, strict=True))
@@ -153,6 +157,8 @@ class Plan:
         if partners and not self._removable and not isinstance(closer, str):
             self._alone[goal.weight.variable] = True
             return closer
+        if graph.OUTPUT in why and not self._removable:
+            return f"{why}: {_OUTPUTS}"
         return closer if isinstance(closer, str) and "not known" not in closer else why
 
     def keep_units(self, model, masks):
