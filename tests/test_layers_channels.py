@@ -207,7 +207,7 @@ def test_several_outputs_keep_their_names():
     inputs = keras.Input((3,), name="x")
     x = layers.Dense(5, "relu")(inputs)
     model = keras.Model({"x": inputs}, {"u": layers.Dense(2, name="u")(x), "v": layers.Dense(1, name="v")(x)})
-    model.compile("adam", {"u": "mse", "v": "mae"}, metrics={"v": ["mae"]})
+    model.compile("adam", {"u": "mse", "v": "mae"}, metrics={"v": ["mae"]}, run_eagerly=True)
     gated = ks.add_l0(model, 1e-3, "channel", seed=0)
     x, y = {"x": np.ones((4, 3))}, {"u": np.ones((4, 2)), "v": np.ones((4, 1))}
     assert gated.compiled and gated.output_names == model.output_names

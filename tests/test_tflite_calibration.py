@@ -46,6 +46,7 @@ def test_what_others_say(samples, said):
 
 
 @tensorflow_only
+@pytest.mark.slow
 def test_an_export_says_so(tmp_path):
     report = ks.tflite.export(network(), tmp_path / "m.tflite", quantize="int8", representative_data=UNEVEN[:24])
     assert [note for note in report.notes if note.startswith("Calibrated with too few samples, 24")]

@@ -61,6 +61,7 @@ def test_the_gpu_shifts_what_the_rule_says(size, body, wrong):
         assert parity.accelerated and (parity.relative > 1e-2) == wrong
 
 
+@pytest.mark.slow
 def test_a_shift_is_said_and_refused(tmp_path):
     """Without a GPU runtime as well."""
     model = network((7, 7, 4), up(3))
@@ -124,6 +125,7 @@ def test_the_gpu_computes_groups_wrong_as_the_rule_says(groups, inputs, outputs,
             assert (parity.relative > 1e-2) == wrong
 
 
+@pytest.mark.slow
 def test_wrong_groups_are_said_and_refused(tmp_path):
     model, path = in_groups(2, 3, 4), tmp_path / "m.tflite"
     with pytest.raises(ks.tflite.ExportError, match="not for the target 'gpu'.*2 groups of 3 channels to 4"):
@@ -169,7 +171,7 @@ def combining(name):
 
 
 @pytest.mark.parametrize("name", COMBINED)
-@pytest.mark.lengthy(1)
+@pytest.mark.lengthy(0)
 def test_the_gpu_combines_integers_wrong_as_the_rule_says(name):
     (model, x), wrong = combining(name), COMBINED[name][2]
     called, samples = signature(model).with_batch(1), [[sample[None]] for sample in x]
@@ -221,7 +223,7 @@ def striding(name):
 
 
 @pytest.mark.parametrize("name", STRIDES)
-@pytest.mark.lengthy(1)
+@pytest.mark.lengthy(0)
 def test_the_gpu_overlooks_strides_as_the_rule_says(name):
     (model, x), wrong = striding(name), STRIDES[name][2]
     called, samples = signature(model).with_batch(1), [[sample[None]] for sample in x]
