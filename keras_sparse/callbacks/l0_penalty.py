@@ -6,7 +6,7 @@ import math
 import keras
 import numpy as np
 
-from keras_sparse import schedules, selection
+from keras_sparse import optimizers, schedules, selection
 from keras_sparse.callbacks.clock import Clock
 from keras_sparse.callbacks.sparse_callback import SparseCallback
 from keras_sparse.layers import gated_layers
@@ -22,6 +22,7 @@ _LARGEST_CHANGE, _LARGEST_FACTOR = math.log(2), math.log(1e4)
 # How a gate's pace is smoothed from update to update, and which share of its way it keeps up if it is no noise.
 _SMOOTH, _STEADY = 0.8, 0.7
 _FASTER = 1.25  # by which factor gates move faster at least when a price that is twice as high moves them
+_PRICES = 8  # how many prices are told apart between one and its double
 
 
 @serializable
@@ -72,12 +73,12 @@ class L0Penalty(SparseCallback):
         self.schedule = None if schedule is None else schedules.get(schedule)
         self.target_sparsity = None if target_sparsity is None else _check_target(target_sparsity)
         self.begin, self.end, self.frequency = begin, end, frequency
-        self._layers = []
+        self._layers, self._memory = [], None
 
     @property
     def reached(self):
         """Whether the gated weights are as sparse as they are to be."""
-        return self.target_sparsity is None or self._arrived
+        return self.target_sparsity is None or (self._memory is not None and self._memory.get("arrived") == 1)
 
     def attach(self, run):
         model = run.model
@@ -92,24 +93,23 @@ class L0Penalty(SparseCallback):
                 "`target_sparsity` multiplies the penalties of the layers: create at least one with a penalty above 0."
                 f" Received: the penalties of {[layer.name for layer in self._layers]} are 0"
             )
-        self._error, self._arrived = None, False
-        self._paces, self._fastest = [], []
+        if self.target_sparsity is not None:
+            self._memory = run.parts.of(_Memory)
+            self._memory.add([log_alpha for layer in self._layers for log_alpha in layer.log_alphas])
 
     def start(self, run):
-        if self._error is None and self.target_sparsity is not None:
-            # An interrupted training goes on as if the last update had been now: its integral is in the penalties.
-            self._error = self._miss(self.clock.fraction(self.clock.now))
-        elif self._error is None:
-            self._error = 0.0
-            if self.schedule is not None and self.clock.updated < 0:
-                self._scale(0.0)
+        if self.schedule is not None and self.clock.updated < 0:
+            self._scale(0.0)
+        if self.target_sparsity is not None and math.isnan(self._memory.get("error")):
+            self._memory.put(error=self._miss(self.clock.fraction(self.clock.now)))
 
     def update(self, run, progress):
         if self.schedule is not None:
             self._scale(self.schedule(progress))
         elif self.target_sparsity is not None:
             self._control(progress)
-            self._arrived |= self._sparsity() >= self.target_sparsity
+            if self._measure(_closed) >= self.target_sparsity:
+                self._memory.put(arrived=1)
 
     def _scale(self, fraction):
         for layer in self._layers:
@@ -122,14 +122,11 @@ class L0Penalty(SparseCallback):
         gated = [pair for layer in self._layers for pair in zip(layer.kernels, layer.gates(), strict=True)]
         return [(weight.variable, weight.numpy() * gate == 0) for weight, gate in gated]
 
-    def _sparsity(self):
-        return float(self._measure(_closed))
-
     def _control(self, progress):
         """A proportional-integral controller of the logarithm of the penalty; the penalty itself is the integral."""
         error = self._miss(progress)
-        change = (_RAISE if error > 0 else _LOWER) * error + _PROPORTIONAL * (error - self._error)
-        self._error = error
+        change = (_RAISE if error > 0 else _LOWER) * error + _PROPORTIONAL * (error - self._memory.get("error"))
+        self._memory.put(error=error)
         first = next(layer for layer in self._layers if layer.penalty_start)
         factor = math.log(float(selection.as_array(first.penalty)) / first.penalty_start)
         change = np.clip(change, -_LARGEST_CHANGE, _LARGEST_CHANGE)
@@ -153,19 +150,14 @@ class L0Penalty(SparseCallback):
         In time is by `end`; or later, if the fastest gates need longer, and did not get faster when the price doubled:
         an optimizer such as Adam moves them by its learning rate at most, and a higher price only moves others, too.
         """
-        now = self.clock.elapsed(self.clock.now)
         gates = [(layer, log_alpha) for layer in self._layers for log_alpha in layer.log_alphas]
         values = [selection.as_array(log_alpha) for _, log_alpha in gates]
-        self._paces = self._paces or [_Pace(value, now) for value in values]
-        for pace, value in zip(self._paces, values, strict=True):
-            pace.measure(value, now)
-        falls = [-np.minimum(pace.steady(), 0) for pace in self._paces]
+        falls = [-np.minimum(pace, 0) for pace in self._memory.paces(values, self.clock.now - self.clock.updated)]
         fastest = max(float(fall.max()) for fall in falls)
-        left = max(0, (self.clock.last or 0) - now)
-        if any(cheaper < factor - math.log(2) and fastest < _FASTER * pace for cheaper, pace in self._fastest):
+        left = max(0, (self.clock.last or 0) - self.clock.elapsed(self.clock.now))
+        if fastest < _FASTER * self._memory.fastest(factor, fastest):
             way = max(start - closed for start, closed in map(_start_and_end, self._layers))
             left = max(left, way / max(fastest, 1e-9))
-        self._fastest.append((factor, fastest))
         later = [value - fall * left for value, fall in zip(values, falls, strict=True)]
         pairs = zip(gates, later, strict=True)
         with keras.StatelessScope([(v, keras.ops.convert_to_tensor(x, "float32")) for (_, v), x in pairs]):
@@ -193,25 +185,74 @@ def _start_and_end(layer):
     return [math.log(p / (1 - p)) for p in (layer.open_probability, -low / (high - low))]
 
 
-class _Pace:
-    """How far each gate of a vector moves in a step, smoothed over the updates."""
+class _Memory(optimizers.Part):
+    """What the controller has seen so far: the last error, how far each gate moves in a step, and what a price did."""
 
-    def __init__(self, value, now):
-        self._value, self._now = value, now
-        self._mean = self._size = np.zeros_like(value)
-        self._known = 0.0
+    name = "l0_penalty"
+    _NUMBERS = ("error", "arrived", "seen", "known")
 
-    def measure(self, value, now):
-        if now > self._now:
-            moved = (value - self._value) / (now - self._now)
-            self._mean = _SMOOTH * self._mean + (1 - _SMOOTH) * moved
-            self._size = _SMOOTH * self._size + (1 - _SMOOTH) * np.abs(moved)
-            self._known = _SMOOTH * self._known + 1 - _SMOOTH
-            self._value, self._now = value, now
+    def add(self, gates):
+        """Make room for the numbers, for the fastest pace at each price, and for what is known of each gate."""
+        self._claim((0, 0), np.array([math.nan, 0, 0, 0]))
+        self._claim((0, 1), np.zeros(1 + _price(_LARGEST_FACTOR)))
+        self._gates = range(1, 1 + len(gates))
+        for index, gate in zip(self._gates, gates, strict=True):
+            for kind in range(3):
+                self._claim((index, kind), np.zeros(gate.shape))
 
-    def steady(self):
-        """The pace of gates that go one way, 0 for those that go to and fro."""
-        return np.where(np.abs(self._mean) >= _STEADY * self._size, self._mean, 0) / max(self._known, 1e-9)
+    def _claim(self, key, value):
+        variable, first = self.claim(key, lambda: keras.Variable(value, trainable=False, dtype="float32"))
+        if first:
+            variable.assign(value)
+
+    @property
+    def active(self):
+        return False
+
+    def get(self, name):
+        return float(selection.as_array(self.variables[0, 0])[self._NUMBERS.index(name)])
+
+    def put(self, **numbers):
+        values = np.array(selection.as_array(self.variables[0, 0]))
+        for name, value in numbers.items():
+            values[self._NUMBERS.index(name)] = value
+        self.variables[0, 0].assign(values)
+
+    def paces(self, values, steps):
+        """How far each gate moves in a step, smoothed over the updates; 0 for those that go to and fro.
+
+        Args:
+            values: An array for each vector of gates.
+            steps: Optimizer steps since the update before.
+        """
+        known, seen, found = self.get("known"), bool(self.get("seen")), []
+        known = _SMOOTH * known + 1 - _SMOOTH if seen and steps > 0 else known
+        for index, value in zip(self._gates, values, strict=True):
+            before, mean, size = (selection.as_array(self.variables[index, kind]) for kind in range(3))
+            if seen and steps > 0:
+                moved = (value - before) / steps
+                mean = _SMOOTH * mean + (1 - _SMOOTH) * moved
+                size = _SMOOTH * size + (1 - _SMOOTH) * np.abs(moved)
+            for kind, array in enumerate((value, mean, size)):
+                self.variables[index, kind].assign(array)
+            found.append(np.where(np.abs(mean) >= _STEADY * size, mean, 0) / max(known, 1e-9))
+        self.put(known=known, seen=1)
+        return found
+
+    def fastest(self, factor, pace):
+        """Take note of the fastest pace at a price, and return the fastest one at prices of half of it and less."""
+        paces, price = np.array(selection.as_array(self.variables[0, 1])), _price(factor)
+        paces[price] = max(paces[price], pace)
+        self.variables[0, 1].assign(paces)
+        return float(paces[: max(0, price - _PRICES + 1)].max(initial=0.0))
+
+    def restore(self, config):
+        """The callback has claimed everything when a file is taken over."""
+
+
+def _price(factor):
+    """The number of a price, of which the logarithm is given."""
+    return round((factor + _LARGEST_FACTOR) / math.log(2) * _PRICES)
 
 
 def _check_target(value):
