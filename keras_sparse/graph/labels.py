@@ -11,10 +11,11 @@ import numpy as np
 from keras_sparse.graph.calls import Call, Elementwise, Tensor, spec_of, takes_training
 from keras_sparse.graph.classes import Classes
 from keras_sparse.graph.composites import Composite
+from keras_sparse.graph.contractions import Contraction
 from keras_sparse.graph.keeping import Masked
 from keras_sparse.graph.kinds import JOINS, KEEPS, kind_of
 from keras_sparse.graph.mixing import rule_of
-from keras_sparse.graph.probing import Moves, Probed, is_elementwise
+from keras_sparse.graph.probing import Moves, is_elementwise
 from keras_sparse.graph.rebuilding import packed, replay
 from keras_sparse.graph.tracing import check_opened, is_composite, may_open, repacked, runnable, traced
 from keras_sparse.graph.weights import layers as layers_of
@@ -161,7 +162,11 @@ class Labelled:
             made.product = kind.product
             made.label()
             return made
-        return Moves.of(*arguments) or Probed(*arguments)
+        made = Moves.of(*arguments)
+        if made is None:
+            made = Contraction(*arguments)
+            made.label()
+        return made
 
     def _with_weights(self, operation, arguments):
         made = rule_of(operation)(*arguments)
@@ -198,7 +203,7 @@ class Labelled:
     def _check_forms(self):
         """Fix the channels of operations that nothing can stand for when some of their channels are gone."""
         for call in self.calls:
-            if isinstance(call, (Moves, Probed)) and not (call.fixed or call.inside):
+            if isinstance(call, (Moves, Contraction)) and not (call.fixed or call.inside):
                 fixed = self.classes.reasons()
                 free = [root for root in call.roots().tolist() if root and root not in fixed]
                 for gone in (free[::2], free[1::2]):

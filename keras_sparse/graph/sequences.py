@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_sparse.graph.calls import Call, Condition, Part, Tensor
+from keras_sparse.graph.contractions import Contraction
 from keras_sparse.graph.kinds import kind_of
 from keras_sparse.graph.mixing import Linear, Refused, array, rule_of
 from keras_sparse.graph.weights import layers as layers_of
@@ -33,6 +34,7 @@ def rules():
         keras.layers.Bidirectional: BothWays,
         keras.layers.TimeDistributed: EachStep,
         keras.layers.ReversibleEmbedding: Reversible,
+        keras.layers.Attention: Contraction,  # if its scores have a scale; else it has no weights
         (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention): Attention,
     }
 

@@ -166,7 +166,7 @@ class Builder:
         steps, channels = x.shape[1:]
         name = self.pick(
             "conv", "lstm", "gru", "simple", "both", "time", "attention", "grouped", "feed", "norm", "pool", "residual",
-            "repeat", "einsum", "cross", "state", "cell",
+            "repeat", "einsum", "cross", "state", "cell", "scores", "scores", "heads", "energy", "unit",
         )  # fmt: skip
         bias = {"bias_initializer": "random_normal"}
         if name == "conv":
@@ -210,6 +210,27 @@ class Builder:
             return layers.SimpleRNN(5, return_sequences=True)(y, initial_state=state)
         if name == "cell":
             return layers.RNN(layers.LSTMCell(4), return_sequences=True)(x)
+        if name == "scores":
+            q, v, k = (self.activation(layers.Dense(n)(x)) for n in (5, 6, 5))
+            kind = self.pick("layer", "oneself", "added", "dot", "linear")
+            if kind == "layer":
+                return layers.Attention(self.pick(True, False))([q, v, k])
+            if kind == "oneself":
+                return layers.Attention(self.pick(True, False))([v, v])
+            if kind == "added":
+                return layers.AdditiveAttention(use_scale=self.pick(True, False))([q, v, k])
+            if kind == "linear":
+                return ops.matmul(q, ops.matmul(ops.transpose(k, (0, 2, 1)), v))
+            return layers.Dot((2, 1))([layers.Softmax()(layers.Dot(2, normalize=self.pick(True, False))([q, k])), v])
+        if name == "heads":
+            q, k, v = (layers.Reshape((steps, 2, 3))(y) for y in ops.split(layers.Dense(18)(x), 3, axis=-1))
+            y = ops.einsum("bhqk,bkhd->bqhd", ops.softmax(ops.einsum("bqhd,bkhd->bhqk", q, k) / 1.7), v)
+            return layers.add([x, layers.Dense(channels)(layers.Reshape((steps, 6))(y))])
+        if name == "energy":
+            y = self.activation(layers.Dense(5)(x))
+            return x * ops.sigmoid(ops.sum(y * layers.Dense(5)(x), axis=-1, keepdims=True))
+        if name == "unit":
+            return layers.UnitNormalization()(self.activation(layers.Dense(5)(x)))
         return layers.Dense(6)(x)
 
     def vector(self, x):
@@ -298,10 +319,10 @@ def kill(model, rng, share=0.4):
         value = graph.as_array(part.variable)
         for axis, labels in part.axes.items():
             roots = channels.roots[labels]
-            gone = np.isin(roots, list(made)) if axis == part.made else np.zeros(len(roots), bool)
-            if axis == part.made and value.ndim > 1:
+            gone = np.isin(roots, list(made)) if axis in part.made else np.zeros(len(roots), bool)
+            if axis in part.made and value.ndim > 1:
                 gone |= np.isin(roots, list(constant))
-            if axis != part.made and value.ndim > 1:
+            if axis not in part.made and value.ndim > 1:
                 gone |= np.isin(roots, list(unread))
             value = np.where(gone.reshape([-1 if i == axis else 1 for i in range(value.ndim)]), 0, value)
         part.variable.assign(value)
