@@ -89,6 +89,9 @@ def nested():
     return keras.Sequential([keras.Input((8, 8, 3)), block, L.Conv2D(4, 3)])
 
 
+# What these models return is pruned, too, since it is named.
+NAMED = "(?<!depthwise_)kernel"
+
 # Each with the layer whose output is dead where the kernel's units are.
 MODELS = {
     "dense": (lambda: build(L.Dense(8, name="k"), L.Dense(3, name="end"), shape=(5,)), {"k": "k", "end": "end"}),
@@ -161,7 +164,9 @@ def test_units_are_dead_after_training(name):
     x = rng.normal(size=(64, *model.inputs[0].shape[1:]))
     y = [rng.normal(size=(64, *output.shape[1:])) for output in model.outputs]
     y = y if len(y) > 1 else y[0]
-    history = model.fit(x, y, epochs=3, verbose=0, callbacks=[ks.callbacks.Pruning(0.5, pattern="channel", end=0.6)])
+    history = model.fit(
+        x, y, epochs=3, verbose=0, callbacks=[ks.callbacks.Pruning(0.5, pattern="channel", filters=NAMED, end=0.6)]
+    )
     check_dead(model, outputs, lambda units: round(0.5 * units))
     rows = [row for row in ks.report(model).rows if "kernel" in row["path"].split("/")[-1] and not row["reason"]]
     assert history.history["sparsity"][-1] == sum(row["zeros"] for row in rows) / sum(row["size"] for row in rows)
@@ -171,12 +176,12 @@ def test_units_are_dead_after_training(name):
 def test_units_are_dead_in_one_shot(name):
     make, outputs = MODELS[name]
     model = make()
-    ks.prune(model, 0.25, pattern="channel")
-    ks.prune(model, 0.5, pattern="channel")
+    ks.prune(model, 0.25, pattern="channel", filters=NAMED)
+    ks.prune(model, 0.5, pattern="channel", filters=NAMED)
     check_dead(model, outputs, lambda units: round(0.5 * units))
     # Whatever optimizer comes, the zeros are masks of a second training, too.
     before = model.get_weights()
-    ks.prune(model, 0.5, pattern="channel")
+    ks.prune(model, 0.5, pattern="channel", filters=NAMED)
     for value, other in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(value, other)
 
@@ -185,7 +190,7 @@ def test_units_are_dead_in_one_shot(name):
 def test_dead_units_stay_dead_in_fine_tuning(name):
     make, outputs = MODELS[name]
     model = make()
-    ks.prune(model, 0.5, pattern="channel")
+    ks.prune(model, 0.5, pattern="channel", filters=NAMED)
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(64, *model.inputs[0].shape[1:])), rng.normal(size=(64, *model.outputs[0].shape[1:]))
     model.fit(x, y, epochs=2, verbose=0, callbacks=[ks.callbacks.KeepSparsity()])
@@ -209,7 +214,9 @@ def test_what_is_frozen_falls_silent_too():
     model.get_layer("bn").trainable = False
     model.compile("adam", "mse")
     x, y = np.ones((32, 5)), np.ones((32, 8))
-    model.fit(x, y, epochs=2, verbose=0, callbacks=[ks.callbacks.Pruning(0.5, pattern="channel", end=0.5)])
+    model.fit(
+        x, y, epochs=2, verbose=0, callbacks=[ks.callbacks.Pruning(0.5, pattern="channel", filters=NAMED, end=0.5)]
+    )
     check_dead(model, {"k": "a"}, lambda units: 4)
 
 
@@ -220,7 +227,7 @@ def nested_before_normalization():
 
 def test_normalization_outside_of_a_nested_model():
     model = alive(nested_before_normalization())
-    ks.prune(model, 0.5, pattern="channel")
+    ks.prune(model, 0.5, pattern="channel", filters=NAMED)
     for variable in (model.get_layer("outside").gamma, model.get_layer("outside").beta):
         assert (ks.selection.as_array(variable) == 0).sum() == 3
 
@@ -286,7 +293,7 @@ SKIPPED = {
 def test_what_cannot_be_dead_is_skipped(name):
     make, reason = SKIPPED[name]
     with pytest.raises(ValueError, match=f"nothing to prune in whole channels.*{reason}"):
-        ks.prune(make(), 0.5, pattern="channel")
+        ks.prune(make(), 0.5, pattern="channel", filters=NAMED)
 
 
 def test_skipped_kernels_are_in_the_report():
@@ -363,7 +370,7 @@ def test_the_masks_of_units_are_saved_and_resumed(tmp_path):
             shuffle=False,
             verbose=0,
             callbacks=[
-                ks.callbacks.Pruning(0.5, pattern="channel", begin=0, end=3, frequency=1),
+                ks.callbacks.Pruning(0.5, pattern="channel", filters=NAMED, begin=0, end=3, frequency=1),
                 keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras"),
             ],
         )
