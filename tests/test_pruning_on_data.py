@@ -248,7 +248,7 @@ def test_patterns_see_the_matrix_that_the_runtime_multiplies(pattern):
         ]
     )
     before = [layer.kernel.numpy() for layer in model.layers if layer.name != "flatten"]
-    ks.prune(model, 0.5, pattern=pattern)
+    ks.prune(model, 0.5, pattern=pattern, filters="kernel")
     views = [(3, 0, 1, 2), (2, 0, 1, 3), (1, 0)]
     for layer, old, view in zip([model.layers[0], model.layers[1], model.layers[3]], before, views, strict=True):
         matrix = old.transpose(view).reshape(old.shape[view[0]], -1)
