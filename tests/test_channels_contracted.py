@@ -86,6 +86,30 @@ def where(x):
     return ops.where(ops.any(x > 0.5, axis=-1, keepdims=True), layers.Dense(8, name="q")(x), 0.0)
 
 
+@keras.saving.register_keras_serializable("channels_contracted")
+class MaskedScores(layers.Layer):
+    """Scores divided by the root of the width, beside what a mask puts there."""
+
+    def __init__(self, hidden, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden = hidden
+
+    def get_config(self):
+        return super().get_config() | {"hidden": self.hidden}
+
+    def call(self, q, k):
+        scores = ops.matmul(q, ops.transpose(k, (0, 2, 1))) / q.shape[-1] ** 0.5
+        return ops.where(ops.tri(q.shape[1], dtype="bool"), scores, self.hidden)
+
+
+def masked_scores(hidden):
+    def build(x):
+        q, v, k = qvk(x)
+        return ops.matmul(ops.softmax(MaskedScores(hidden)(q, k)), v)
+
+    return build
+
+
 def mean(x):
     return ops.mean(layers.Dense(8, "relu", name="q")(x), axis=-1, keepdims=True)
 
@@ -119,6 +143,8 @@ LEAVING = {
     "unit length": (unit_length, "q"),
     "pooled": (pooled, "q"),
     "where": (where, "q"),
+    "scaled by the width and masked": (masked_scores(-1e9), "v"),
+    "masked by infinity": (masked_scores(-np.inf), "v"),
     "mean": (mean, ""),
     "largest": (largest, ""),
     "product of keys and values": (outer, ""),
