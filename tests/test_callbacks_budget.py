@@ -318,3 +318,11 @@ def test_a_missing_metric():
     with pytest.raises(ValueError, match="'val_accuracy', which is not in the logs. They have \\['loss'\\]"):
         model.fit(X, Y, verbose=0, callbacks=[ks.callbacks.AccuracyBudget()])
     assert ks.optimizers.find(model) is None
+
+
+def test_a_metric_of_some_epochs_only():
+    model = make()
+    budget = ks.callbacks.AccuracyBudget(monitor="val_loss")
+    with pytest.raises(ValueError, match="need `validation_data`, and `validation_freq=1`. Received"):
+        model.fit(X, Y, verbose=0, epochs=2, validation_data=(X, Y), validation_freq=2, callbacks=[budget])
+    assert ks.optimizers.find(model) is None

@@ -192,7 +192,8 @@ class AccuracyBudget(ScheduledCallback):
         if self.monitor not in logs:
             raise ValueError(
                 f"`AccuracyBudget` judges epochs by {self.monitor!r}, which is not in the logs. They have "
-                f"{sorted(logs)}; names with val_ need `validation_data`. Received: monitor={self.monitor!r}"
+                f"{sorted(logs)}; names with val_ need `validation_data`, and `validation_freq=1`. "
+                f"Received: monitor={self.monitor!r}"
             )
         ledger, quality = self._ledger, float(logs[self.monitor])
         level, share = ledger.get("level"), self.share(run)
