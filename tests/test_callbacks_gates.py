@@ -177,6 +177,27 @@ def test_a_short_fit_does_not_overshoot(price, least):
     assert accuracy > least
 
 
+@pytest.mark.parametrize("assigned, expected", [(0.0, 0.01e-4), (1e6, 0.01e4), (0.05, 0.05)])
+def test_penalties_that_others_have_assigned(assigned, expected):
+    """A schedule that was broken off leaves 0: the controller goes on with the nearest price that it knows."""
+    model = make(run_eagerly=BACKEND != "jax")
+    for layer in gated_layers(model):
+        layer.penalty.assign(assigned)
+    callback = ks.callbacks.L0Penalty(target_sparsity=0.9, end=1000)
+    model.fit(X, Y, verbose=0, batch_size=64, callbacks=[callback])
+    first, second = penalties(model)
+    assert expected / 2 - 1e-9 <= first <= 2 * expected + 1e-9
+    assert second == pytest.approx(2 * first)
+
+
+def test_training_that_diverges_ends_as_keras_ends_it():
+    model = make(run_eagerly=BACKEND != "jax")
+    callbacks = [ks.callbacks.L0Penalty(target_sparsity=0.5, frequency=1), keras.callbacks.TerminateOnNaN()]
+    history = model.fit(X * np.float32("nan"), Y, verbose=0, batch_size=16, callbacks=callbacks).history
+    assert np.isnan(history["loss"]).all()
+    assert np.isfinite(penalties(model)).all()
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="Give `schedule` or `target_sparsity`, not both"):
         ks.callbacks.L0Penalty("linear", 0.5)

@@ -125,10 +125,11 @@ class L0Penalty(SparseCallback):
     def _control(self, progress):
         """A proportional-integral controller of the logarithm of the penalty; the penalty itself is the integral."""
         error = self._miss(progress)
+        if math.isnan(error):  # Training has diverged: whoever puts good weights back goes on with the same prices.
+            return
         change = (_RAISE if error > 0 else _LOWER) * error + _PROPORTIONAL * (error - self._memory.get("error"))
         self._memory.put(error=error)
-        first = next(layer for layer in self._layers if layer.penalty_start)
-        factor = math.log(float(selection.as_array(first.penalty)) / first.penalty_start)
+        factor = self._factor()
         change = np.clip(change, -_LARGEST_CHANGE, _LARGEST_CHANGE)
         excess = self._will_close(factor) - self.target_sparsity
         if excess >= 0:  # They are on their way: a higher price would only take more of them along.
@@ -136,6 +137,12 @@ class L0Penalty(SparseCallback):
         factor = math.exp(np.clip(factor + change, -_LARGEST_FACTOR, _LARGEST_FACTOR))
         for layer in self._layers:
             layer.penalty.assign(layer.penalty_start * factor)
+
+    def _factor(self):
+        """The logarithm of the common factor, as near as it may be to that of penalties which others have assigned."""
+        first = next(layer for layer in self._layers if layer.penalty_start)
+        smallest, largest = math.exp(-_LARGEST_FACTOR), math.exp(_LARGEST_FACTOR)
+        return math.log(np.clip(float(selection.as_array(first.penalty)) / first.penalty_start, smallest, largest))
 
     def _miss(self, progress):
         """How much sparsity is missing."""
