@@ -92,3 +92,19 @@ def test_steps_that_come_otherwise_than_batches_correct_the_length():
         clock.start_epoch(epoch, 4, 10)
         assert clock.length == (40 if epoch == 0 else 20)
     assert (clock.planned, clock.last) == (40, 10)
+
+
+@pytest.mark.parametrize("accumulation", [3, 5, 7])
+def test_steps_that_take_longer_than_an_epoch(accumulation, recwarn):
+    """Epochs of 4 batches: no step in the first one is no sign of another optimizer, and the length is known."""
+    sparse = ks.optimizers.SparseOptimizer(keras.optimizers.SGD())
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    sparse.build(model.trainable_variables)
+    sparse.sparse_parts.clock.begin()
+    clock = Clock(0.0, 0.5)
+    clock.restart(sparse.sparse_parts.clock, 0)
+    for epoch in range(10):
+        sparse.iterations.assign(4 * epoch // accumulation)
+        clock.start_epoch(epoch, 10, 4, accumulation)
+        assert clock.length == 40 // accumulation
+    assert not [w for w in recwarn if "no step" in str(w.message)]

@@ -154,8 +154,10 @@ class Clock:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"`model.optimizer` has taken no step in {epochs} epoch(s), so nothing is pruned: the `train_step` of "
-                "this model steps another optimizer. Compile the model with the one that it steps, or wrap that one in "
+                f"`model.optimizer` has taken no step in {epochs} epoch(s), so nothing is pruned. If it accumulates "
+                "gradients, there were fewer batches than `gradient_accumulation_steps`. If it is a "
+                "`LossScaleOptimizer`, gradients have overflowed in each batch. Else the `train_step` of this model "
+                "steps another optimizer: compile the model with the one that it steps, or wrap that one in "
                 "`ks.optimizers.SparseOptimizer(...)` and call `ks.update_masks(model, sparsity, optimizer=...)` "
                 "yourself.",
                 stacklevel=2,
@@ -174,10 +176,12 @@ class Clock:
         """Correct the length if steps come otherwise than batches do: gradients that a `train_step` accumulates."""
         passed, taken = epoch - self._first_epoch, now - self._first_now
         expected = (self._time.length - (self._first_now - self._time.start)) / (epochs - self._first_epoch) * passed
+        missing = abs(taken - expected)
+        if missing < 1 or missing <= 0.1 * expected:  # Less than a step: gradients of the next one accumulate.
+            return
         if not taken:
             self.warn_of_no_steps(passed)
-            return
-        if abs(taken - expected) > 0.1 * expected:
+        else:
             self._time.length = max(1, now - self._time.start + round(taken / passed * (epochs - epoch)))
 
     def _resolve(self):
