@@ -326,3 +326,12 @@ def test_a_metric_of_some_epochs_only():
     with pytest.raises(ValueError, match="need `validation_data`, and `validation_freq=1`. Received"):
         model.fit(X, Y, verbose=0, epochs=2, validation_data=(X, Y), validation_freq=2, callbacks=[budget])
     assert ks.optimizers.find(model) is None
+
+
+def test_one_budget_in_a_fit():
+    """Two would share one ledger, and judge each epoch twice."""
+    model = make()
+    budgets = [ks.callbacks.AccuracyBudget(0.5, "loss", filters=layer) for layer in model.layers]
+    with pytest.raises(ValueError, match="One `fit` takes one `AccuracyBudget`: name all weights in its `filters`"):
+        model.fit(X, Y, verbose=0, callbacks=budgets)
+    assert ks.optimizers.find(model) is None

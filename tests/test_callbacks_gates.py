@@ -198,6 +198,15 @@ def test_training_that_diverges_ends_as_keras_ends_it():
     assert np.isfinite(penalties(model)).all()
 
 
+def test_one_controller_in_a_fit():
+    model = make()
+    callbacks = [ks.callbacks.L0Penalty(target_sparsity=0.5), ks.callbacks.L0Penalty("linear")]
+    with pytest.raises(ValueError, match="One `fit` takes one `L0Penalty`. Received: two"):
+        model.fit(X, Y, verbose=0, callbacks=callbacks)
+    assert ks.optimizers.find(model) is None
+    assert penalties(model) == pytest.approx([0.01, 0.02])
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="Give `schedule` or `target_sparsity`, not both"):
         ks.callbacks.L0Penalty("linear", 0.5)

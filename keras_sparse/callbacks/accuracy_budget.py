@@ -74,6 +74,8 @@ class AccuracyBudget(ScheduledCallback):
     ([0.0, 0.5, 0.75, 0.8], True)
     """
 
+    alone = True
+
     def __init__(
         self,
         max_drop=0.01,

@@ -62,6 +62,8 @@ class L0Penalty(SparseCallback):
     (True, [0.0])
     """
 
+    alone = True
+
     def __init__(self, schedule=None, target_sparsity=None, begin=0.0, end=0.5, frequency=None):
         super().__init__()
         if schedule is not None and target_sparsity is not None:

@@ -106,7 +106,8 @@ class SparseCallback(keras.callbacks.Callback, Configurable):
         try:
             if self.alone and any(isinstance(one, type(self)) and one is not self for one in run.fit.callbacks):
                 name = type(self).__name__
-                raise ValueError(f"One `fit` takes one `{name}`: name all weights in its `filters`. Received: two")
+                hint = ": name all weights in its `filters`" if hasattr(self, "filters") else ""
+                raise ValueError(f"One `fit` takes one `{name}`{hint}. Received: two")
             if not run.optimizer.built:
                 run.optimizer.build(self._model.trainable_variables)
             run.parts.clock.begin()
