@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="about files, made the fast way"),
 ]
 QUANTIZE = [None, "int8", "float16", "dynamic"]
-# The argument for each is at `verification.TOLERANCE`; for one layer it is the rounding of the weights, and for int8
+# The argument for each is at `rounding.TOLERANCE`; for one layer it is the rounding of the weights, and for int8
 # that of the inputs and outputs: 1/256 of a range on either side of an output, and what the layer makes of the first.
 PARITY = {None: 2e-6, "float16": 2e-3, "dynamic": 2e-2, "int8": 6e-2}
 SPARSE = "x86-no-avx", "wasm"

@@ -1,5 +1,6 @@
 """A parity check runs a .tflite file and its Keras model on the same inputs and measures how far the outputs differ."""
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import keras
@@ -75,20 +76,41 @@ class Reference:
         self.name = model.name
         batches = [[a.astype(i.dtype) for a, i in zip(batch, signature.inputs, strict=True)] for batch in batches]
         self._inputs = [dict(zip([i.name for i in signature.inputs], batch, strict=True)) for batch in batches]
-        self._outputs = []
+        self._model, self._call = model, lambda batch: signature.call(model, batch)
+        self._batches = batches
         try:
-            with quiet(), states.put_back(model, begin=True) as changed:
-                for batch in batches:
-                    outputs = signature.call(model, batch)
-                    arrays = [_numbers(keras.ops.convert_to_numpy(y)) for y in keras.tree.flatten(outputs)]
-                    self._outputs.append(dict(zip(output_names(outputs), arrays, strict=True)))
-                self._remembers = changed()
+            self._outputs, self._remembers = self._computed()
         except Exception as error:
             raise ExportError(
                 f"The model {model.name!r} fails on the inputs it should be checked with. If it takes only certain "
                 "values, pass some as `representative_data`. Received from the model: "
                 f"{first_line(error)}"
             ) from error
+
+    def _computed(self, values=()):
+        """The model's outputs, with other values of some weights, and whether it remembers what it has seen."""
+        found = []
+        with quiet(), states.put_back(self._model, begin=True) as changed:
+            with keras.StatelessScope(state_mapping=values) if values else contextlib.nullcontext():
+                for batch in self._batches:
+                    outputs = self._call(batch)
+                    arrays = [_numbers(keras.ops.convert_to_numpy(y)) for y in keras.tree.flatten(outputs)]
+                    found.append(dict(zip(output_names(outputs), arrays, strict=True)))
+            return found, changed()
+
+    def with_weights(self, change):
+        """The `Parity` of the model with other weights, which it does not keep.
+
+        Args:
+            change: Returns new values of a weight, or `None` for those that it has.
+        """
+        changed = [(weight, change(weight)) for weight in self._model.weights]
+        values = [
+            (weight, keras.ops.convert_to_tensor(value, dtype=weight.dtype))
+            for weight, value in changed
+            if value is not None
+        ]
+        return self._parity(self._outputs, self._computed(values)[0])
 
     def alike(self, tolerance):
         """Names of the outputs that differ by less than `tolerance`, relative to their magnitude, between samples.

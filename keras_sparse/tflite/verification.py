@@ -13,22 +13,13 @@ from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.inputs import random_batches
 from keras_sparse.tflite.job import CALIBRATED, INTEGERS
 from keras_sparse.tflite.parity import Reference
+from keras_sparse.tflite.rounding import TOLERANCE
 from keras_sparse.tflite.samples import in_batches_of
 from keras_sparse.tflite.trial import REFUSED, UNKNOWN, compiled
 from keras_sparse.tflite.xnnpack import hazard, touched, uses
 
-__all__ = ["NEAR", "SPARSE_RUNTIMES", "TOLERANCE", "VERIFY", "Verification", "allowed_elsewhere", "sparse_runtimes"]
+__all__ = ["NEAR", "SPARSE_RUNTIMES", "VERIFY", "Verification", "allowed_elsewhere", "precision", "sparse_runtimes"]
 
-# How far an output may be from the model's, relative to that output's largest magnitude.
-# float32: two correct programs differ by the order of their sums and by the polynomials they use for exp and tanh: 1e-7
-# to 1e-6 in shallow models, below 1e-5 in the deepest of keras.applications; batch normalization of a pruned network
-# that was not trained on can make 1e-4 of that (MobileNetV3, random weights). A wrong layout or weight costs 1e-1 and
-# more. Half precision rounds each weight or product to 2**-11 (float16) or 2**-8 (bfloat16), and layers add that up.
-# int8 rounds each weight to 1/254 of its channel's range, and "int8" each activation to 1/256 of its own; random
-# networks of fifty layers add that up to 0.1 and 0.3. "int16x8" rounds like "dynamic". Faults of sparse encodings are
-# 0.4 and more, and `Verification.fault` compares with the dense file, too. Other runtimes round as this machine does:
-# what they may differ by follows from how far the file is off here.
-TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1, "dynamic": 2e-1, "int8": 4e-1, "int16x8": 2e-1}
 VERIFY = ("auto", "strict")  # which runtimes to compare on; see `export`
 # Where XNNPACK's sparse kernels for convolutions are on: what is said about a file that was compared there.
 SPARSE_RUNTIMES = {name: runtime.title for name, runtime in RUNTIMES.items() if runtime.verifies}
@@ -85,8 +76,8 @@ def allowed_elsewhere(allowed, here):
     Example:
 
     >>> from keras_sparse.tflite.parity import Parity
-    >>> from keras_sparse.tflite.verification import TOLERANCE, allowed_elsewhere
-    >>> allowed_elsewhere(TOLERANCE["int8"], Parity(absolute=0.5, relative=0.04, worst="y"))
+    >>> from keras_sparse.tflite.verification import allowed_elsewhere
+    >>> allowed_elsewhere(0.4, Parity(absolute=0.5, relative=0.04, worst="y"))
     0.08
     """
     return min(allowed, max(2 * here.relative, NEAR))
@@ -156,7 +147,7 @@ class Verification:
             batches = random_batches(job.model, job.signature, like=like) + list(job.samples)
         batches = in_batches_of(1, batches) if conversion.fixed_batch else batches
         reference = Reference(job.model, job.signature, batches)
-        tolerance = max(TOLERANCE[name] for name in (_precision(job.model), job.quantize or "float32"))
+        tolerance = max(TOLERANCE[name] for name in (precision(job.model), job.quantize or "float32"))
         made = cls(conversion.content, reference, tolerance, job.quantize in INTEGERS, runtimes, strict, targets)
         steps = CALIBRATED.get(job.quantize)
         for name, (least, most) in reference.uneven_outputs(steps).items() if steps else ():
@@ -379,8 +370,16 @@ def _same_weights(sparse, dense):
     return all(key(tensor) in known for tensor in encoded)
 
 
-def _precision(layer):
-    """The coarsest number format that a model computes in."""
-    names = [_precision(inner) for inner in getattr(layer, "layers", ())]
+def precision(layer):
+    """The coarsest number format that a model computes in.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.tflite.verification import precision
+    >>> precision(keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype="mixed_float16")]))
+    'float16'
+    """
+    names = [precision(inner) for inner in getattr(layer, "layers", ())]
     names.append(layer.compute_dtype if layer.compute_dtype in TOLERANCE else "float32")
     return max(names, key=TOLERANCE.get)

@@ -15,7 +15,7 @@ import numpy as np
 from keras import layers
 
 import keras_sparse as ks
-from keras_sparse.tflite import verification
+from keras_sparse.tflite import rounding
 from keras_sparse.tflite.encoding import encode
 from keras_sparse.tflite.inputs import random_batches
 from keras_sparse.tflite.parity import Reference
@@ -185,7 +185,7 @@ def outcome(words, quantize=None, runtimes=("native", "x86-no-avx", "wasm"), rul
     step = called.inputs[0].shape[0] or 1
     batch = [array[:step] for array in data]
     reference = Reference(model, called, [batch])
-    allowed = verification.TOLERANCE[quantize or "float32"]
+    allowed = rounding.TOLERANCE[quantize or "float32"]
     faults = {}
     for runtime in runtimes:
         problem = _problem(reference, runtime, sparse_file, allowed)
