@@ -224,7 +224,7 @@ def coarsest(flat):
 
     >>> import keras
     >>> from keras_sparse.tflite.convert import convert
-    >>> from keras_sparse.tflite.flatmodel import UNPACK, read
+    >>> from keras_sparse.tflite.flatmodel import read
     >>> from keras_sparse.tflite.job import Job
     >>> from keras_sparse.tflite.verify import coarsest
     >>> model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(64)])
