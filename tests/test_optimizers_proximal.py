@@ -133,7 +133,7 @@ def test_groups_against_numpy():
     y = x @ truth + 0.05 * rng.normal(size=(100, 6))
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(6, use_bias=False, kernel_initializer="zeros")])
     model.compile(keras.optimizers.SGD(0.2), lambda y, p: keras.ops.sum(keras.ops.square(y - p), -1) / 2)
-    callback = ks.callbacks.ProximalL1(0.1, group="channel")
+    callback = ks.callbacks.ProximalL1(0.1, group="channel", filters="kernel")  # what it returns
     model.fit(x, y, batch_size=100, epochs=100, verbose=0, callbacks=[callback])
     groups = np.tile(np.arange(6), (8, 1))
     expected = slow_steps(np.zeros((8, 6)), x, y, [0.2] * 100, 0.1, groups)
