@@ -207,18 +207,23 @@ def _limit(flat, model, reference, data):
 
 def _arithmetic(flat):
     """How a file with weights of 8 bits computes, as `export` calls it."""
-    computed = {
+    computed = _computed(flat)
+    return "int16x8" if "int16" in computed else "int8" if "int8" in computed else "dynamic"
+
+
+def _computed(flat):
+    """The types of all numbers that a file computes with and does not store."""
+    return {
         graph.tensors[number].dtype
         for graph in flat.subgraphs
         for operator in graph.operators
         for number in (() if operator.name in UNPACK else operator.inputs)
         if number >= 0 and graph.tensors[number].stored is None
     }
-    return "int16x8" if "int16" in computed else "int8" if "int8" in computed else "dynamic"
 
 
 def coarsest(flat):
-    """The coarsest type of the weights of a `FlatModel`, as `TOLERANCE` calls it.
+    """The coarsest type of the weights of a `FlatModel`, and of what it computes, as `TOLERANCE` calls it.
 
     Example:
 
@@ -233,4 +238,6 @@ def coarsest(flat):
     """
     tensors = [t for graph in flat.subgraphs for t in graph.tensors if t.stored is not None and len(t.shape) >= 2]
     found = {tensor.dtype for tensor in tensors}
+    if _computed(flat) & {"int8", "int16"}:  # whatever the weights are that no kernel takes in integers
+        return "int8"
     return next((name for name in ("int8", "float16") if name in found), "float32")
