@@ -137,8 +137,8 @@ collect_ignore_glob = {
 def pytest_collection_modifyitems(items):
     """Leave the cases of a test after the first n, by `@pytest.mark.thorough(n)`, to `pytest -m exhaustive`.
 
-    Torch is quick: it takes twice as many by default. On JAX one case is enough in some files. Cases after the first n
-    by `@pytest.mark.lengthy(n)` are slow with TensorFlow, and run as ever with the others.
+    On JAX one case is enough in some files. Cases after the first n by `@pytest.mark.lengthy(n)` are slow with
+    TensorFlow, and run as ever with the others.
     """
     backend = keras.backend.backend()
     seen, lengthy = collections.Counter(), collections.Counter()
@@ -149,7 +149,7 @@ def pytest_collection_modifyitems(items):
             if lengthy[item.function] > quick.args[0]:
                 item.add_marker(pytest.mark.slow)
         thorough = item.get_closest_marker("thorough")
-        cases = thorough.args[0] * (2 if backend == "torch" else 1) if thorough else float("inf")
+        cases = thorough.args[0] if thorough else float("inf")
         if backend == "jax" and item.path.name in _ONE_CASE_ON_JAX:
             cases = 1
         seen[item.function] += backend != "jax" or item.get_closest_marker("slow") is None
