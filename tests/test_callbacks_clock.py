@@ -80,13 +80,19 @@ def test_length_and_last_update_are_state():
     assert time.length == 40
 
 
-def test_steps_that_come_otherwise_than_batches_correct_the_length():
+def started():
+    """An optimizer, and a clock at the beginning of its first fit."""
     sparse = ks.optimizers.SparseOptimizer(keras.optimizers.SGD())
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
     sparse.build(model.trainable_variables)
     sparse.sparse_parts.clock.begin()
     clock = Clock(0.0, 0.5)
     clock.restart(sparse.sparse_parts.clock, 0)
+    return sparse, clock
+
+
+def test_steps_that_come_otherwise_than_batches_correct_the_length():
+    sparse, clock = started()
     for epoch, iterations in enumerate((0, 5, 10)):  # A `train_step` that steps at every other of 10 batches.
         sparse.iterations.assign(iterations)
         clock.start_epoch(epoch, 4, 10)
@@ -97,12 +103,7 @@ def test_steps_that_come_otherwise_than_batches_correct_the_length():
 @pytest.mark.parametrize("accumulation", [3, 5, 7])
 def test_steps_that_take_longer_than_an_epoch(accumulation, recwarn):
     """Epochs of 4 batches: no step in the first one is no sign of another optimizer, and the length is known."""
-    sparse = ks.optimizers.SparseOptimizer(keras.optimizers.SGD())
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
-    sparse.build(model.trainable_variables)
-    sparse.sparse_parts.clock.begin()
-    clock = Clock(0.0, 0.5)
-    clock.restart(sparse.sparse_parts.clock, 0)
+    sparse, clock = started()
     for epoch in range(10):
         sparse.iterations.assign(4 * epoch // accumulation)
         clock.start_epoch(epoch, 10, 4, accumulation)

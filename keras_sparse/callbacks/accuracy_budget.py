@@ -4,12 +4,12 @@ import math
 import sys
 import warnings
 
-import keras
 import numpy as np
 from keras import ops
 
-from keras_sparse import criteria, optimizers, patterns, pruning, reports, selection
+from keras_sparse import criteria, optimizers, patterns, pruning, reports
 from keras_sparse.callbacks.scheduled import ScheduledCallback
+from keras_sparse.optimizers.parts import Ledger
 from keras_sparse.registry import check_whole, is_real, serializable
 
 __all__ = ["AccuracyBudget"]
@@ -302,12 +302,12 @@ def _higher_is_better(monitor, mode):
     raise ValueError(f"Whether {monitor!r} should be high or low is not known: pass `mode='max'` or 'min'.")
 
 
-class _Ledger(optimizers.Part):
+class _Ledger(Ledger):
     """Where the search stands, and the weights and masks of the epoch to end with."""
 
     name = "accuracy_budget"
-    _NUMBERS = ("begun", "baseline", "level", "kept", "share", "quality", "failed", "retried")
-    _NUMBERS += ("tries", "gap", "back", "settles", "settled", "over")
+    names = ("begun", "baseline", "level", "kept", "share", "quality", "failed", "retried")
+    names += ("tries", "gap", "back", "settles", "settled", "over")
 
     def __init__(self, parts):
         super().__init__(parts)
@@ -315,28 +315,11 @@ class _Ledger(optimizers.Part):
 
     def add(self, variables):
         """Make room for the numbers, and for copies of variables and of the masks."""
-        numbers, first = self.claim(
-            (0, 0), lambda: keras.Variable(np.zeros(len(self._NUMBERS)), trainable=False, dtype="float32")
-        )
-        if first:
-            numbers.assign(np.zeros(len(self._NUMBERS)))
+        self.claim_numbers()
         self._sources = {(1, i): variable for i, variable in enumerate(variables)}
         self._sources |= {(2, self.parts.index(variable)): mask for variable, mask in self.parts.masks.pairs}
         for key, source in self._sources.items():
             self.claim(key, lambda s=source: optimizers.variable_like(s, self.name))
-
-    @property
-    def active(self):
-        return False
-
-    def get(self, name):
-        return float(selection.as_array(self.variables[0, 0])[self._NUMBERS.index(name)])
-
-    def put(self, **numbers):
-        values = np.array(selection.as_array(self.variables[0, 0]))
-        for name, value in numbers.items():
-            values[self._NUMBERS.index(name)] = value
-        self.variables[0, 0].assign(values)
 
     def keep(self):
         for key, source in self._sources.items():
@@ -345,6 +328,3 @@ class _Ledger(optimizers.Part):
     def put_back(self):
         for key, source in self._sources.items():
             source.assign(ops.copy(self.variables[key]))
-
-    def restore(self, config):
-        """The callback has claimed everything when a file is taken over."""

@@ -6,10 +6,11 @@ import math
 import keras
 import numpy as np
 
-from keras_sparse import optimizers, schedules, selection
+from keras_sparse import schedules, selection
 from keras_sparse.callbacks.clock import Clock
 from keras_sparse.callbacks.sparse_callback import SparseCallback
 from keras_sparse.layers import gated_layers
+from keras_sparse.optimizers.parts import Ledger
 from keras_sparse.registry import is_real, serializable
 
 __all__ = ["L0Penalty"]
@@ -194,38 +195,20 @@ def _start_and_end(layer):
     return [math.log(p / (1 - p)) for p in (layer.open_probability, -low / (high - low))]
 
 
-class _Memory(optimizers.Part):
+class _Memory(Ledger):
     """What the controller has seen so far: the last error, how far each gate moves in a step, and what a price did."""
 
     name = "l0_penalty"
-    _NUMBERS = ("error", "arrived", "seen", "known")
+    names = ("error", "arrived", "seen", "known")
 
     def add(self, gates):
         """Make room for the numbers, for the fastest pace at each price, and for what is known of each gate."""
-        self._claim((0, 0), np.array([math.nan, 0, 0, 0]))
-        self._claim((0, 1), np.zeros(1 + _price(_LARGEST_FACTOR)))
+        self.claim_numbers(error=math.nan)
+        self.claim_array((0, 1), np.zeros(1 + _price(_LARGEST_FACTOR)))
         self._gates = range(1, 1 + len(gates))
         for index, gate in zip(self._gates, gates, strict=True):
             for kind in range(3):
-                self._claim((index, kind), np.zeros(gate.shape))
-
-    def _claim(self, key, value):
-        variable, first = self.claim(key, lambda: keras.Variable(value, trainable=False, dtype="float32"))
-        if first:
-            variable.assign(value)
-
-    @property
-    def active(self):
-        return False
-
-    def get(self, name):
-        return float(selection.as_array(self.variables[0, 0])[self._NUMBERS.index(name)])
-
-    def put(self, **numbers):
-        values = np.array(selection.as_array(self.variables[0, 0]))
-        for name, value in numbers.items():
-            values[self._NUMBERS.index(name)] = value
-        self.variables[0, 0].assign(values)
+                self.claim_array((index, kind), np.zeros(gate.shape))
 
     def paces(self, values, steps):
         """How far each gate moves in a step, smoothed over the updates; 0 for those that go to and fro.
@@ -254,9 +237,6 @@ class _Memory(optimizers.Part):
         paces[price] = max(paces[price], pace)
         self.variables[0, 1].assign(paces)
         return float(paces[: max(0, price - _PRICES + 1)].max(initial=0.0))
-
-    def restore(self, config):
-        """The callback has claimed everything when a file is taken over."""
 
 
 def _price(factor):

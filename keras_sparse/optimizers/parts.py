@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-__all__ = ["Part", "Parts", "SparseState", "variable_like"]
+__all__ = ["Ledger", "Part", "Parts", "SparseState", "variable_like"]
 
 
 class Part:
@@ -95,6 +95,59 @@ class Part:
     def saved_variables(self):
         """The claimed variables in the order of files."""
         return [self.variables[key] for key in sorted(self.claimed)]
+
+
+class Ledger(Part):
+    """A part in which a callback writes down numbers and arrays between steps; in a step it does nothing.
+
+    Attributes:
+        names: The names of the numbers, a tuple.
+
+    Example:
+
+    >>> import keras_sparse as ks
+    >>> from keras_sparse.optimizers.parts import Ledger
+    >>> class Best(Ledger):
+    ...     name, names = "best", ("epoch", "loss")
+    >>> ledger = ks.optimizers.SparseOptimizer("sgd").sparse_parts.of(Best)
+    >>> ledger.claim_numbers(loss=float("inf"))
+    >>> ledger.put(epoch=3)
+    >>> ledger.get("epoch"), ledger.get("loss")
+    (3.0, inf)
+    """
+
+    names = ()
+
+    def claim_numbers(self, **initial):
+        """Make room for the numbers, which are 0 when a fit begins, or what `initial` says."""
+        self.claim_array((0, 0), np.array([initial.get(name, 0) for name in self.names]))
+
+    def claim_array(self, key, value):
+        """Make room for an array, under a key other than `(0, 0)`, with its value when a fit begins."""
+        variable, first = self.claim(key, lambda: keras.Variable(value, trainable=False, dtype="float32"))
+        if first:
+            variable.assign(value)
+
+    @property
+    def active(self):
+        return False
+
+    def get(self, name):
+        """The number of a name, a float."""
+        return float(self._values()[self.names.index(name)])
+
+    def put(self, **numbers):
+        """Write down numbers by name."""
+        values = self._values()
+        for name, value in numbers.items():
+            values[self.names.index(name)] = value
+        self.variables[0, 0].assign(values)
+
+    def _values(self):
+        return np.array(ops.convert_to_numpy(ops.convert_to_tensor(self.variables[0, 0])))
+
+    def restore(self, config):
+        """The callback has claimed everything when a file is taken over."""
 
 
 class Parts:
