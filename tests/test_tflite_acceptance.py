@@ -4,6 +4,7 @@ import keras
 import pytest
 from tflite_models import mlp
 
+import keras_sparse as ks
 from keras_sparse.tflite.acceptance import accepted
 
 pytestmark = pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="of the TFLite stage")
@@ -23,3 +24,14 @@ def test_models_from_files(tmp_path):
     assert accepted(tmp_path / "m.keras").count_params() == mlp().count_params()
     with pytest.raises(FileNotFoundError, match="no such file"):
         accepted(str(tmp_path / "n.keras"))
+
+
+def test_a_check_takes_and_refuses_what_an_export_does(tmp_path):
+    mlp().save(tmp_path / "m.keras")
+    assert len(ks.tflite.check(tmp_path / "m.keras").rows) == 2
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        ks.tflite.check(str(tmp_path / "n.keras"))
+    model = mlp()
+    model.layers[1].bias.assign([float("nan")] * model.layers[1].units)
+    with pytest.raises(ValueError, match="must be finite"):
+        ks.tflite.check(model)

@@ -140,7 +140,7 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match="between 0 and 1. Received"):
             ks.tflite.check(mlp(), sparsity=sparsity)
     with pytest.raises(TypeError, match="Received"):
-        ks.tflite.check("model.keras")
+        ks.tflite.check(mlp)
 
 
 def engages(model, runtime):

@@ -75,3 +75,16 @@ def test_outputs_that_depend_on_no_weight_are_allowed_what_any_is():
     called = signature(model)
     reference = Reference(model, called, random_batches(model, called))
     assert allowed(reference, "dynamic") == TOLERANCE["dynamic"]
+
+
+@pytest.mark.parametrize("offset", [0.0, 80.0])
+def test_export_says_if_rounding_the_weights_does_not_explain_what_a_file_is_off_by(offset, tmp_path):
+    """Numbers near 80 take one scale of 8 bits, on which their differences are lost."""
+    inputs = keras.Input((16,), 1)
+    hidden = keras.layers.Dense(16, bias_initializer="normal")(inputs)
+    hidden = keras.layers.ReLU()(keras.layers.Rescaling(1.0, offset)(hidden))
+    model = keras.Model(inputs, keras.layers.Dense(4)(keras.layers.Rescaling(1.0, -offset)(hidden)))
+    x = np.random.default_rng(0).normal(size=(64, 16)).astype("float32")
+    found = ks.tflite.export(model, tmp_path / "m.tflite", quantize="int8", representative_data=x)
+    said = [note for note in found.notes if "rounding the weights explains" in note]
+    assert len(said) == (offset > 0) and (tmp_path / "m.tflite").exists()

@@ -1,11 +1,11 @@
 """A check says before training what a model will gain on a target, what stands in its way, and what to train for."""
 
-import keras
 import numpy as np
 
 from keras_sparse import patterns, selection
 from keras_sparse.reports import Report
 from keras_sparse.tflite import signatures
+from keras_sparse.tflite.acceptance import accepted
 from keras_sparse.tflite.commands import RUNTIMES
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.editing import File
@@ -90,7 +90,7 @@ def check(model, target="xnnpack", sparsity=0.9):
     integers. Nothing is trained, and the model is left as it is.
 
     Args:
-        model: A built Keras model on any backend.
+        model: A built Keras model on any backend, or the path of a .keras file.
         target: Name of a target, see `ks.tflite.targets`.
         sparsity: The sparsity to look at. 1x1 convolutions run sparse above two thirds, Dense layers in blocks pay
             from 85 to 90 %.
@@ -121,9 +121,7 @@ def check(model, target="xnnpack", sparsity=0.9):
     wanted = get(target)
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 < sparsity < 1:
         raise ValueError(f"`sparsity` must be a number between 0 and 1. Received: sparsity={sparsity!r}")
-    selection.check_model(model)
-    if not isinstance(model, keras.Model):
-        raise TypeError(f"`model` must be a `keras.Model`. Received: {type(model).__name__}")
+    model = accepted(model)
     dense = convert(Job(model)).content
     kinds = {kind.operator: kind for kind in wanted.sparse if "float32" in kind.dtypes}
     shapes = {operator: kind.pattern for operator, kind in kinds.items()}

@@ -207,7 +207,7 @@ def export(
     conversion = convert(job)
     verification = Verification.of(job, conversion, runtimes, strict=verify == "strict", targets=targets)
     choice = smallest_right(conversion.content, verification, sparse and readable)
-    choice.notes += doubts(job)
+    choice.notes += doubts(job) + verification.doubts(choice.parity, quantize)
     if sparse and not readable:
         choice.bytes_sparse = min(len(encode(conversion.content).content), len(conversion.content))
     report = ExportReport.of(path, job, conversion, choice, targets)

@@ -6,7 +6,7 @@ What is allowed for the worst network hides a missing bias, or a class in anothe
 import keras
 import numpy as np
 
-__all__ = ["TOLERANCE", "allowed"]
+__all__ = ["TOLERANCE", "allowed", "unexplained"]
 
 # How far an output may be from the model's, relative to that output's largest magnitude.
 # float32: two correct programs differ by the order of their sums and by the polynomials they use for exp and tanh: 1e-7
@@ -54,6 +54,31 @@ def allowed(reference, quantize):
     if not 0 < worst < np.inf:  # weights that Keras does not know of, or outputs that depend on none
         return most
     return float(min(most, max(_LEAST[quantize], _TIMES[quantize] * worst)))
+
+
+def unexplained(reference, quantize, parity):
+    """Why a file may be wrong that is off by less than the worst right ones are, in a sentence, or `None`.
+
+    Args:
+        reference: The `Reference` of the model.
+        quantize: As for `allowed`.
+        parity: The `Parity` of the file.
+
+    Example:
+
+    >>> from keras_sparse.tflite.parity import Parity
+    >>> unexplained(None, "int8", Parity(absolute=0.1, relative=0.02, worst="y"))  # any network may be off by that
+    """
+    if quantize not in _TIMES or parity.relative <= _LEAST[quantize]:
+        return None
+    explained = allowed(reference, quantize)
+    if parity.relative <= explained:
+        return None
+    return (
+        f"Output {parity.worst!r} differs by {parity.relative:.2g} of its magnitude, where rounding the weights "
+        f"explains {explained:.2g}: numbers of very different sizes may share a scale inside, or the file may be "
+        "wrong. See what it gets right with `ks.compare` before you rely on it."
+    )
 
 
 def _rounded(weight, quantize, rng):

@@ -13,7 +13,7 @@ from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.inputs import random_batches
 from keras_sparse.tflite.job import CALIBRATED, INTEGERS
 from keras_sparse.tflite.parity import Reference
-from keras_sparse.tflite.rounding import TOLERANCE
+from keras_sparse.tflite.rounding import TOLERANCE, unexplained
 from keras_sparse.tflite.samples import in_batches_of
 from keras_sparse.tflite.trial import REFUSED, UNKNOWN, compiled
 from keras_sparse.tflite.xnnpack import hazard, touched, uses
@@ -250,6 +250,11 @@ class Verification:
             f"not kept. {why}Received: output {parity.worst!r} differs by {parity.absolute:.3g}, {parity.relative:.3g} "
             f"of its magnitude (allowed: {self._tolerance:.0e})"
         )
+
+    def doubts(self, parity, quantize):
+        """List of sentences on what a file of this `Parity`, which is allowed, may be wrong by all the same."""
+        found = unexplained(self._reference, quantize, parity)
+        return [found] if found else []
 
     def check_strict(self):
         """Raise an `ExportError` if the verification is strict and the last file was compared on this machine alone."""
