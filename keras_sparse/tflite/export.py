@@ -105,7 +105,9 @@ class ExportReport(Report):
             "bytes_file": written.bytes,
             "bytes_gzip": written.bytes_gzip,
             "bytes_dense": len(conversion.content),
-            "bytes_gzip_dense": gzip_size(conversion.content),
+            "bytes_gzip_dense": (
+                written.bytes_gzip if choice.content == conversion.content else gzip_size(conversion.content)
+            ),
             "bytes_sparse": choice.bytes_sparse,
             "bytes_limit": written.bytes_limit,
             "parity": choice.parity.absolute,

@@ -26,7 +26,7 @@ _ENDS = 1 - 1e-3  # an output that reaches as far may end at 1
 _SHRUNKEN = (2**-2, 2**-4)  # of the level and contrast, against outputs that are at their ends
 _SCALES = (16, 2**8, 2**12, 2**16, 2**23, 2**31, 2**-8, 2**-16)
 _SAMPLES = 4  # by which it is measured how far outputs depend on an input
-_TOGETHER = 2**19  # numbers that a batch of such samples may have
+_TOGETHER = 2**20  # numbers that a batch of such samples may have
 _INTEGERS = (2, 2**8, 2**12, 2**15, 2**20, 2**31)  # upper bounds
 
 
