@@ -50,7 +50,12 @@ CPU revision\t: 1
         }.items()
     },
 }
-_CHECK = "import os, ai_edge_litert.interpreter; os.getppid(); os.getppid()"
+# With all that the worker imports: the bytecode of these is kept, and to compile it takes an emulator seconds.
+_CHECK = """
+import contextlib, fcntl, importlib, json, os, queue, resource, runpy, select, signal, threading
+import ai_edge_litert.interpreter
+os.getppid(); os.getppid()
+"""
 
 
 def setup_arm64(folder=None):

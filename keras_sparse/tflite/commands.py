@@ -160,14 +160,16 @@ def python_worker(package, *engine, install=""):
     >>> from keras_sparse.tflite.commands import python_worker
     >>> line, environment = python_worker("ai_edge_litert")
     >>> line[1], list(environment)
-    ('-P', ['PYTHONPATH'])
+    ('-PS', ['PYTHONPATH'])
     """
     specs = [importlib.util.find_spec(name) for name in (package, "numpy")]
     if None in specs:
         raise RuntimeMissing(install)
     folders = [os.path.dirname(next(iter(spec.submodule_search_locations))) for spec in specs]
+    # What these two import. What else this Python runs at its start (`-S`) takes half of that under an emulator.
+    folders += [path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")]
     script = [str(_HERE / f"{engine[0]}.py"), *engine[1:]] if engine else []
-    return [sys.executable, "-P", _WORKER, *script], {"PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))}
+    return [sys.executable, "-PS", _WORKER, *script], {"PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))}
 
 
 def _start_without_avx(folder):
@@ -197,7 +199,7 @@ def _start_arm64(folder):
             f"KERAS_SPARSE_CACHE to the folder in which it was set up. Looked for: {root}"
         )
     line = arm64_python(root, root / "instructions.so", os.path.join(folder, "counts"))
-    return [*line, "-P", _WORKER], {}
+    return [*line, "-BPS", _WORKER], {}  # what is compiled was when it was set up
 
 
 def arm64_python(root, plugin, counts):
@@ -222,14 +224,13 @@ def arm64_python(root, plugin, counts):
         "PYTHONPATH": root / "site",
         "PYTHONHOME": root / "usr",
         "PYTHONHASHSEED": "0",  # the same instructions each time
-        "PYTHONDONTWRITEBYTECODE": "1",
         "OPENBLAS_CORETYPE": "ARMV8",
     }
     # The default CPU has SME, which no phone had when XNNPACK's rules were measured, and takes another path there.
     line = [program("qemu-aarch64", _QEMU), "-cpu", "cortex-a76", "-L", str(root), "-plugin", f"{plugin},out={counts}"]
     for name, value in variables.items():
         line += ["-E", f"{name}={value}"]
-    return [*line, str(pythons[0])]
+    return [*line, "-U", "PYTHONDONTWRITEBYTECODE", str(pythons[0])]
 
 
 def program(name, source):
