@@ -4,7 +4,7 @@ import errno
 import re
 import tempfile
 
-__all__ = ["ExportError", "first_line", "raise_if_disk_full", "refusal"]
+__all__ = ["ExportError", "first_line", "raise_if_disk_full", "reason", "refusal"]
 
 
 _ADVICE = {  # by what is missing
@@ -67,6 +67,19 @@ def raise_if_disk_full(error):
         raise error
     if re.search(r"No space left on device|File too large|Disk quota exceeded", str(error)):
         raise OSError(errno.ENOSPC, f"No space left for temporary files in {tempfile.gettempdir()!r}") from error
+
+
+def reason(error):
+    """Why a runtime cannot run a file: what the error of a `Worker` ends with in parentheses, or its first line.
+
+    Example:
+
+    >>> from keras_sparse.tflite.errors import reason
+    >>> reason(ValueError("The file cannot be run on the runtime 'micro'. Received: m.tflite (no operator TILE (v1))"))
+    'no operator TILE (v1)'
+    """
+    text = str(error).strip()
+    return text.partition(" (")[2].removesuffix(")") or text.splitlines()[0]
 
 
 def first_line(error):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from keras_sparse.tflite.commands import COMPILERS, RUNTIMES, RuntimeMissing
+from keras_sparse.tflite.errors import reason
 from keras_sparse.tflite.runtimes import Worker
 
 __all__ = ["DENSE", "PARTLY", "REFUSED", "SPARSE", "UNKNOWN", "Trial", "compiled", "tried"]
@@ -86,7 +87,7 @@ def _asked(content, runtime, ask):
         with Worker(content, runtime.name) as worker:
             return ask(worker, runtime)
     except ValueError as error:
-        return Trial(REFUSED, str(error).partition(" (")[2].rstrip(")"))
+        return Trial(REFUSED, reason(error))
     except (RuntimeMissing, TimeoutError) as error:
         return Trial(UNKNOWN, str(error))
 

@@ -8,7 +8,7 @@ import functools
 import os
 
 from keras_sparse.tflite.commands import COMPILERS, RUNTIMES, RuntimeMissing, available
-from keras_sparse.tflite.errors import ExportError, first_line
+from keras_sparse.tflite.errors import ExportError, first_line, reason
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.inputs import random_batches
 from keras_sparse.tflite.job import CALIBRATED, INTEGERS
@@ -339,7 +339,7 @@ class Verification:
         try:
             parity = self._reference.compare_on(runtime, content)
         except ValueError as error:
-            return f"the file cannot be run ({str(error).strip().splitlines()[0][-200:]})"
+            return f"the file cannot be run ({reason(error)})"
         if parity.relative <= allowed_elsewhere(allowed, self._here):
             if parity.accelerated is False:
                 self._note(
