@@ -8,7 +8,7 @@ from keras import layers, ops
 import keras_sparse as ks
 from keras_sparse.tflite.convert import convert
 from keras_sparse.tflite.editing import File
-from keras_sparse.tflite.faults import averaged, broadcast, grouped, shifted, strided
+from keras_sparse.tflite.faults import averaged, broadcast, grouped, resized, shifted, strided
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.inputs import random_batches
 from keras_sparse.tflite.job import CALIBRATED, Job
@@ -318,3 +318,45 @@ def test_an_axis_that_is_computed_may_be_the_last():
     assert averaged(read(file.pack())) is None
     file.model.subgraphs[0].tensors[operator.inputs[1]].buffer = 0
     assert "the last axis" in averaged(read(file.pack()))
+
+
+RECURRENT = {  # layers on sequences, and whether a size is computed
+    "LSTM": ([layers.LSTM(4)], False),
+    "SimpleRNN, sequences": ([layers.SimpleRNN(4, return_sequences=True)], True),
+    "LSTM, sequences, unrolled": ([layers.LSTM(4, return_sequences=True, unroll=True)], False),
+    "LSTM, sequences": ([layers.LSTM(4, return_sequences=True)], True),
+    "GRU, sequences": ([layers.GRU(4, return_sequences=True)], True),
+    "two LSTM": ([layers.LSTM(4, return_sequences=True), layers.LSTM(4)], True),
+    "both directions": ([layers.Bidirectional(layers.LSTM(4))], False),
+    "both directions, sequences": ([layers.Bidirectional(layers.GRU(4, return_sequences=True))], True),
+    "convolutions": ([layers.Conv1D(8, 3), layers.MaxPooling1D(2), layers.Flatten(), layers.Dense(3)], False),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.lengthy(3)
+def test_microcontrollers_have_no_memory_for_computed_sizes(name):
+    body, wrong = RECURRENT[name]
+    model = network((4, 3), *(type(layer).from_config(layer.get_config()) for layer in body))
+    called = signature(model).with_batch(1)
+    content = convert(Job(model, called)).content
+    assert bool(resized(read(content))) == wrong
+    if MISSING["micro"] is None:
+        x = np.random.default_rng(0).normal(size=(1, 4, 3)).astype("float32")
+        try:
+            parity = Reference(model, called, [[x]]).compare_on("micro", content, timeout=20).relative
+        except (TimeoutError, ValueError):  # what is overwritten may be anything
+            parity = np.inf
+        assert (parity < 1e-4) != wrong
+
+
+@pytest.mark.slow
+def test_a_computed_size_is_said_and_refused(tmp_path):
+    """Without TFLite Micro as well; the export waited two minutes, and wrote a file that never ends there."""
+    model, path = network((16, 12), layers.LSTM(8, return_sequences=True)), tmp_path / "m.tflite"
+    with pytest.raises(ks.tflite.ExportError, match="not for the target 'micro'.*never ends.*`unroll=True`"):
+        ks.tflite.export(model, path, target="micro")
+    assert not path.exists() and ks.tflite.check(model, "micro").verdict == "refused"
+    notes = ks.tflite.export(model, path).notes
+    assert any(note.startswith("Not for microcontrollers: TFLite Micro computes wrong") for note in notes)
+    ks.tflite.export(network((16, 12), layers.LSTM(8, return_sequences=True, unroll=True)), path, target="micro")

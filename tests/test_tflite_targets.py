@@ -89,7 +89,7 @@ def test_the_table():
     data = json.loads(report.to_json())
     assert {row["target"] for row in data["rows"]} == {target["name"] for target in data["targets"]}
     faults = [target["faults"] for target in data["targets"] if target["faults"]]
-    assert faults == [["averaged"], ["shifted", "grouped", "broadcast", "strided"]]
+    assert faults == [["averaged"], ["shifted", "grouped", "broadcast", "strided"], *[["resized"]] * 4]
     assert "1x1 convolutions" in str(report) and "src/subgraph.c" in str(report.full())
 
 

@@ -1,6 +1,8 @@
 """Operators from which an accelerator computes wrong numbers without an error, however a file's weights are stored."""
 
-__all__ = ["FAULTS", "averaged", "broadcast", "differs", "grouped", "shifted", "strided", "takes_groups"]
+__all__ = [
+    "FAULTS", "averaged", "broadcast", "differs", "grouped", "resized", "shifted", "strided", "takes_groups",
+]  # fmt: skip
 
 _SAME = 0  # in the file's `Padding`
 _AT_ONCE = 4  # channels that a GPU computes
@@ -223,6 +225,46 @@ def averaged(model):
     return None
 
 
+def resized(model):
+    """Why TFLite Micro computes wrong numbers from a file with tensors of computed sizes, or `None`.
+
+    It lays out the memory of all tensors before it runs, and gives one whose size follows while it runs the place of a
+    single number: what is written there overwrites others. Recurrent layers that return sequences have such tensors,
+    in the loop that puts their outputs together. Measured, tflite-micro of 2026-10: over 3 steps the outputs are wrong
+    by more than their magnitude; over 16 the loop never ends.
+
+    Args:
+        model: A `FlatModel`.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.tflite.convert import convert
+    >>> from keras_sparse.tflite.faults import resized
+    >>> from keras_sparse.tflite.flatmodel import read
+    >>> from keras_sparse.tflite.job import Job
+    >>> layers = [keras.layers.GRU(4, return_sequences=True, unroll=unroll) for unroll in (False, True)]
+    >>> models = [keras.Sequential([keras.Input((3, 2), batch_size=1), layer]) for layer in layers]
+    >>> [bool(resized(read(convert(Job(model)).content))) for model in models]
+    [True, False]
+    """
+    for graph in model.subgraphs:
+        for operator in graph.operators:
+            taken = [graph.tensors[number] for number in operator.inputs if number >= 0]
+            made = [graph.tensors[number] for number in operator.outputs]
+            # Where a size begins to be open. What only gets another shape has as many numbers as before.
+            if operator.name != "RESHAPE" and _open(made) and not _open(taken):
+                return (
+                    f"TFLite Micro computes wrong numbers from a {operator.name} whose size is computed while it runs, "
+                    "without an error, or never ends: build recurrent layers that return sequences with `unroll=True`"
+                )
+    return None
+
+
+def _open(tensors):
+    return any(tensor.opened for tensor in tensors)
+
+
 def _operators(model, *names):
     """Yield graphs and their operators of some names."""
     for graph in model.subgraphs:
@@ -235,4 +277,5 @@ FAULTS = (  # and what users call the accelerator
     (broadcast, "GPUs"),
     (strided, "GPUs"),
     (averaged, "browsers"),
+    (resized, "microcontrollers"),
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from keras_sparse.registry import did_you_mean
 from keras_sparse.reports import Report
-from keras_sparse.tflite.faults import averaged, broadcast, grouped, shifted, strided
+from keras_sparse.tflite.faults import averaged, broadcast, grouped, resized, shifted, strided
 
 __all__ = [
     "NOT_SPARSE",
@@ -233,6 +233,7 @@ def _ethos(generation, npu, measured):
         "npu": npu,
         "fixed_batch": True,
         "quantize": ("int8", "int16x8"),
+        "faults": (resized,),  # what the NPU does not take TFLite Micro computes
     }
     return f"ethos-{generation}", f"Arm's Ethos-{generation.upper()} NPUs", Statement(_ETHOS, source), proof
 
@@ -271,7 +272,12 @@ _DENSE = (  # name, title, what becomes of zeros, and what else is known of targ
             "numbers. Removed channels (`ks.shrink`) are faster and smaller",
             "measured, tflite-micro of 2026-10",
         ),
-        {"runtimes": ("micro",), "fixed_batch": True, "quantize": (None, "int8", "int16x8")},
+        {
+            "runtimes": ("micro",),
+            "fixed_batch": True,
+            "quantize": (None, "int8", "int16x8"),
+            "faults": (resized,),
+        },
     ),
     _ethos("u55", "ethos-u55-128", "0.063 of the bytes of weights"),
     _ethos("u65", "ethos-u65-256", "0.063 of the bytes of weights"),
