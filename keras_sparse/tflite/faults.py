@@ -256,7 +256,8 @@ def resized(model):
             if operator.name != "RESHAPE" and _open(made) and not _open(taken):
                 return (
                     f"TFLite Micro computes wrong numbers from a {operator.name} whose size is computed while it runs, "
-                    "without an error, or never ends: build recurrent layers that return sequences with `unroll=True`"
+                    "without an error, or never ends: give inputs whole shapes, and recurrent layers that return "
+                    "sequences `unroll=True`"
                 )
     return None
 
