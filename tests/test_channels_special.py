@@ -373,3 +373,68 @@ def test_states_of_a_fixed_batch_stay():
     assert np.array_equal(ks.graph.as_array(state), before)
     state.assign(np.zeros((4, 4)))
     assert channel_graphs.difference(model, small, RNG.normal(size=(4, 5, 3)).astype("float32")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda activation: layers.Dense(8, activation=activation, name="a"),
+        lambda activation: layers.Conv1D(8, 3, activation=activation, name="a"),
+        lambda activation: layers.SeparableConv1D(8, 3, activation=activation, name="a"),
+        lambda activation: layers.DepthwiseConv1D(3, activation=activation, name="a"),
+        lambda activation: layers.EinsumDense("btc,cd->btd", (None, 8), activation=activation, name="a"),
+        lambda activation: layers.GRU(8, activation=activation, return_sequences=True, name="a"),
+    ],
+    ids=["dense", "conv", "separable", "depthwise", "einsum", "recurrent"],
+)
+@pytest.mark.parametrize("called", [False, True])
+def test_an_activation_that_is_a_layer_with_weights(make, called):
+    """Keras builds it when it is called on numbers for the first time: nobody else may, with a shape of theirs."""
+    x = keras.Input((9, 5))
+    activation = layers.PReLU(shared_axes=[1])
+    before = layers.Conv1D(6, 2, activation="relu", name="before")(x)
+    y = layers.Dense(6, "relu", name="after")(make(activation)(before))
+    model, samples = keras.Model(x, layers.Dense(2)(y)), RNG.normal(size=(4, 9, 5)).astype("float32")
+    if called:
+        model(samples)
+    ks.channel_groups(model)
+    for weight in model.weights:
+        weight.assign(RNG.normal(0.2, 0.5, weight.shape))
+    ks.prune(model, 0.5, pattern="channel")
+    small = ks.shrink(model, verbose=0)
+    assert small.get_layer("after").units == 3
+    expected = ops.convert_to_numpy(model(samples))
+    np.testing.assert_allclose(ops.convert_to_numpy(small(samples)), expected, atol=1e-5)
+
+
+def test_what_a_softmax_makes_of_a_constant_is_none():
+    """A dead unit has a constant before the softmax, and none behind it: who reads only that has none, either."""
+    x = keras.Input((5,))
+    a, b = layers.Dense(4, "softmax", name="a"), layers.Dense(6, "relu", name="b")
+    model = keras.Model(x, layers.Dense(2)(b(a(x))))
+    for weight in model.weights:
+        weight.assign(np.abs(RNG.normal(size=weight.shape)))
+    a.kernel.assign(ops.convert_to_numpy(a.kernel) * [0, 1, 1, 1])
+    b.kernel.assign(ops.convert_to_numpy(b.kernel) * np.array([[1] * 6] + [[0] + [1] * 5] * 3))
+    samples = RNG.normal(size=(9, 5))
+    expected = ops.convert_to_numpy(model(samples))
+    np.testing.assert_allclose(ops.convert_to_numpy(ks.shrink(model, verbose=0)(samples)), expected, atol=1e-5)
+
+
+@keras.saving.register_keras_serializable("channels_special")
+def centred(values):
+    return values - ops.mean(values, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("layer", [layers.LSTM, layers.GRU, layers.SimpleRNN])
+def test_recurrent_layers_whose_activation_looks_at_all_units_keep_them(layer):
+    x = keras.Input((7, 5))
+    model = keras.Model(x, layers.Dense(2)(layer(8, activation=centred, name="loop")(layers.Dense(6, name="a")(x))))
+    reasons = [row["reason"] for row in ks.channel_groups(model).rows]
+    assert "the activation of loop looks at all channels" in reasons
+    kernel = ops.convert_to_numpy(model.get_layer("loop").cell.kernel)
+    kernel[:, ::2] = 0
+    model.get_layer("loop").cell.kernel.assign(kernel)
+    samples = RNG.normal(size=(4, 7, 5)).astype("float32")
+    expected = ops.convert_to_numpy(model(samples))
+    np.testing.assert_allclose(ops.convert_to_numpy(ks.shrink(model, verbose=0)(samples)), expected, atol=1e-5)

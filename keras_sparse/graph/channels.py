@@ -17,6 +17,7 @@ from keras_sparse.graph.kinds import (
     Equation,
     kind_of,
 )  # fmt: skip
+from keras_sparse.graph.probing import has_weights
 from keras_sparse.graph.weights import as_array
 from keras_sparse.graph.weights import layers as layers_of
 from keras_sparse.graph.weights import weights as weights_of
@@ -256,6 +257,8 @@ def _activation_keeps_zero(layer):
         activation = layer
     if activation is None:
         return True
+    if has_weights(activation):
+        return False
     x = np.array([[0, 1, -2, 3], [0, -1, -2, -3], [0, 1, 2, 3]], "float32")
     try:
         value = keras.ops.convert_to_numpy(activation(keras.ops.convert_to_tensor(x)))

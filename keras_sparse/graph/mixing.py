@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_sparse.graph.calls import Call, Condition, Part
 from keras_sparse.graph.kinds import DEPTHWISE, EMBEDDING, KEEPS, MIXES, Equation, kind_of
-from keras_sparse.graph.probing import channelwise
+from keras_sparse.graph.probing import channelwise, has_weights
 from keras_sparse.graph.weights import as_array
 
 __all__ = ["rule_of"]
@@ -89,6 +89,10 @@ class Linear(Call):
         if self.kernel is None or len(self.inputs) != 1 or len(self.outputs) != 1:
             self.stay(f"{layer.name} is not called as its kind says")
             return
+        activation = getattr(layer, "activation", None)
+        if has_weights(activation):
+            self.stay(f"the activation of {layer.name} has weights: call it as a layer of its own")
+            return
         (x,), (y,) = self.inputs, self.outputs
         self.bias = getattr(layer, self.kind.bias, None)
         rank = len(self.kernel.shape)
@@ -115,8 +119,8 @@ class Linear(Call):
         shape = [1] * len(y.shape)
         shape[out_axis] = units
         y.labels = self.made.reshape(shape)
-        activation = getattr(layer, "activation", None)
-        if activation is not None and not channelwise(activation):
+        self._apart = activation is None or channelwise(activation)
+        if not self._apart:
             classes.fix(self.made, f"the activation of {layer.name} looks at all channels")
         self._activation, self._nonzero = activation, None
         self.conditions = [Condition(self.read, self._can_lose, self._why)]
@@ -222,6 +226,8 @@ class Linear(Call):
     def _activated(self, value):
         if self._activation is None:
             return value
+        if not self._apart:  # what is constant before it is none behind it
+            return np.full(value.shape, np.nan)
         x = keras.ops.convert_to_tensor(np.nan_to_num(value)[None].astype("float32"))
         found = keras.ops.convert_to_numpy(self._activation(x))[0].astype("float64")
         return np.where(np.isnan(value), np.nan, found)

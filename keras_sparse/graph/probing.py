@@ -6,7 +6,20 @@ import numpy as np
 from keras_sparse.graph.calls import Call, run
 from keras_sparse.graph.kinds import KEEPS
 
-__all__ = ["alike", "channelwise", "is_elementwise"]
+__all__ = ["alike", "channelwise", "has_weights", "is_elementwise"]
+
+
+def has_weights(function):
+    """Whether an activation is a layer with weights, or one that has yet to be built: called, it would be changed.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_sparse.graph.probing import has_weights
+    >>> has_weights(keras.layers.PReLU()), has_weights(keras.layers.ReLU()), has_weights(keras.activations.relu)
+    (True, False, False)
+    """
+    return isinstance(function, keras.layers.Layer) and (bool(function.weights) or not function.built)
 
 
 def channelwise(function):
@@ -19,6 +32,8 @@ def channelwise(function):
     >>> channelwise(keras.activations.relu), channelwise(keras.activations.softmax)
     (True, False)
     """
+    if has_weights(function):
+        return False
     x = np.random.default_rng(0).normal(0, 2, (8, 6)).astype("float32")
     try:
         whole, half = (

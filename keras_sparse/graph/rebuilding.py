@@ -192,8 +192,16 @@ class Rebuilding:
     def set_weights(self):
         """Give all copies their weights."""
         for old, (new, _, values) in self._copies.items():
+            _build_activation(old, new)
             new.set_weights(values)
             complete(old, new)
+
+
+def _build_activation(old, new):
+    """Build an activation that is a layer with weights: Keras does so when it is first called on numbers."""
+    activation = getattr(old, "activation", None)
+    if isinstance(activation, keras.layers.Layer) and activation.built and not new.activation.built:
+        new.activation.build_from_config(activation.get_build_config())
 
 
 def complete(old, new):

@@ -12,6 +12,7 @@ from keras_sparse.graph.calls import Call, Condition, Part, Tensor
 from keras_sparse.graph.contractions import Contraction
 from keras_sparse.graph.kinds import kind_of
 from keras_sparse.graph.mixing import Linear, Refused, array, rule_of
+from keras_sparse.graph.probing import channelwise
 from keras_sparse.graph.weights import layers as layers_of
 
 __all__ = ["rules"]
@@ -48,6 +49,10 @@ class Recurrent(Call):
         spatial = hasattr(cell, "filters")
         if not (isinstance(cell, _CELLS) or spatial) or kind_of(layer).holder is None:
             self.stay(f"{layer.name} has a cell of the class {type(cell).__name__}, which is not known")
+            return
+        functions = (getattr(cell, name, None) for name in ("activation", "recurrent_activation"))
+        if not all(function is None or channelwise(function) for function in functions):
+            self.stay(f"the activation of {layer.name} looks at all channels")
             return
         units = self.units = cell.filters if spatial else cell.units
         self.made = self.classes.new(units)

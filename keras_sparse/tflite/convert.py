@@ -27,6 +27,7 @@ from keras_sparse.tflite.encoding import fill
 from keras_sparse.tflite.errors import ExportError, first_line, raise_if_disk_full, refusal
 from keras_sparse.tflite.flatmodel import read
 from keras_sparse.tflite.job import CALIBRATED, Conversion, Job
+from keras_sparse.tflite.sizes import settle
 from keras_sparse.tflite.worker import read_ahead
 
 __all__ = ["convert"]
@@ -39,7 +40,7 @@ _WAITS = 30.0  # seconds that a process waits for a next calibration
 def convert(model, signature=None, quantize=None, samples=(), inference_type=None):
     """Convert a model to .tflite, with TensorFlow's converter and TFLite's built-in operators only.
 
-    Zeros that loops begin with are not stored (`encoding.fill`).
+    Zeros that loops begin with are not stored (`encoding.fill`), nor known sizes computed (`sizes.settle`).
 
     Args:
         model: A `Job`, which says all that follows; or a built Keras model, on any backend.
@@ -71,7 +72,7 @@ def convert(model, signature=None, quantize=None, samples=(), inference_type=Non
             conversion = _convert_here(job)
     else:
         conversion = _convert_elsewhere(job)
-    conversion = replace(conversion, content=fill(conversion.content))
+    conversion = replace(conversion, content=fill(settle(conversion.content)))
     if job.quantize in CALIBRATED and not _holds_integers(conversion.content):
         raise ExportError(
             f"The converter found nothing in the model {job.name!r} that it can compute in integers of 8 bits: use "

@@ -128,6 +128,22 @@ class File:
         tensor.buffer = 0  # the empty one
         return self.schema.OperatorT(opcodeIndex=self.code("FILL"), inputs=inputs, outputs=[number])
 
+    def like(self, graph, number):
+        """Make a tensor that is computed, of the type and shape of another; returns its number."""
+        tensor = graph.tensors[number]
+        graph.tensors.append(
+            self.schema.TensorT(
+                shape=tensor.shape,
+                shapeSignature=tensor.shapeSignature,
+                type=tensor.type,
+                buffer=0,
+                name=tensor.name + b"/computed",
+                quantization=tensor.quantization,
+                hasRank=tensor.hasRank,
+            )
+        )
+        return len(graph.tensors) - 1
+
     def reshape(self, graph, source, target, sizes):
         """Make an operator that gives a tensor another shape."""
         shape = self.schema.TensorT(

@@ -169,8 +169,8 @@ NOT_SPARSE = (
     "such a file without an error, TFLite Micro refuses it or computes wrong ones, NPU compilers refuse it"
 )
 OPEN_BATCH = (
-    "The batch size is open: LiteRT.js refuses such a file, and LiteRT's GPU accelerator refuses some. For browsers, "
-    "GPUs and NPUs use batch_size=1"
+    "The batch size is open: LiteRT.js and LiteRT's GPU accelerator refuse some such files, or run one sample at a "
+    "time. For browsers, GPUs and NPUs use batch_size=1"
 )
 _SUBGRAPH = "XNNPACK src/subgraph.c, xnn_subgraph_rewrite_for_nchw"
 _CHECK = "XNNPACK src/subgraph.c, xnn_check_nchw_compatibility"
