@@ -234,24 +234,25 @@ def computed(content, runtime, samples):
     return found
 
 
-def file_of(group, mode, x):
+def file_of(group, mode, x, batch):
     """The model of a group, and its file."""
     model = network(group)
     samples = [[sample[None]] for sample in x] if mode in CALIBRATED else []
-    return model, convert(Job(model, signatures.signature(model).with_batch(1), mode, samples)).content
+    called = signatures.signature(model)
+    return model, convert(Job(model, called if batch is None else called.with_batch(batch), mode, samples)).content
 
 
-def compared(group, mode, runtimes):
+def compared(group, mode, runtimes, batch):
     """Yield each operator's name, and `{runtime: difference, or why there is none}`."""
     rng, found = np.random.default_rng(1), {}
     x, unseen = draw(rng, group[0][0], 64), draw(rng, group[0][0], 3)
     try:
-        model, content = file_of(group, mode, x)
+        model, content = file_of(group, mode, x, batch)
     except ExportError as error:
         if len(group) == 1:
             yield group[0], {"converter": str(error)}
         else:
-            yield from halves(group, mode, runtimes)
+            yield from halves(group, mode, runtimes, batch)
         return
     right = [[np.asarray(y, "float64") for y in keras.tree.flatten(model(sample[None]))] for sample in unseen]
     found = {runtime: outcome(content, runtime, unseen) for runtime in runtimes}
@@ -259,7 +260,7 @@ def compared(group, mode, runtimes):
     told = any(isinstance(outputs, str) for outputs in found.values())
     spoiled = len(group) > 1 and (told or any(wrong(values, mode) for values in differences))
     if spoiled and len(read(content).subgraphs) > 1:  # the loops of others would stay in each part
-        yield from halves(group, mode, runtimes)
+        yield from halves(group, mode, runtimes, batch)
         return
     if spoiled:
         for number in range(len(group)):
@@ -304,14 +305,14 @@ def apart(number, found, right):
     return values
 
 
-def halves(group, mode, runtimes):
-    yield from compared(group[: len(group) // 2], mode, runtimes)
-    yield from compared(group[len(group) // 2 :], mode, runtimes)
+def halves(group, mode, runtimes, batch):
+    yield from compared(group[: len(group) // 2], mode, runtimes, batch)
+    yield from compared(group[len(group) // 2 :], mode, runtimes, batch)
 
 
-def known(case, mode):
+def known(case, mode, batch):
     """Where `export` says that the operator alone is wrong."""
-    content = file_of([case], mode, draw(np.random.default_rng(1), case[0], 64))[1]
+    content = file_of([case], mode, draw(np.random.default_rng(1), case[0], 64), batch)[1]
     return [where for fault, where in FAULTS if fault(read(content))]
 
 
@@ -330,8 +331,10 @@ def main():
     parser.add_argument("--runtimes", nargs="+", default=runs, choices=runs, help="beside this machine's CPU")
     parser.add_argument("--formats", nargs="+", default=["float32", "int8"])
     parser.add_argument("--at-once", type=int, default=12, help="operators in one file")
+    parser.add_argument("--open-batch", action="store_true", help="leave the batch size open, and run one sample")
     parser.add_argument("--only", default="", help="operators whose names hold this")
     args = parser.parse_args()
+    batch = None if args.open_batch else 1
     load, missing = result.load(), available()
     runtimes = ["native", *(name for name in args.runtimes if missing[name] is None)]
     print(f"not installed: {[name for name in args.runtimes if missing[name] is not None]}")
@@ -342,13 +345,13 @@ def main():
     parts = [group[i : i + args.at_once] for group in by_shape.values() for i in range(0, len(group), args.at_once)]
     for named in args.formats:
         mode = None if named == "float32" else named
-        for case, values in (one for part in parts for one in compared(part, mode, runtimes)):
+        for case, values in (one for part in parts for one in compared(part, mode, runtimes, batch)):
             count += 1
             off = wrong(values, mode)
             said = ", ".join(f"{runtime} {values[runtime]:.2g}" for runtime in off)
             refused = [f"{name}: {why.splitlines()[0][-90:]}" for name, why in values.items() if isinstance(why, str)]
             if off or refused:
-                told = ", ".join(known(case, mode)) if off else ""
+                told = ", ".join(known(case, mode, batch)) if off else ""
                 rows.append([named, "x".join(map(str, case[0])), case[1], said, told, "; ".join(refused)])
                 print(" | ".join(rows[-1]), flush=True)
     silent = sum(bool(row[3]) and not row[4] for row in rows)
