@@ -93,6 +93,15 @@ def test_right_on_accelerators_where_a_size_is_open(runtime, name, tmp_path):
         check(model, report.path, runtime, tolerance=2e-3)
 
 
+def test_operators_that_write_variables_stay(tmp_path):
+    """They make no output that anybody could read."""
+    x = keras.Input((5, 4), batch_size=1, name="x")
+    model = keras.Model(x, layers.Dense(2)(layers.GRU(3, stateful=True)(x)))
+    content = convert(Job(model)).content
+    names = [operator.name for operator in read(content).subgraphs[0].operators]
+    assert {"CALL_ONCE", "ASSIGN_VARIABLE"} <= set(names) and settle(content) is content
+
+
 @pytest.mark.parametrize("quantize", ["float16", "dynamic", "int8"])
 @pytest.mark.lengthy(1)
 def test_in_other_formats(quantize, tmp_path):

@@ -52,7 +52,7 @@ def settle(content):
 
 def _write_down(file, graph):
     """Store the shapes of a graph's `RESHAPE` operators that are known but computed. Returns whether there were any."""
-    unread = set()
+    unread, changed = set(), False
     for index, operator in enumerate(graph.operators):
         if file.name(operator) != "RESHAPE" or not _follows(file, graph, operator):
             continue
@@ -62,12 +62,13 @@ def _write_down(file, graph):
             sizes[1] = _depth(file, graph, output)
         if not sizes or 0 in sizes or sizes.count(_OPEN) > 1:
             continue
+        changed = True
         unread.add(int(operator.inputs[1]))
         graph.operators[index] = file.reshape(graph, operator.inputs[0], output, sizes)
         graph.tensors[output].shape = np.array([max(1, n) for n in sizes], "int32")
         graph.tensors[output].shapeSignature = np.array(sizes, "int32") if _OPEN in sizes else None
     _drop(graph, unread)
-    return bool(unread)
+    return changed
 
 
 def _sizes(tensor):
@@ -95,7 +96,7 @@ def _drop(graph, unread):
     for operator in reversed(list(graph.operators)):
         made = {int(number) for number in operator.outputs}
         read = {int(number) for other in graph.operators for number in other.inputs} | set(map(int, graph.outputs))
-        if made <= unread and not made & read:
+        if made and made <= unread and not made & read:  # one that makes none writes a variable
             graph.operators = [other for other in graph.operators if other is not operator]
             unread |= {int(number) for number in operator.inputs}
 
