@@ -192,16 +192,18 @@ class Rebuilding:
     def set_weights(self):
         """Give all copies their weights."""
         for old, (new, _, values) in self._copies.items():
-            _build_activation(old, new)
-            new.set_weights(values)
+            new.set_weights(_with_activation(old, new, values))
             complete(old, new)
 
 
-def _build_activation(old, new):
-    """Build an activation that is a layer with weights: Keras does so when it is first called on numbers."""
+def _with_activation(old, new, values):
+    """The weights for a copy whose activation may be a layer with weights, which Keras builds at its first call."""
     activation = getattr(old, "activation", None)
-    if isinstance(activation, keras.layers.Layer) and activation.built and not new.activation.built:
+    if not isinstance(activation, keras.layers.Layer):
+        return values
+    if activation.built and not new.activation.built:
         new.activation.build_from_config(activation.get_build_config())
+    return [*values, *new.get_weights()[len(values) :]]  # more, if only the copy has been called
 
 
 def complete(old, new):

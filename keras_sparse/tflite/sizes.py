@@ -8,6 +8,7 @@ whose size follows while the file runs LiteRT's `CompiledModel` and LiteRT.js re
 import numpy as np
 
 from keras_sparse.tflite.editing import File
+from keras_sparse.tflite.flatmodel import read
 
 __all__ = ["settle"]
 
@@ -32,17 +33,19 @@ def settle(content):
     Example:
 
     >>> import keras
+    >>> import tempfile
     >>> from keras_sparse.tflite.converter import save, to_tflite
     >>> from keras_sparse.tflite.flatmodel import read
     >>> from keras_sparse.tflite.job import Job
     >>> from keras_sparse.tflite.sizes import settle
-    >>> import tempfile
     >>> model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(12), keras.layers.Reshape((3, 4))])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     content = to_tflite(save(Job(model), folder, batch=None)[0])
     >>> [[operator.name for operator in read(file).subgraphs[0].operators] for file in (content, settle(content))]
     [['FULLY_CONNECTED', 'SHAPE', 'STRIDED_SLICE', 'PACK', 'RESHAPE'], ['FULLY_CONNECTED', 'RESHAPE']]
     """
+    if not any(tensor.opened for graph in read(content).subgraphs for tensor in graph.tensors):
+        return content  # the converter has found all sizes
     file, changed = File(content), False
     for graph in file.model.subgraphs:
         changed |= _write_down(file, graph)
@@ -95,8 +98,10 @@ def _drop(graph, unread):
     """Remove the operators that made tensors which nobody reads any more, and what only those have read."""
     for operator in reversed(list(graph.operators)):
         made = {int(number) for number in operator.outputs}
-        read = {int(number) for other in graph.operators for number in other.inputs} | set(map(int, graph.outputs))
-        if made and made <= unread and not made & read:  # one that makes none writes a variable
+        if not made or not made <= unread:  # one that makes none writes a variable
+            continue
+        used = {int(number) for other in graph.operators for number in other.inputs} | set(map(int, graph.outputs))
+        if not made & used:
             graph.operators = [other for other in graph.operators if other is not operator]
             unread |= {int(number) for number in operator.inputs}
 
