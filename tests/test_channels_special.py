@@ -395,6 +395,8 @@ def test_an_activation_that_is_a_layer_with_weights(make, called):
     before = layers.Conv1D(6, 2, activation="relu", name="before")(x)
     y = layers.Dense(6, "relu", name="after")(make(activation)(before))
     model, samples = keras.Model(x, layers.Dense(2)(y)), RNG.normal(size=(4, 9, 5)).astype("float32")
+    if isinstance(model.get_layer("a"), layers.RNN) and keras.config.backend() == "jax":
+        pytest.skip("Keras builds the activation within JAX's loop, and ends")
     if called:
         model(samples)
     ks.channel_groups(model)
