@@ -81,7 +81,7 @@ def test_partial_clusters_are_found(name, bodies):
 @pytest.mark.slow
 @pytest.mark.skipif(MISSING["x86-no-avx"] is not None, reason="needs qemu-x86_64")
 def test_what_a_cpu_without_avx_cannot_load_is_no_missing_runtime():
-    model, content, _, _ = verdict(BROKEN["keepdims=True"])
+    model, content, _, _ = verdict(BROKEN["MUL"])
     called = signature(model)
     with pytest.raises(ValueError, match="cannot be run on the runtime 'x86-no-avx'"):
         Reference(model, called, random_batches(model, called)).compare_on("x86-no-avx", content)
