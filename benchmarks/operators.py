@@ -238,8 +238,7 @@ def file_of(group, mode, x, batch):
     """The model of a group, and its file."""
     model = network(group)
     samples = [[sample[None]] for sample in x] if mode in CALIBRATED else []
-    called = signatures.signature(model)
-    return model, convert(Job(model, called if batch is None else called.with_batch(batch), mode, samples)).content
+    return model, convert(Job(model, signatures.signature(model).with_batch(batch), mode, samples)).content
 
 
 def compared(group, mode, runtimes, batch):

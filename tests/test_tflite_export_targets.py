@@ -35,7 +35,7 @@ def test_no_target_is_every_target(tmp_path):
     assert f"{report.bytes_sparse:,d} bytes" in note
     inspected = ks.tflite.inspect(tmp_path / "m.tflite")
     assert not any("For CPUs only" in note for note in report.notes + inspected.notes)
-    assert any("batch size is open" in note and "batch_size=1" in note for note in inspected.notes)
+    assert any("batch size is open: LiteRT.js" in note and "batch_size=1" in note for note in inspected.notes)
 
 
 def test_where_a_sparse_file_must_not_be_used_is_said(tmp_path):

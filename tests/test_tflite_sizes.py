@@ -23,7 +23,7 @@ def shuffled(x):
 
 
 def several(x):
-    """Outputs whose size follows while the file runs, which are also read, and are outputs under two names."""
+    """An output whose size follows while the file runs, which is read as well."""
     y = layers.Conv2DTranspose(2, 3, 2)(x)
     return {"a": y, "b": layers.ReLU()(y), "c": layers.Reshape((9, 18))(y)}
 
@@ -93,7 +93,7 @@ def test_right_on_accelerators_where_a_size_is_open(runtime, name, tmp_path):
         check(model, report.path, runtime, tolerance=2e-3)
 
 
-def test_operators_that_write_variables_stay(tmp_path):
+def test_operators_that_write_variables_stay():
     """They make no output that anybody could read."""
     x = keras.Input((5, 4), batch_size=1, name="x")
     model = keras.Model(x, layers.Dense(2)(layers.GRU(3, stateful=True)(x)))

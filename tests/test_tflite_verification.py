@@ -130,7 +130,7 @@ def test_what_browsers_do_with_an_open_batch_is_said(batch_size, tmp_path):
     model = image_model(WHOLE["mobilenet"])
     report = ks.tflite.export(model, tmp_path / "m.tflite", target="xnnpack", batch_size=batch_size)
     assert verification.SPARSE_RUNTIMES["wasm"] in report.verified_on
-    said = [note for note in report.notes if "batch size is open" in note and "batch_size=1" in note]
+    said = [note for note in report.notes if "batch size is open: LiteRT.js" in note and "batch_size=1" in note]
     assert len(said) == (batch_size is None)
 
 

@@ -1,5 +1,7 @@
 """An edited file is a .tflite file as the objects of TFLite's schema, which can be changed and packed again."""
 
+import copy
+
 import flatbuffers
 import numpy as np
 
@@ -50,6 +52,11 @@ class File:
         """The stored bytes, or `None` if the tensor is computed."""
         data = self.model.buffers[tensor.buffer].data
         return None if data is None or not len(data) else np.asarray(data, "uint8")
+
+    def sizes(self, tensor):
+        """The size of each axis, a list: -1 where it is open. Empty if not even their number is known."""
+        found = tensor.shape if tensor.shapeSignature is None else tensor.shapeSignature
+        return [] if found is None else [int(n) for n in found]
 
     def store(self, tensor, values):
         """Give a tensor bytes of its own: others may share its buffer."""
@@ -128,20 +135,11 @@ class File:
         tensor.buffer = 0  # the empty one
         return self.schema.OperatorT(opcodeIndex=self.code("FILL"), inputs=inputs, outputs=[number])
 
-    def like(self, graph, number):
-        """Make a tensor that is computed, of the type and shape of another; returns its number."""
-        tensor = graph.tensors[number]
-        graph.tensors.append(
-            self.schema.TensorT(
-                shape=tensor.shape,
-                shapeSignature=tensor.shapeSignature,
-                type=tensor.type,
-                buffer=0,
-                name=tensor.name + b"/computed",
-                quantization=tensor.quantization,
-                hasRank=tensor.hasRank,
-            )
-        )
+    def like(self, graph, number, suffix):
+        """Make a tensor of the type and shape of another that is computed; returns its number."""
+        tensor = copy.copy(graph.tensors[number])
+        tensor.name += suffix
+        graph.tensors.append(tensor)
         return len(graph.tensors) - 1
 
     def reshape(self, graph, source, target, sizes):

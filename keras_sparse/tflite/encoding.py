@@ -384,7 +384,7 @@ def _narrow(numbers):
 def _may_be_convolution(file, graph, operator):
     """Whether a `FULLY_CONNECTED` can be written as a convolution: a reshaping can restore one open size, no more."""
     options, output = operator.builtinOptions, graph.tensors[int(operator.outputs[0])]
-    sizes = output.shape if output.shapeSignature is None else output.shapeSignature
+    sizes = file.sizes(output)
     plain = options.weightsFormat == file.schema.FullyConnectedOptionsWeightsFormat.DEFAULT
     return plain and sum(n < 0 for n in sizes) <= 1
 
@@ -395,13 +395,13 @@ def _as_convolutions(file, graph, operators):
     for operator in operators:
         source, target = int(operator.inputs[0]), int(operator.outputs[0])
         kernel, result = graph.tensors[int(operator.inputs[1])], graph.tensors[target]
-        sizes = result.shape if result.shapeSignature is None else result.shapeSignature
+        sizes = file.sizes(result)
         rows = int(np.prod(result.shape[:-1]))
         opened = -1 if any(n < 0 for n in sizes) else rows
         pixels = file.image(graph, graph.tensors[source], rows, opened, int(kernel.shape[-1]))
         products = file.image(graph, result, rows, opened, int(kernel.shape[0]))
         before = file.reshape(graph, source, pixels, [opened, 1, 1, int(kernel.shape[-1])])
-        after = file.reshape(graph, products, target, [int(n) for n in sizes])
+        after = file.reshape(graph, products, target, sizes)
         options = schema.Conv2DOptionsT(
             padding=schema.Padding.VALID,
             strideH=1,
@@ -431,16 +431,15 @@ def _move_entries(file, graph):
         if not entries or data is None:
             continue
         values = np.frombuffer(data.tobytes(), "<i4" if file.dtype(amounts) == "int32" else "<i8").reshape(4, 2).copy()
-        signature = inner.shape if inner.shapeSignature is None else inner.shapeSignature
-        even = [axis for axis in (1, 2) if signature[axis] > 0 and signature[axis] % 2 == 0]
+        sizes = file.sizes(inner)
+        even = [axis for axis in (1, 2) if sizes[axis] > 0 and sizes[axis] % 2 == 0]
         if values.tolist() != [[0, 0], [1, 1], [1, 1], [0, 0]] or not even:
             continue
         if len(entries) < len(readers) or padded in [int(n) for n in graph.outputs]:  # others want it as it is
             place = next(i for i, other in enumerate(graph.operators) if other is pad)
-            pad, outer = copy.copy(pad), copy.copy(outer)
-            outer.name += b"/moved"
-            pad.outputs = [len(graph.tensors)]
-            graph.tensors.append(outer)
+            pad = copy.copy(pad)
+            pad.outputs = [file.like(graph, padded, b"/moved")]
+            outer = graph.tensors[pad.outputs[0]]
             graph.operators.insert(place + 1, pad)
             for entry in entries:
                 entry.inputs = [pad.outputs[0], *entry.inputs[1:]]

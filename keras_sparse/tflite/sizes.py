@@ -60,7 +60,7 @@ def _write_down(file, graph):
         if file.name(operator) != "RESHAPE" or not _follows(file, graph, operator):
             continue
         output = int(operator.outputs[0])
-        sizes = _sizes(graph.tensors[output])
+        sizes = file.sizes(graph.tensors[output])
         if sizes.count(_OPEN) == len(sizes) == 2:
             sizes[1] = _depth(file, graph, output)
         if not sizes or 0 in sizes or sizes.count(_OPEN) > 1:
@@ -72,12 +72,6 @@ def _write_down(file, graph):
         graph.tensors[output].shapeSignature = np.array(sizes, "int32") if _OPEN in sizes else None
     _drop(graph, unread)
     return changed
-
-
-def _sizes(tensor):
-    """The sizes of a tensor as a list, with -1 for open ones; empty where not even their number is known."""
-    found = tensor.shapeSignature if tensor.shapeSignature is not None else tensor.shape
-    return [int(n) for n in found] if tensor.hasRank and found is not None else []
 
 
 def _depth(file, graph, number):
@@ -119,16 +113,16 @@ def _follows(file, graph, operator):
 
 def _pass_out(file, graph):
     """Give outputs whose size follows while the file runs a `RESHAPE` of a stored shape. Returns whether any are."""
-    changed = False
-    for operator in list(graph.operators):
-        for position, number in enumerate(operator.outputs):
-            sizes = _sizes(graph.tensors[number])
-            if number not in graph.outputs or sizes.count(_OPEN) != 1 or not _follows(file, graph, operator):
-                continue
-            made = list(operator.outputs)
-            made[position] = file.like(graph, number)
-            operator.outputs = made
-            index = next(i for i, other in enumerate(graph.operators) if other is operator)
-            graph.operators.insert(index + 1, file.reshape(graph, made[position], number, sizes))
-            changed = True
+    operators = []
+    for operator in graph.operators:
+        operators.append(operator)
+        for position, number in enumerate(list(operator.outputs)):
+            sizes = file.sizes(graph.tensors[number])
+            if number in graph.outputs and sizes.count(_OPEN) == 1 and _follows(file, graph, operator):
+                made = list(operator.outputs)
+                made[position] = file.like(graph, number, b"/computed")
+                operator.outputs = made
+                operators.append(file.reshape(graph, made[position], number, sizes))
+    changed = len(operators) > len(graph.operators)
+    graph.operators = operators
     return changed
